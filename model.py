@@ -1,0 +1,456 @@
+"""ST-DiT-2, the video transformer of Open-Sora 1.1: (noisy latents, time, caption) -> (eps or v, variance).
+
+In   x [B C_in T h w] latents, t [B] in 0..999, y [B L C_text] captions; height, width, num_frames, ar, fps [B].
+Out  fp32 [B C_out T h w].  Nothing of diffusion is in here.
+Run  `python model.py` prints parameters, FLOPs at the training shapes and the time of one small forward.
+Read STDiT.forward first, then Block.  Papers: DiT 2212.09748, PixArt-alpha 2310.00426, Open-Sora 2412.20404.
+
+B clips, T latent frames, S tokens per frame, N = T S, C width, D = C / heads, L text tokens, H W pixels, h w latents.
+Quirks that the published weights were trained with are fields of STDiTConfig, off for new models, on in from_upstream:
+  Q1 rope_before_norm   temporal attention rotates queries and keys before their norm, not after
+  Q2 round_conditions   t, sizes, ar and fps are rounded to the model's dtype: in bf16 t = 999 is 1000, 507 times remain
+  Q3 final_twice        the final layer modulates given frames twice: by time t as if noised, then by time 0 + size
+Kept in every model: positions are scaled by clip 0's size (a batch shares one); the final layer sees time but not size.
+"""
+import math
+import time
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from kernels import attention, cross_attention, gated_residual, modulate, norm_rope
+
+
+@dataclass(frozen=True)
+class STDiTConfig:
+    """The defaults are XL/2, the size of the published weights."""
+    depth: int = 28
+    hidden_size: int = 1152
+    num_heads: int = 16
+    mlp_ratio: float = 4.0
+    patch_size: tuple[int, int, int] = (1, 2, 2)    # frames, rows, columns of latent cells in a token
+    in_channels: int = 4
+    caption_channels: int = 4096
+    model_max_length: int = 200                     # text tokens of the null caption
+    input_sq_size: int = 512                        # a square of this many pixels has positions 0 .. sqrt(S) - 1
+    qk_norm: bool = True
+    class_dropout_prob: float = 0.1                 # how often train.py swaps a caption for the null caption
+    pred_sigma: bool = True
+    # Add a sinusoidal embedding of the frame index to the tokens, as the ST-DiT of Open-Sora 1.0 did. Rotary attention
+    # sees distances only: frames of pure noise look alike to it; a small model has no way to know which comes first.
+    temporal_pos: bool = False
+    rope_before_norm: bool = False                  # Q1
+    round_conditions: bool = False                  # Q2
+    final_twice: bool = False                       # Q3
+
+    def __post_init__(self):
+        C, heads = self.hidden_size, self.num_heads
+        if C % 12:
+            raise ValueError(f"hidden_size must be a multiple of 12 (3 sizes and 4 position tables share it), got {C}")
+        if C % heads or (C // heads) % 2:
+            raise ValueError(f"hidden_size / num_heads must be an even number (RoPE turns pairs), got {C} / {heads}")
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_heads
+
+    @property
+    def out_channels(self):
+        return self.in_channels * (2 if self.pred_sigma else 1)
+
+    def grid(self, T, h, w):
+        """Tokens along time, rows and columns; the last patch of an axis may be padded."""
+        return tuple(math.ceil(n / p) for n, p in zip((T, h, w), self.patch_size))
+
+
+XL_2 = STDiTConfig()
+TINY = STDiTConfig(depth=4, hidden_size=144, num_heads=6, patch_size=(1, 1, 1), in_channels=16, caption_channels=64,
+                   model_max_length=16, input_sq_size=32, temporal_pos=True)
+
+
+# ---- tables, computed in fp32 at each forward: they depend on the clip's size and cost less than looking them up ----
+
+def frequencies(dim, device=None):
+    """10000^(-2i / dim) for i < dim / 2, in fp32.  Attention Is All You Need, section 3.5."""
+    return torch.exp(-math.log(10000) * torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim)
+
+
+def sin_cos(position, dim):
+    """position [n] -> [n dim], sines first."""
+    angle = position[:, None] * frequencies(dim, position.device)
+    return torch.cat([angle.sin(), angle.cos()], dim=-1)
+
+
+def position_table(rows, columns, scale, dim):
+    """2-D sinusoidal embedding [S dim]: the first half of the channels tells the column, the second the row.
+
+    scale: side of the clip in pixels / input_sq_size, so that a cell keeps its place at any resolution (PixArt-alpha).
+    """
+    base = round((rows * columns) ** 0.5)
+    device = scale.device if torch.is_tensor(scale) else None
+    row, column = (sin_cos(torch.arange(n, device=device) / scale * base / n, dim // 2) for n in (rows, columns))
+    return torch.cat([repeat(column, "w c -> (h w) c", h=rows), repeat(row, "h c -> (h w) c", w=columns)], dim=-1)
+
+
+def rotary_table(num_frames, head_dim, device=None):
+    """cos and sin [T D/2] of the temporal RoPE; positions count latent frames whatever the fps."""
+    angle = torch.arange(num_frames, device=device, dtype=torch.float32)[:, None] * frequencies(head_dim, device)
+    return angle.cos(), angle.sin()
+
+
+# ---- embedders: parameter names are upstream's; a module touches only its own parameters, as FSDP wants ----
+
+class PatchEmbed(nn.Module):
+    """x [B C_in T h w] -> tokens [B T S C], zero-padded at the end of each axis to whole patches."""
+    def __init__(self, config):
+        super().__init__()
+        self.patch_size = config.patch_size
+        self.proj = nn.Conv3d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x):
+        pt, ph, pw = self.patch_size
+        T, h, w = x.shape[2:]
+        x = F.pad(x.to(self.proj.weight.dtype), (0, -w % pw, 0, -h % ph, 0, -T % pt))
+        x = rearrange(x, "b c (t pt) (h ph) (w pw) -> b t (h w) (c pt ph pw)", pt=pt, ph=ph, pw=pw)
+        return F.linear(x, self.proj.weight.flatten(1), self.proj.bias)     # a convolution whose stride is its kernel
+
+
+class ScalarEmbedder(nn.Module):
+    """A number such as t, a height or fps: s [...] fp32 -> [... dim]; cosines first, unlike the positions."""
+    def __init__(self, dim, num_frequencies=256):
+        super().__init__()
+        self.num_frequencies = num_frequencies
+        self.mlp = nn.Sequential(nn.Linear(num_frequencies, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, s):
+        angle = s[..., None] * frequencies(self.num_frequencies, s.device)
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=-1).to(self.mlp[0].weight.dtype))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim_in, hidden, dim_out):
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(dim_in, hidden), nn.Linear(hidden, dim_out)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class CaptionEmbedder(nn.Module):
+    """y [tokens C_text] -> [tokens C].  Keeps the null caption too: drawn at initialisation, never trained."""
+    def __init__(self, config):
+        super().__init__()
+        self.register_buffer("y_embedding", torch.empty(config.model_max_length, config.caption_channels))
+        self.y_proj = Mlp(config.caption_channels, config.hidden_size, config.hidden_size)
+
+    def forward(self, y):
+        return self.y_proj(y.to(self.y_proj.fc1.weight.dtype))
+
+
+class Rope(nn.Module):
+    """Holds rope.freqs as the published files do.  Not read: rotary_table computes it, safe from casts to bf16."""
+    def __init__(self, head_dim):
+        super().__init__()
+        self.freqs = nn.Parameter(torch.empty(head_dim // 2), requires_grad=False)
+
+
+# ---- the block ----
+
+class RMSNorm(nn.Module):
+    """Only the weight: kernels.norm_rope does the work together with RoPE."""
+    def __init__(self, dim):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class Attention(nn.Module):
+    """Self attention along the second axis.  x [N S C], rotary None or (cos, sin)."""
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads, self.rope_first = config.num_heads, config.rope_before_norm
+        self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, rotary=None):
+        q, k, v = rearrange(self.qkv(x), "n s (three heads d) -> three n heads s d", three=3, heads=self.num_heads)
+        q = norm_rope(q, self.q_norm and self.q_norm.weight, rotary, self.rope_first)
+        k = norm_rope(k, self.k_norm and self.k_norm.weight, rotary, self.rope_first)
+        return self.proj(rearrange(attention(q, k, v), "n heads s d -> n s (heads d)"))
+
+
+class CrossAttention(nn.Module):
+    """x [B T S C] attends to text [sum(lengths) C]; lengths: tokens of each clip's caption."""
+    def __init__(self, config):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q_linear = nn.Linear(config.hidden_size, config.hidden_size)
+        self.kv_linear = nn.Linear(config.hidden_size, 2 * config.hidden_size)
+        self.proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(self, x, text, lengths):
+        q = rearrange(self.q_linear(x), "b t s (heads d) -> b heads (t s) d", heads=self.num_heads)
+        k, v = rearrange(self.kv_linear(text), "l (two heads d) -> two l heads d", two=2, heads=self.num_heads)
+        out = cross_attention(q, k, v, lengths)
+        return self.proj(rearrange(out, "b heads (t s) d -> b t s (heads d)", t=x.shape[1]))
+
+
+class Block(nn.Module):
+    """Space, time, text, MLP.  Cross attention has no norm, no modulation and no gate, as in PixArt-alpha."""
+    def __init__(self, config):
+        super().__init__()
+        C = config.hidden_size
+        self.scale_shift_table = nn.Parameter(torch.empty(6, C))
+        self.scale_shift_table_temporal = nn.Parameter(torch.empty(3, C))
+        self.attn, self.attn_temp, self.cross_attn = Attention(config), Attention(config), CrossAttention(config)
+        self.mlp = Mlp(C, int(C * config.mlp_ratio), C)
+
+    def forward(self, x, mod, mod_temp, text, lengths, rotary):
+        """x [B T S C]; mod [B T 6C], mod_temp [B T 3C], or T = 1; text [sum(lengths) C]; rotary (cos, sin)."""
+        mod = rearrange(mod, "b t (six c) -> b t six c", six=6) + self.scale_shift_table
+        mod_temp = rearrange(mod_temp, "b t (three c) -> b t three c", three=3) + self.scale_shift_table_temporal
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = mod.unbind(2)
+        shift_tmp, scale_tmp, gate_tmp = mod_temp.unbind(2)
+        B = x.shape[0]
+
+        h = rearrange(modulate(x, shift_msa, scale_msa), "b t s c -> (b t) s c")        # space: within one frame
+        x = gated_residual(x, gate_msa, rearrange(self.attn(h), "(b t) s c -> b t s c", b=B))
+        h = rearrange(modulate(x, shift_tmp, scale_tmp), "b t s c -> (b s) t c")        # time: within one position
+        x = gated_residual(x, gate_tmp, rearrange(self.attn_temp(h, rotary), "(b s) t c -> b t s c", b=B))
+        x = x + self.cross_attn(x, text, lengths)
+        return gated_residual(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
+
+
+class FinalLayer(nn.Module):
+    """x [B T S C], cond [B T C] -> [B T S (pt ph pw C_out)].  again (Q3): None or (x_mask, cond of given frames)."""
+    def __init__(self, config):
+        super().__init__()
+        self.scale_shift_table = nn.Parameter(torch.empty(2, config.hidden_size))
+        self.linear = nn.Linear(config.hidden_size, math.prod(config.patch_size) * config.out_channels)
+
+    def modulate(self, x, cond):
+        shift, scale = (self.scale_shift_table + cond[:, :, None]).unbind(2)
+        return modulate(x, shift, scale)
+
+    def forward(self, x, cond, again=None):
+        x = self.modulate(x, cond)
+        if again is not None:
+            x_mask, given_cond = again
+            x = torch.where(x_mask[:, :, None, None], x, self.modulate(x, given_cond))
+        return self.linear(x)
+
+
+# ---- the model ----
+
+class STDiT(nn.Module):
+    """Under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False): times, sizes and rotary tables stay fp32."""
+    def __init__(self, config: STDiTConfig, seed: int = 0):
+        super().__init__()
+        self.config, C = config, config.hidden_size
+        self.x_embedder = PatchEmbed(config)
+        self.t_embedder = ScalarEmbedder(C)
+        self.t_block = nn.Sequential(nn.SiLU(), nn.Linear(C, 6 * C))
+        self.t_block_temp = nn.Sequential(nn.SiLU(), nn.Linear(C, 3 * C))
+        self.y_embedder = CaptionEmbedder(config)
+        self.rope = Rope(config.head_dim)
+        self.csize_embedder, self.ar_embedder = ScalarEmbedder(C // 3), ScalarEmbedder(C // 3)
+        self.fl_embedder, self.fps_embedder = ScalarEmbedder(C), ScalarEmbedder(C)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.init_weights(seed)
+
+    @property
+    def null_y(self):
+        """The caption "no caption" [L C_text].  Dropout and guidance put it into rows of y; the model never does."""
+        return self.y_embedder.y_embedding
+
+    @torch.no_grad()
+    def init_weights(self, seed: int = 0):
+        """Fills every parameter and buffer, also after `to_empty`; the same values on any device, sharded or not."""
+        generator = torch.Generator("cpu").manual_seed(seed)
+        for name, value in [*self.named_parameters(), *self.named_buffers()]:
+            if value.is_meta:
+                continue
+            full = initial_value(name, value.shape, generator).to(value.device, value.dtype)
+            if isinstance(value, DTensor):      # src_data_rank=None: all have drawn all, so nothing needs to be sent
+                full = distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)
+            value.copy_(full)
+
+    def forward(self, x, t, y, y_mask=None, x_mask=None, height=None, width=None, num_frames=None, ar=None, fps=None):
+        """x [B C_in T h w]; t [B]; y [B L C_text]; height, width in pixels, num_frames, ar, fps: [B].
+
+        y_mask [B L]: the tokens that count, None = all.  x_mask [B T] bool: True = noised, at time t; False = given, at
+        time 0; None = all are noised.  Returns fp32 [B C_out T h w].  Raises ValueError if a shape does not fit.
+        """
+        sizes = {"height": height, "width": width, "num_frames": num_frames, "ar": ar, "fps": fps}
+        check_inputs(self.config, x, t, y, y_mask, x_mask, sizes)
+        (T, h, w), (pt, ph, pw) = x.shape[2:], self.config.patch_size
+        frames, rows, columns = self.config.grid(T, h, w)
+        tokens = self.x_embedder(x)                                                     # [B T S C]
+        t, height, width, num_frames, ar, fps = (self.condition(s, tokens.dtype) for s in (t, *sizes.values()))
+
+        tokens = tokens + self.positions(frames, rows, columns, (height[0] * width[0]).sqrt()).to(tokens.dtype)
+        frame_t = t[:, None] if x_mask is None else torch.where(x_mask, t[:, None], 0)  # each frame has its own time
+        time_vec = self.t_embedder(frame_t)                                             # [B T C]; T = 1 without mask
+        size_vec = self.csize_embedder(torch.stack([height, width], dim=1)).flatten(1)
+        size_vec = torch.cat([size_vec, self.ar_embedder(ar)], dim=1)[:, None]          # [B 1 C], a third each
+        rate_vec = (self.fl_embedder(num_frames) + self.fps_embedder(fps))[:, None]     # [B 1 C]
+        mod, mod_temp = self.t_block(time_vec + size_vec), self.t_block_temp(time_vec + rate_vec)
+        text, lengths = pack_text(y, y_mask)
+        text = self.y_embedder(text)                                                    # [sum(lengths) C]
+        rotary = rotary_table(frames, self.config.head_dim, x.device)
+        for block in self.blocks:
+            tokens = block(tokens, mod, mod_temp, text, lengths, rotary)
+
+        if self.config.final_twice and x_mask is not None:                              # Q3
+            out = self.final_layer(tokens, self.t_embedder(t[:, None]), again=(x_mask, time_vec + size_vec))
+        else:
+            out = self.final_layer(tokens, time_vec)
+        out = rearrange(out, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=rows, pt=pt, ph=ph, pw=pw)
+        return out[:, :, :T, :h, :w].to(torch.float32, copy=True)                       # FSDP2 warns of a view
+
+    def condition(self, s, dtype):
+        return s.to(dtype).float() if self.config.round_conditions else s.float()       # Q2
+
+    def positions(self, frames, rows, columns, pixels_per_side):
+        """[T S C], or [S C] if only rotary attention is to tell the frames apart."""
+        table = position_table(rows, columns, pixels_per_side / self.config.input_sq_size, self.config.hidden_size)
+        if self.config.temporal_pos:
+            table = table + sin_cos(torch.arange(frames, device=table.device), self.config.hidden_size)[:, None]
+        return table
+
+
+def pack_text(y, y_mask):
+    """y [B L C_text], y_mask [B L] -> the counted tokens end to end [sum(lengths) C_text], and lengths as a list."""
+    if y_mask is None:
+        return y.flatten(0, 1), [y.shape[1]] * y.shape[0]
+    lengths = (y_mask != 0).sum(1).tolist()     # sync; the indexing below is the second and last of a forward
+    if 0 in lengths:
+        row = lengths.index(0)
+        raise ValueError(f"y_mask row {row} counts no token, expected 1 at least: T5 ends each caption with </s>")
+    return y[y_mask != 0], lengths
+
+
+def check_inputs(config, x, t, y, y_mask, x_mask, sizes):
+    """Shapes, once, where data enters; raises ValueError with both values."""
+    def expect(name, value, letters, *shape):
+        got = None if value is None else list(value.shape)
+        if got != list(shape):
+            raise ValueError(f"{name} must be {letters} = {list(shape)}, got {got}")
+
+    if x.ndim != 5 or x.shape[1] != config.in_channels:
+        raise ValueError(f"x must be [B C_in T h w] with C_in = {config.in_channels}, got {list(x.shape)}")
+    if y.ndim != 3:
+        raise ValueError(f"y must be [B L C_text] with C_text = {config.caption_channels}, got {list(y.shape)}")
+    B, T, L = x.shape[0], x.shape[2], y.shape[1]
+    expect("y", y, "[B L C_text]", B, L, config.caption_channels)
+    for name, value in {"t": t, **sizes}.items():
+        expect(name, value, "[B]", B)
+    if y_mask is not None:
+        expect("y_mask", y_mask, "[B L]", B, L)
+    if x_mask is not None:
+        expect("x_mask", x_mask, "[B T]", B, T)
+        if x_mask.dtype != torch.bool:
+            raise ValueError(f"x_mask must be bool, True = noised, got {x_mask.dtype}")
+        if config.patch_size[0] != 1:
+            raise ValueError(f"x_mask needs patches of 1 frame (no token is half given), got {config.patch_size}")
+
+
+# ---- weights in ----
+
+def initial_value(name, shape, generator):
+    """PixArt-alpha's and Open-Sora's recipe: time and text attention add nothing at first; a fresh model outputs 0."""
+    zero = ("attn_temp.proj.weight", "cross_attn.proj.weight", "final_layer.linear.weight", ".bias")
+    value = torch.empty(shape, device="cpu")
+    if name.endswith("rope.freqs"):
+        return frequencies(2 * shape[0])
+    if name.endswith(zero):
+        return value.zero_()
+    if name.endswith("norm.weight"):
+        return value.fill_(1)
+    if "scale_shift_table" in name or name.endswith("y_embedding"):
+        return value.normal_(std=shape[-1] ** -0.5, generator=generator)
+    if name.startswith(("t_embedder", "t_block", "y_embedder.y_proj")):
+        return value.normal_(std=0.02, generator=generator)
+    return nn.init.xavier_uniform_(value.flatten(1), generator=generator).reshape(shape)
+
+
+# What else upstream's config.json holds: it does not change what the model computes.
+IGNORED_KEYS = {
+    "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path",
+    "from_pretrained", "freeze", "input_size", "drop_path", "no_temporal_pos_emb", "enable_flash_attn",
+    "enable_flashattn", "enable_layernorm_kernel", "enable_sequence_parallelism",
+}
+
+
+def from_upstream(config: dict, state_dict: dict) -> STDiT:
+    """Open-Sora's config.json and weights -> a model, quirks on.  ValueError if either holds what we do not know."""
+    known = {field.name for field in fields(STDiTConfig)}
+    unknown = sorted(set(config) - known - IGNORED_KEYS)
+    if unknown:
+        raise ValueError(f"config.json: unknown keys {unknown} - expected those of STDiT2: {sorted(known)}")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
+    quirks = {"rope_before_norm": True, "round_conditions": True, "final_twice": True}
+    with torch.device("meta"):
+        model = STDiT(STDiTConfig(**values | quirks))
+    try:
+        model.load_state_dict(state_dict, strict=True, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"these weights do not belong to this config.json: {error}") from error
+    exact = frequencies(model.config.head_dim)
+    if not torch.allclose(model.rope.freqs.float(), exact, rtol=2 ** -8):   # 2^-8: they may have been in bf16
+        raise ValueError("rope.freqs are not 10000^(-2i/D): this model computes them and cannot use others")
+    return model
+
+
+# ---- what it costs ----
+
+def num_params(config):
+    with torch.device("meta"):
+        return sum(p.numel() for p in STDiT(config).parameters())
+
+
+def flops(config, T, h, w, L, B=1):
+    """Of one forward: matrix products and attention, 2 per multiply-add; mostly 36 N C^2 per block."""
+    frames, rows, columns = config.grid(T, h, w)
+    C, S, N = config.hidden_size, rows * columns, frames * rows * columns
+    products = 2 * N * C * C * (4 + 4 + 2 + 2 * config.mlp_ratio) + 4 * L * C * C    # space, time, text, MLP; text keys
+    attentions = 4 * N * C * (S + frames + L)
+    patches = 2 * N * C * math.prod(config.patch_size) * (config.in_channels + config.out_channels)
+    text = 2 * L * C * (config.caption_channels + C)
+    return int(B * (config.depth * (products + attentions) + patches + text))
+
+
+def example_inputs(config, B=1, T=4, h=8, w=8, L=8):
+    """Random arguments for a forward, as keywords."""
+    size = {"height": 8 * h, "width": 8 * w, "num_frames": T, "ar": w / h, "fps": 8}
+    return {"x": torch.randn(B, config.in_channels, T, h, w), "t": torch.full((B,), 500),
+            "y": torch.randn(B, L, config.caption_channels), **{k: torch.full((B,), float(v)) for k, v in size.items()}}
+
+
+def main():
+    stages = ("16x144x256", "16x240x426", "16x480x854", "16x720x1280")
+    print(f"{'':<6}{'parameters':>12}   TFLOP of a forward at " + "".join(f"{stage:>12}" for stage in stages))
+    for name, config in {"XL/2": XL_2, "tiny": TINY}.items():
+        shapes = [map(int, stage.split("x")) for stage in stages]
+        costs = [flops(config, T, H // 8, W // 8, config.model_max_length) / 1e12 for T, H, W in shapes]
+        print(f"{name:<6}{num_params(config):>12,}   {'':<22}" + "".join(f"{cost:>12.3f}" for cost in costs))
+    B, T, h, w, L = 8, 8, 4, 4, 8
+    model, inputs = STDiT(TINY), example_inputs(TINY, B, T, h, w, L)
+    with torch.no_grad():
+        model(**inputs)     # the first call pays for start-up
+        start = time.perf_counter()
+        model(**inputs)
+        seconds = time.perf_counter() - start
+    rate = flops(TINY, T, h, w, L, B) / seconds / 1e9
+    print(f"tiny, {B} clips of {T}x{h}x{w} latents on {torch.get_num_threads()} CPU threads: "
+          f"{1e3 * seconds:.1f} ms, {rate:.1f} GFLOP/s")
+
+
+if __name__ == "__main__":
+    from model import main; main()

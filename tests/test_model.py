@@ -1,0 +1,399 @@
+"""model.py against the released ST-DiT-2: golden/a_*, f_* are what Open-Sora 1.1.0 computes with random weights.
+
+The a_* cases share two state dicts, a_weights_*; a_stdit2_<case> holds the arguments and results of a case.
+"""
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import kernels
+import model as stdit
+from model import TINY, XL_2, STDiT, STDiTConfig, flops, from_upstream, num_params
+
+GOLDEN = Path(__file__).parent / "golden"
+CASES = ["i_nomask", "i_textmask_none", "ii_xmask", "iv_image", "iv_image_xmask", "vi_sq512_noqknorm"]
+SMALL = replace(TINY, depth=2, hidden_size=48, num_heads=4, in_channels=4, caption_channels=8, model_max_length=6)
+
+
+def load(case):
+    """A golden case: its upstream config, weights, forward arguments under our names, and results."""
+    with safe_open(GOLDEN / f"a_stdit2_{case}.safetensors", "pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dict)
+        meta = json.loads(file.metadata()["json"])
+    weights = GOLDEN / f"a_weights_{'no' if 'noqknorm' in case else ''}qknorm.safetensors"
+    with safe_open(weights, "pt") as file:
+        config = meta.get("config") or json.loads(file.metadata()["json"])["config"]
+    names = {"timestep": "t", "mask": "y_mask"}
+    args = {names.get(key[3:], key[3:]): value for key, value in tensors.items() if key.startswith("in.")}
+    if "y" in args:
+        args["y"] = args["y"].squeeze(1)
+    return config, load_file(weights), args, tensors
+
+
+def error(got, want):
+    """Relative L2; where upstream has exactly 0 (temporal attention of an image), the largest value."""
+    norm = want.norm().item()
+    return (got - want).norm().item() / norm if norm else got.abs().max().item()
+
+
+def awake(config, seed=0):
+    """A fresh model outputs 0, which would pass any comparison: fill what is zero with seeded noise."""
+    net, generator = STDiT(config), torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            if p.requires_grad and not p.any():
+                p.normal_(std=0.1, generator=generator)
+    return net
+
+
+def inputs(config, B=2, T=3, h=4, w=6, L=5):
+    torch.manual_seed(1)
+    return stdit.example_inputs(config, B, T, h, w, L)
+
+
+# ---- parity with the released code ----
+
+@pytest.mark.parametrize("case", CASES)
+def test_output_and_gradients_are_upstreams(case):
+    config, weights, args, golden = load(case)
+    net = from_upstream(config, weights)
+    args["x"].requires_grad_()
+    out = net(**args)
+    assert out.dtype == torch.float32
+    assert error(out.detach(), golden["out.out"]) < 1e-5
+    loss = (out * golden["out.loss_weight"]).sum()
+    loss.backward()
+    assert error(loss.detach(), golden["out.loss"][0]) < 1e-5
+    grads = {name: p.grad for name, p in net.named_parameters()} | {"x": args["x"].grad}
+    names = [key for key in golden if key.startswith("out.grad.")]
+    assert len(names) >= 9, names
+    for key in names:
+        assert error(grads[key[len("out.grad."):]], golden[key]) < 1e-5, key
+
+
+def test_guidance_call_is_upstreams():
+    """Rows [clips, the same clips with null captions]; a null caption gets the length of its clip's (a quirk)."""
+    _, _, args, golden = load("cfg_null")
+    config, weights, *_ = load("i_nomask")
+    args |= {key: torch.cat([value, value]) for key, value in args.items() if key not in ("x", "y", "t")}
+    net = from_upstream(config, weights)
+    assert torch.equal(args["y"][2:], net.null_y.expand(2, -1, -1)), "rows 2 and 3 are the null caption"
+    with torch.no_grad():
+        assert error(net(**args), golden["out.out"]) < 1e-5
+        args["y_mask"][2:] = 1
+        assert error(net(**args), golden["out.out"]) > 1e-3, "a full-length null caption is something else"
+
+
+def test_caption_dropout_is_upstreams():
+    _, _, args, golden = load("train_dropout")
+    config, weights, *_ = load("ii_xmask")
+    net = from_upstream(config, weights).train()
+    assert torch.equal(golden["rand"] < config["class_dropout_prob"], golden["drop"])
+    assert golden["drop"].any(), "the case must drop a caption"
+    args["y"] = torch.where(golden["drop"][:, None, None], net.null_y, args["y"])
+    with torch.no_grad():
+        assert error(net(**args), golden["out.out"]) < 1e-5
+
+
+def test_bf16_is_as_close_to_fp32_as_upstreams():
+    config, weights, args, _ = load("ii_xmask")
+    golden = load_file(GOLDEN / "a_stdit2_bf16.safetensors")
+    with torch.no_grad():
+        out = from_upstream(config, weights).to(torch.bfloat16)(**args)
+    assert out.dtype == torch.float32
+    assert error(out, golden["ref_fp32"]) <= 1.2 * error(golden["out.out"], golden["ref_fp32"])
+
+
+@pytest.mark.parametrize("quirk", ["rope_before_norm", "final_twice"])
+def test_quirk_is_seen_by_the_golden_case(quirk):
+    config, weights, args, golden = load("ii_xmask")
+    net = from_upstream(config, weights)
+    clean = STDiT(replace(net.config, **{quirk: False}))
+    clean.load_state_dict(weights, strict=True)
+    with torch.no_grad():
+        assert error(clean(**args), golden["out.out"]) > 1e-2
+
+
+def test_quirk_round_conditions():
+    t = torch.arange(1000)
+    rounded = STDiT(replace(SMALL, round_conditions=True)).condition(t, torch.bfloat16)
+    assert (rounded[999], rounded[501], rounded.unique().numel()) == (1000, 500, 507)
+    assert torch.equal(STDiT(SMALL).condition(t, torch.bfloat16), t.float())
+
+
+def test_embeddings_are_upstreams():
+    golden = load_file(GOLDEN / "f_embeddings.safetensors")
+    tables = {"h3w3s1.000000bNone": (3, 3, 1.0), "h4w3s1.732051b3": (4, 3, 3 ** 0.5),
+              "h5w8s0.375000b6": (5, 8, 0.375), "h9w16s0.375000b12": (9, 16, 0.375)}
+    for key, (rows, columns, scale) in tables.items():
+        assert error(stdit.position_table(rows, columns, scale, 48), golden[f"pos2d.{key}"][0]) < 1e-5, key
+    assert error(stdit.frequencies(12), golden["rope.freqs"]) < 1e-6
+    assert error(kernels.rope(golden["rope.in"], *stdit.rotary_table(6, 12)), golden["rope.out"]) < 1e-6
+    for prefix, dim, arg in (("te.", 48, "t"), ("se.", 16, "s")):
+        net = stdit.ScalarEmbedder(dim)
+        net.load_state_dict({key[3:]: golden[key] for key in golden if key.startswith(prefix + "mlp")}, strict=True)
+        assert error(net(golden[prefix + arg]).flatten(1), golden[prefix + "out"]) < 1e-5, prefix
+
+
+def test_positions_count_in_cells_of_a_square_of_as_many():
+    """15 cells make a square of side round(15 ** 0.5) = 4; the last of 5 columns is at 4/5 of it in every row."""
+    table = stdit.position_table(3, 5, 1.0, 48).unflatten(0, (3, 5))
+    assert table[:, 4, 0].tolist() == pytest.approx([torch.tensor(4 * 4 / 5).sin().item()] * 3)
+
+
+def test_attention_is_upstreams():
+    golden = load_file(GOLDEN / "f_embeddings.safetensors")
+    names = [name for name in golden if name.startswith("attn.") and name.endswith(("weight", "bias"))]
+    weights = {name[len("attn."):]: golden[name] for name in names}
+    for rope_first in (True, False):
+        net = stdit.Attention(replace(SMALL, rope_before_norm=rope_first))
+        net.load_state_dict(weights, strict=True)
+        wrong = error(net(golden["attn.in"], stdit.rotary_table(6, 12)), golden["attn.out_rope_then_norm"])
+        assert wrong < 1e-5 if rope_first else wrong > 1e-3, f"rope_before_norm={rope_first}: {wrong}"
+
+
+# ---- weights in ----
+
+def test_xl_2_has_the_published_keys_and_sizes():
+    with torch.device("meta"):
+        net = STDiT(XL_2)
+    state = net.state_dict()
+    assert num_params(XL_2) == 767_452_100
+    assert sum(p.numel() for p in net.parameters() if p.requires_grad) == 767_452_064
+    assert sum(value.numel() for value in state.values()) == 768_271_300
+    _, weights, *_ = load("i_nomask")
+    assert {key for key in state if not key.startswith("blocks.") or key[7:9] in ("0.", "1.")} == set(weights)
+    assert len(state) == len(weights) + 26 * sum(key.startswith("blocks.0.") for key in weights)
+    shapes = {"x_embedder.proj.weight": [1152, 4, 1, 2, 2], "t_block.1.weight": [6912, 1152],
+              "y_embedder.y_embedding": [200, 4096],
+              "csize_embedder.mlp.0.weight": [384, 256], "final_layer.linear.weight": [32, 1152], "rope.freqs": [36]}
+    assert {key: list(state[key].shape) for key in shapes} == shapes
+
+
+def test_from_upstream_reads_hugging_face_configs_and_nothing_else():
+    config, weights, *_ = load("i_nomask")
+    extra = {"architectures": ["STDiT2"], "model_type": "STDiT2", "from_pretrained": None, "freeze": None}
+    net = from_upstream(config | extra, weights)
+    assert asdict(net.config) == asdict(from_upstream(config, weights).config)
+    assert (net.config.rope_before_norm, net.config.round_conditions, net.config.final_twice) == (True, True, True)
+    with pytest.raises(ValueError, match="no_such_key"):
+        from_upstream(config | {"no_such_key": 1}, weights)
+    with pytest.raises(ValueError, match=r"blocks.1.mlp.fc1.bias"):
+        from_upstream(config, {key: value for key, value in weights.items() if key != "blocks.1.mlp.fc1.bias"})
+    with pytest.raises(ValueError, match=r"blocks.2"):
+        from_upstream(config | {"depth": 3}, weights)
+    with pytest.raises(ValueError, match=r"rope.freqs"):
+        from_upstream(config, weights | {"rope.freqs": 2 * weights["rope.freqs"]})
+
+
+def test_init_from_meta_equals_direct_init():
+    with torch.device("meta"):
+        late = STDiT(SMALL)
+    late.to_empty(device="cpu")
+    for value in late.state_dict().values():
+        value.fill_(float("nan"))
+    late.init_weights(seed=3)
+    direct, other = STDiT(SMALL, seed=3).state_dict(), STDiT(SMALL, seed=4).state_dict()
+    assert all(torch.equal(value, direct[key]) for key, value in late.state_dict().items())
+    assert not torch.equal(direct["blocks.0.mlp.fc1.weight"], other["blocks.0.mlp.fc1.weight"])
+
+
+def test_init_follows_the_recipe():
+    state = STDiT(replace(SMALL, hidden_size=192)).state_dict()
+    zero = {"blocks.0.attn_temp.proj.weight", "blocks.1.attn_temp.proj.weight", "blocks.0.cross_attn.proj.weight",
+            "blocks.1.cross_attn.proj.weight", "final_layer.linear.weight"}
+    assert {key for key, value in state.items() if not value.any() and not key.endswith("bias")} == zero
+    std = {"t_embedder.mlp.0.weight": 0.02, "t_block.1.weight": 0.02, "t_block_temp.1.weight": 0.02,
+           "y_embedder.y_proj.fc2.weight": 0.02,
+           "blocks.1.attn.qkv.weight": (2 / (4 * 192)) ** 0.5, "blocks.0.scale_shift_table": 192 ** -0.5}
+    for key, want in std.items():
+        assert state[key].std().item() == pytest.approx(want, rel=0.1), key
+    assert torch.equal(state["rope.freqs"], stdit.frequencies(48))
+
+
+@pytest.mark.parametrize("T", [1, 3])
+def test_a_fresh_model_outputs_exactly_0(T):
+    out = STDiT(SMALL)(**inputs(SMALL, T=T))
+    assert out.shape == (2, 8, T, 4, 6)
+    assert not out.any()
+
+
+# ---- properties ----
+
+@pytest.mark.parametrize("patch, shape", [
+    ((1, 2, 2), (3, 5, 7)), ((1, 1, 1), (2, 3, 5)), ((2, 2, 2), (3, 5, 4)), ((1, 4, 4), (1, 2, 9)),
+])
+def test_any_size_is_padded_with_zeros_and_cropped(patch, shape):
+    config = replace(SMALL, patch_size=patch)
+    net, args = awake(config), inputs(config, 2, *shape)
+    whole = [-(-n // p) * p for n, p in zip(shape, patch)]
+    padded = torch.zeros(2, 4, *whole)
+    padded[:, :, :shape[0], :shape[1], :shape[2]] = args["x"]
+    with torch.no_grad():
+        out = net(**args)
+        want = net(**args | {"x": padded})[:, :, :shape[0], :shape[1], :shape[2]]
+    assert out.shape == (2, 8, *shape)
+    assert out.std() > 0
+    assert torch.equal(out, want)
+
+
+def test_patches_are_read_and_written_as_a_convolution_does():
+    config = replace(SMALL, patch_size=(1, 2, 2))
+    embed, x = STDiT(config).x_embedder, torch.randn(2, 4, 3, 4, 6)
+    assert error(embed(x), embed.proj(x).flatten(3).permute(0, 2, 3, 1)) < 1e-6
+
+
+@pytest.mark.parametrize("final_twice", [False, True])
+def test_x_mask(final_twice):
+    config = replace(SMALL, final_twice=final_twice)
+    net, args = awake(config), inputs(config)
+    with torch.no_grad():
+        plain, zero = net(**args), net(**args | {"t": torch.zeros(2)})
+        full = net(**args, x_mask=torch.ones(2, 3, dtype=torch.bool))
+        none = net(**args, x_mask=torch.zeros(2, 3, dtype=torch.bool))
+        some = net(**args, x_mask=torch.tensor([[True, True, True], [False, True, True]]))
+    assert error(full, plain) < 1e-6
+    assert error(some[0], plain[0]) < 1e-6
+    assert error(some[1], plain[1]) > 1e-3
+    assert (error(none, zero) < 1e-6) != final_twice, "without Q3 a given frame is a frame at time 0"
+
+
+def test_given_frames_do_not_see_t():
+    """Given frames are at time 0 whatever t is."""
+    net, args = awake(SMALL), inputs(SMALL)
+    given = torch.zeros(2, 3, dtype=torch.bool)
+    with torch.no_grad():
+        a, b = (net(**args | {"t": torch.full((2,), t)}, x_mask=given) for t in (10.0, 900.0))
+    assert torch.equal(a, b)
+
+
+def test_masked_text_does_not_count():
+    net, args = awake(SMALL), inputs(SMALL)
+    y_mask = torch.tensor([[1, 0, 1, 1, 0], [1, 1, 1, 1, 1]])
+    noisy = args["y"] + 5 * (1 - y_mask)[:, :, None]
+    with torch.no_grad():
+        out = net(**args, y_mask=y_mask)
+        assert torch.equal(out, net(**args | {"y": noisy}, y_mask=y_mask.bool()))
+        alone = {key: value[:1] for key, value in args.items()} | {"y": args["y"][:1, [0, 2, 3]]}
+        assert error(out[:1], net(**alone)) < 1e-5
+        assert error(out, net(**args)) > 1e-4
+
+
+def test_clips_of_a_batch_do_not_mix():
+    net, args = awake(SMALL), inputs(SMALL, B=3)
+    with torch.no_grad():
+        out, last = net(**args), net(**{key: value[2:] for key, value in args.items()})
+    assert error(out[2:], last) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["t", "height", "width", "num_frames", "ar", "fps", "y"])
+def test_every_condition_is_used(name):
+    net, args = awake(SMALL), inputs(SMALL)
+    with torch.no_grad():
+        assert error(net(**args | {name: args[name] * 1.5}), net(**args)) > 1e-5
+
+
+def test_temporal_pos_tells_frames_apart():
+    """All frames alike in, rotary only: all frames alike out, since a softmax over equal keys is uniform."""
+    args = inputs(SMALL)
+    args["x"] = args["x"][:, :, :1].expand(-1, -1, 3, -1, -1)
+    with torch.no_grad():
+        told, untold = (awake(replace(SMALL, temporal_pos=on))(**args) for on in (True, False))
+    assert error(untold[:, :, 0], untold[:, :, 2]) < 1e-5
+    assert error(told[:, :, 0], told[:, :, 2]) > 1e-3
+
+
+def test_fully_sharded_it_computes_the_same():
+    """FSDP2 in a world of one: outside their module's forward parameters are DTensors, and using one there raises."""
+    from torch import distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            net = STDiT(SMALL)
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for block in net.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(net, mesh=mesh)
+        net.to_empty(device="cpu")
+        net.init_weights(seed=5)
+        plain, args = STDiT(SMALL, seed=5), inputs(SMALL)
+        args["x_mask"] = torch.tensor([[True, False, True]] * 2)
+        for key, value in net.state_dict().items():
+            assert torch.equal(getattr(value, "full_tensor", lambda v=value: v)(), plain.state_dict()[key]), key
+        for some in (net, plain):   # one step away from the zero output
+            optimizer = torch.optim.SGD([p for p in some.parameters() if p.requires_grad], lr=1.0)
+            some(**args).sum().backward()
+            optimizer.step()
+        out = plain(**args)
+        assert out.any()
+        assert error(net(**args).detach(), out.detach()) < 1e-5
+    finally:
+        dist.destroy_process_group()
+
+
+# ---- wrong input ----
+
+@pytest.mark.parametrize("name, value, message", [
+    ("x", torch.zeros(2, 3, 3, 4, 6), r"C_in = 4, got \[2, 3, 3, 4, 6\]"),
+    ("x", torch.zeros(2, 4, 4, 6), r"C_in = 4, got \[2, 4, 4, 6\]"),
+    ("t", torch.zeros(3), r"t must be \[B\] = \[2\], got \[3\]"),
+    ("t", torch.tensor(5), r"t must be \[B\] = \[2\], got \[\]"),
+    ("y", torch.zeros(2, 1, 5, 8), r"C_text = 8, got \[2, 1, 5, 8\]"),
+    ("y", torch.zeros(2, 5, 9), r"y must be \[B L C_text\] = \[2, 5, 8\], got \[2, 5, 9\]"),
+    ("y", torch.zeros(1, 5, 8), r"\[2, 5, 8\], got \[1, 5, 8\]"),
+    ("y_mask", torch.ones(2, 6), r"y_mask must be \[B L\] = \[2, 5\], got \[2, 6\]"),
+    ("y_mask", torch.tensor([[1] * 5, [0] * 5]), r"y_mask row 1 counts no token"),
+    ("x_mask", torch.ones(2, 4, dtype=torch.bool), r"x_mask must be \[B T\] = \[2, 3\], got \[2, 4\]"),
+    ("x_mask", torch.ones(2, 3), r"x_mask must be bool, True = noised, got torch.float32"),
+    ("height", None, r"height must be \[B\] = \[2\], got None"),
+    ("fps", torch.zeros(4), r"fps must be \[B\] = \[2\], got \[4\]"),
+])
+def test_wrong_shapes_are_named(name, value, message):
+    with pytest.raises(ValueError, match=message):
+        STDiT(SMALL)(**inputs(SMALL) | {name: value})
+
+
+def test_x_mask_needs_patches_of_one_frame():
+    config = replace(SMALL, patch_size=(2, 2, 2))
+    with pytest.raises(ValueError, match="patches of 1 frame"):
+        STDiT(config)(**inputs(config, T=4), x_mask=torch.ones(2, 4, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("wrong, message", [
+    ({"hidden_size": 128}, "multiple of 12"), ({"num_heads": 5}, "48 / 5"), ({"num_heads": 16}, "48 / 16"),
+])
+def test_wrong_widths_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, **wrong)
+
+
+# ---- cost ----
+
+def test_flops_are_those_counted_at_xl_2():
+    """As counted in the released code, which projects all 200 tokens of a 100-token caption: 1.2 GFLOP more."""
+    assert flops(XL_2, 16, 18, 32, L=100) / 1e9 == pytest.approx(3177 - 1.2, abs=0.5)
+    assert flops(XL_2, 16, 30, 52, L=100) / 1e9 == pytest.approx(8773 - 1.2, abs=0.5)
+    no_mlp = flops(replace(XL_2, mlp_ratio=0), 16, 18, 32, L=100)
+    assert 1 - no_mlp / flops(XL_2, 16, 18, 32, L=100) == pytest.approx(0.43, abs=0.005)
+    assert flops(XL_2, 16, 18, 31, L=100, B=2) == 2 * flops(XL_2, 16, 18, 32, L=100), "31 columns are padded to 32"
+
+
+def test_flops_are_those_torch_counts():
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.utils.flop_counter import FlopCounterMode
+    config, C = replace(SMALL, patch_size=(1, 2, 2)), 48
+    args = inputs(config, B=1, T=4, h=15, w=16, L=9)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):   # it sees no other
+        STDiT(config)(**args)
+    vectors = 2 * (3 * (256 + C) * C + 3 * (256 + C // 3) * C // 3 + 9 * C * C)     # time and sizes: not in flops()
+    assert flops(config, 4, 15, 16, L=9) == counter.get_total_flops() - vectors
+
+
+def test_default_config_is_xl_2():
+    assert XL_2 == STDiTConfig()
