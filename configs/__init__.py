@@ -1,0 +1,158 @@
+"""One run = one frozen `Config`, built by a Python file: what is trained, on which data, for how long.
+
+    from configs import load, dump
+    config = load("configs/stage1.py", ["--lr=1e-5", "--model.depth=4", "--mask_ratios={'mask_no': 1.0}"])
+    dump(config)   # Python source that loads back to an equal Config; every run writes it to <out>/config.py
+Unknown keys, wrong types and tables that cannot work are errors here, before a GPU is touched.
+"""
+import ast
+import difflib
+import math
+import re
+import runpy
+import types
+from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
+from pprint import pformat
+from typing import get_args, get_origin, get_type_hints
+
+from data import ASPECT
+from model import STDiTConfig
+
+Buckets = dict[str, dict[int, tuple[float, int | None]]]  # resolution -> frames -> (keep probability, clips per GPU)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: STDiTConfig = STDiTConfig()              # the network; the default is XL/2
+    vae: str                                        # folder or hub name of the AutoencoderKL
+    text_encoder: str                               # folder or hub name of the T5 encoder and its tokenizer
+    data: str                                       # meta.csv: a path, or a glob over several
+    buckets: Buckets                                # which clips are trained at which size (data.assign)
+    frame_interval: int = 1                         # every n-th source frame is taken
+    fps: float = 24.0                               # of the source that samples imitate; theirs is fps / frame_interval
+    cache: str = ""                                 # folder of cached latents and text embeddings; "" = none
+    num_workers: int = 2                            # decoding processes per GPU; 0 = decode in the training process
+    world: int = 1                                  # GPUs of the batch sizes: a global batch is clips per GPU * world
+    mask_ratios: dict[str, float]                   # masking strategy (masks.py) -> share of the samples
+    prediction: str = "eps"                         # the network's target: "eps" (the noise) or "v" (velocity)
+    speed: bool = False                             # draw t as SpeeD does (arXiv 2405.17403) instead of uniformly
+    lr: float                                       # AdamW's step size, constant after the warm-up
+    weight_decay: float = 0.0                       # AdamW, decoupled
+    betas: tuple[float, float] = (0.9, 0.999)       # AdamW
+    warmup_steps: int = 0                           # optimizer steps of linear warm-up from 0 to lr
+    grad_clip: float = 1.0                          # largest global gradient norm
+    ema_decay: float = 0.9999                       # of the averaged weights, per step
+    steps: int                                      # optimizer steps of the run
+    dtype: str = "bf16"                             # "fp32" or "bf16": of the activations; weights are kept in fp32
+    seed: int = 0                                   # decides clips, windows, noise, t, masks and the first weights
+    out: str                                        # folder of the run: checkpoints, log.jsonl, config.py
+    init: str = ""                                  # weights to start from; "" = fresh ones
+    save_every: int = 500                           # steps between checkpoints
+    sample_every: int = 500                         # steps between previews; 0 = none
+    prompts: tuple[str, ...] = ()                   # captions of the previews
+
+    def __post_init__(self):
+        check_types(self)
+        total = math.fsum(self.mask_ratios.values())
+        positive = ("frame_interval", "fps", "world", "lr", "grad_clip", "steps", "save_every")
+        for name, ok, expected in (
+            *((n, getattr(self, n) > 0, "more than 0") for n in positive),
+            *((n, getattr(self, n) >= 0, "0 or more") for n in ("num_workers", "warmup_steps", "sample_every")),
+            ("prediction", self.prediction in ("eps", "v"), "'eps' or 'v'"),
+            ("dtype", self.dtype in ("fp32", "bf16"), "'fp32' or 'bf16'"),
+            ("ema_decay", 0 <= self.ema_decay < 1, "0 or more and less than 1"),
+            ("mask_ratios", abs(total - 1) < 1e-6, f"shares that sum to 1, these sum to {total:g}"),
+        ):
+            if not ok:
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+        check_buckets(self.buckets)
+
+
+def check_buckets(buckets: Buckets):
+    for resolution, lengths in buckets.items():
+        if resolution not in ASPECT:
+            raise ValueError(f"buckets: there is no resolution {resolution!r}{suggest(resolution, ASPECT)}")
+        for num_frames, (keep, batch_size) in lengths.items():
+            where = f"buckets[{resolution!r}][{num_frames}] = ({keep}, {batch_size})"
+            if num_frames < 1 or not 0 <= keep <= 1:
+                raise ValueError(f"{where}: expected 1 frame or more and a keep probability from 0 to 1")
+            if keep > 0 and not (batch_size and batch_size > 0):
+                raise ValueError(f"{where}: a bucket that keeps clips needs a batch size, as in ({keep}, 4)")
+
+
+def suggest(name: str, known) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f", did you mean {close[0]!r}?" if close else f", expected one of {', '.join(map(repr, known))}"
+
+
+def matches(value, kind) -> bool:
+    """Whether `value` is what the annotation `kind` says.  An int passes for a float, a bool for neither."""
+    origin, args = get_origin(kind), get_args(kind)
+    if origin is types.UnionType:
+        return any(matches(value, option) for option in args)
+    if origin is dict:
+        return isinstance(value, dict) and all(matches(k, args[0]) and matches(v, args[1]) for k, v in value.items())
+    if origin is tuple:
+        kinds = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
+        return isinstance(value, tuple) and len(value) == len(kinds) and all(map(matches, value, kinds))
+    numbers = {int: int, float: (int, float)}
+    return isinstance(value, numbers.get(kind, kind)) and not (kind in numbers and isinstance(value, bool))
+
+
+def check_types(config, prefix: str = ""):
+    for name, kind in get_type_hints(type(config)).items():
+        value = getattr(config, name)
+        if not matches(value, kind):
+            wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
+            raise ValueError(f"{prefix}{name}={value!r} is of type {type(value).__name__}, expected {wanted}")
+        if is_dataclass(value):
+            check_types(value, f"{prefix}{name}.")
+
+
+def override(config, key: str, text: str, prefix: str = ""):
+    """`config` with one field replaced.  key: "lr" or "model.depth"; text: a literal, or plain where a str belongs."""
+    name, _, rest = key.partition(".")
+    kinds = get_type_hints(type(config))
+    if name not in kinds or (rest and not is_dataclass(kinds[name])):
+        raise ValueError(f"--{prefix}{key}: there is no {prefix}{key}{suggest(name, kinds)}")
+    if rest:
+        return replace(config, **{name: override(getattr(config, name), rest, text, f"{prefix}{name}.")})
+    try:
+        value = text if kinds[name] is str else ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        value = text  # a bare word where a number or a dict belongs: check_types names field, given and expected
+    return replace(config, **{name: value})
+
+
+def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Runs the Python file `path` (or configs/<path>), which defines `config`, and applies `--key=value` overrides."""
+    folder = Path(__file__).parent
+    file = next((p for p in (Path(path), folder / path, folder / f"{path}.py") if p.is_file()), None)
+    if file is None:
+        known = ", ".join(f"configs/{p.name}" for p in sorted(folder.glob("*.py")) if p.name != "__init__.py")
+        raise FileNotFoundError(f"no config file {path}, there are: {known}")
+    try:
+        config = runpy.run_path(str(file)).get("config")
+    except (TypeError, ValueError) as error:  # TypeError: Config(...) got an unknown or lacks an argument
+        unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
+        known = get_type_hints(STDiTConfig if unknown and unknown[1] == "STDiTConfig" else Config)
+        message = f"{unknown[1]} has no {unknown[2]!r}{suggest(unknown[2], known)}" if unknown else error
+        raise ValueError(f"{file}: {message}") from error
+    if not isinstance(config, Config):
+        raise ValueError(f"{file}: expected a line `config = Config(...)`, its `config` is {config!r}")
+    for text in overrides:
+        key, equals, value = text.removeprefix("--").partition("=")
+        if not text.startswith("--") or not equals:
+            raise ValueError(f"override {text!r}: expected --key=value, as in --lr=1e-5")
+        config = override(config, key, value)
+    return config
+
+
+def dump(config: Config) -> str:
+    """Python source of a config file that loads back to an equal Config, dictionaries in the same order."""
+    lines = ["from configs import Config", "from model import STDiTConfig", "", "config = Config("]
+    for f in fields(config):
+        value = pformat(getattr(config, f.name), width=110, sort_dicts=False)
+        lines.append(f"    {f.name}={value},".replace("\n", "\n" + " " * (len(f.name) + 5)))
+    return "\n".join(lines) + "\n)\n"

@@ -1,0 +1,45 @@
+"""Stage 1: many clips, mostly at 144p and 240p, from which the temporal layers learn motion.
+
+data      9.7 M videos and 2.6 M images with captions; most clips have 36 to 256 frames
+hardware  64 GPUs of 80 GB, as upstream's 64 H800
+steps     81,000, about a week there: 24,000 mostly at 240p with 10% of the samples masked took 4 days, 40,000 mostly
+          at 144p 2 days, 17,000 with QK-norm and 25% masked 14 hours. About 1 s a step with the table below.
+start     stage 0's weights
+From Open-Sora 1.1's report: data, steps, times, masks. From its stage-1 config: buckets, interval, lr, clip, seed.
+Ours: one table for all 81,000 steps (upstream released only that of the last part), QK-norm throughout, previews.
+"""
+from configs import Config
+from model import STDiTConfig
+
+config = Config(
+    model=STDiTConfig(),  # XL/2 with QK-norm
+    vae="stabilityai/sd-vae-ft-ema",
+    text_encoder="DeepFloyd/t5-v1_1-xxl",
+    data="data/stage1/meta.csv",
+    buckets={  # (keep probability, clips per GPU); (0.0, None) hands clips that long on to a smaller resolution
+        "144p": {1: (0.5, 48), 16: (1.0, 6), 32: (1.0, 3), 96: (1.0, 1)},
+        "256": {1: (0.5, 24), 16: (0.5, 3), 48: (0.5, 1), 64: (0.0, None)},
+        "240p": {16: (0.3, 2), 32: (0.3, 1), 64: (0.0, None)},
+        "512": {1: (0.4, 12)},
+        "1024": {1: (0.3, 3)},
+    },
+    frame_interval=3,
+    num_workers=8,
+    world=64,
+    mask_ratios={
+        "mask_no": 0.75,
+        "mask_quarter_random": 0.025, "mask_quarter_head": 0.025, "mask_quarter_tail": 0.025,
+        "mask_image_random": 0.025, "mask_image_head": 0.025, "mask_image_tail": 0.025,
+        "mask_quarter_head_tail": 0.05, "mask_image_head_tail": 0.05,
+    },
+    lr=2e-5,  # 1e-4 was too large (upstream's report); constant, no warm-up
+    ema_decay=0.9999,
+    steps=81_000,
+    dtype="bf16",
+    seed=42,
+    out="runs/stage1",
+    init="runs/image/model.safetensors",
+    save_every=500,
+    sample_every=2000,  # ours, as are the captions below
+    prompts=("waves roll onto a beach at sunset", "a city street at night in the rain, seen from above"),
+)

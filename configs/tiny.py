@@ -1,0 +1,30 @@
+"""The shapes world, small enough for a laptop: the same classes and the same loop as stage 1, other numbers.
+
+data      python data.py shapes data/shapes: 2,000 clips of 1, 8 and 16 frames, 32x32 and 32x48 pixels, 6 MB
+hardware  2 CPU cores
+"""
+from configs import Config
+from masks import RECIPE
+from model import TINY
+
+config = Config(
+    model=TINY,
+    vae="assets/tiny/vae",
+    text_encoder="assets/tiny/text_encoder",
+    data="data/shapes/meta.csv",
+    buckets={"32": {1: (1.0, 256), 8: (1.0, 32), 16: (1.0, 16)}},
+    fps=8.0,
+    cache="data/shapes/cache",
+    num_workers=0,
+    mask_ratios=RECIPE,
+    prediction="v",
+    lr=1e-3,
+    warmup_steps=200,
+    ema_decay=0.999,
+    steps=3000,
+    dtype="fp32",
+    out="runs/tiny",
+    save_every=500,
+    sample_every=500,
+    prompts=("a red circle moves right", "a blue square moves up", "a yellow triangle moves left", "a green circle moves down"),
+)
