@@ -1,0 +1,71 @@
+"""The frame: who imports whom (DESIGN.md), how each file ends, and that a file called kernels.py disturbs nobody."""
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "kernels": set(), "masks": set(), "data": set(),
+    "model": {"kernels"}, "vae": {"data"}, "configs/__init__": {"model", "data"},
+    "sample": {"kernels", "masks", "data", "model", "vae", "configs"},
+    "train": {"kernels", "masks", "data", "model", "vae", "configs", "sample"},
+}
+OURS = {"kernels", "masks", "data", "model", "vae", "configs", "sample", "train", "curate"}
+PACKAGES = {"torch", "numpy", "einops", "av", "transformers", "diffusers", "tqdm", "pytest",
+            "safetensors", "PIL", "huggingface_hub", "tokenizers"}
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name.split(".")[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_imports_obey_the_graph(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    body = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name == "main") and not isinstance(n, ast.If)]
+    found = set(imports(ast.Module(body, [])))
+    assert found & OURS <= MAY_IMPORT[name]
+    assert set(imports(tree)) <= OURS | PACKAGES | set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("name", [n for n in MAY_IMPORT if "/" not in n])
+def test_a_script_is_not_there_twice(name):
+    """Run as __main__ a file imports itself by name, so that its classes exist once."""
+    last = (ROOT / f"{name}.py").read_text().rstrip().splitlines()[-2:]
+    assert last == ['if __name__ == "__main__":', f"    from {name} import main; main()"]
+
+
+@pytest.mark.parametrize("name", [f"configs/{p.name}" for p in sorted((ROOT / "configs").glob("[!_]*.py"))])
+def test_configs_import_only_what_they_build(name):
+    assert set(imports(ast.parse((ROOT / name).read_text()))) <= {"configs", "model", "masks"}
+
+
+def test_top_level_is_the_frame():
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    allowed = {f"{name}.py" for name in OURS - {"configs"}} | {
+        "configs", "tests", "assets", "README.md", "LICENSE", "requirements.txt", "pyproject.toml", ".gitignore", ".ci"}
+    assert {line.split("/")[0] for line in files.stdout.splitlines()} <= allowed
+
+
+@pytest.mark.parametrize("with_package, first", [(False, "vae"), (True, "train")], ids=["plain", "kernels-package-installed"])
+def test_libraries_load_beside_kernels_py(tmp_path, with_package, first):
+    """transformers looks for a package named `kernels` and reads its version; ours must not be taken for it."""
+    if with_package:                                              # a distribution of that name, as pip would leave it
+        info = tmp_path / "kernels-0.18.2.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
+    code = (f"import {first}; import kernels; from transformers import AutoTokenizer, T5EncoderModel, T5Config; from diffusers import AutoencoderKL, "
+            "DDPMScheduler; T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)); "
+            "assert kernels.modulate and AutoTokenizer")
+    env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
