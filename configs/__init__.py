@@ -36,6 +36,7 @@ class Config:
     world: int = 1                                  # GPUs of the batch sizes: a global batch is clips per GPU * world
     mask_ratios: dict[str, float]                   # masking strategy (masks.py) -> share of the samples
     prediction: str = "eps"                         # the network's target: "eps" (the noise) or "v" (velocity)
+    cfg_scale: float = 7.0                          # guidance of samples, unless sample.py is told another
     speed: bool = False                             # draw t as SpeeD does (arXiv 2405.17403) instead of uniformly
     lr: float                                       # AdamW's step size, constant after the warm-up
     weight_decay: float = 0.0                       # AdamW, decoupled

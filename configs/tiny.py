@@ -18,6 +18,7 @@ config = Config(
     num_workers=0,
     mask_ratios=RECIPE,
     prediction="v",
+    cfg_scale=3.0,
     lr=1e-3,
     warmup_steps=200,
     ema_decay=0.999,

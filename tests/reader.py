@@ -1,0 +1,114 @@
+"""Reads what the frames of the shapes world show, without a network: background, colour, shape, place, way.
+
+`python tests/reader.py [CKPT] [--prompts 96]` samples prompts from a checkpoint and prints how many of them obey.
+The palette and the outlines are those of data.py's renderer; a sheet is judged as a viewer would, frame by frame.
+"""
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from data import COLORS, DIRECTIONS, SHAPES, coverage, held_out  # noqa: E402
+
+
+class Seen(NamedTuple):
+    """What a clip shows; centers [T 2] are (x, y) in pixels, nan in frames without an object."""
+    color: str | None
+    shape: str | None
+    direction: str | None
+    centers: np.ndarray
+
+
+def read_clip(frames):
+    """frames uint8 [T H W 3] -> Seen.  Colour and shape by vote of the frames, direction from the first to the last place."""
+    looks = [read_frame(frame) for frame in frames]
+    centers = np.array([center for _, _, center in looks])
+    color, shape = (Counter(x for x in column if x).most_common(1) for column in list(zip(*looks))[:2])
+    moved = centers[-1] - centers[0]
+    direction = None
+    if np.isfinite(moved).all() and abs(moved).max() > 2:           # pixels; 8-frame clips of the renderer move 6 or more
+        direction = max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], moved))
+    return Seen(color[0][0] if color else None, shape[0][0] if shape else None, direction, centers)
+
+
+def read_frame(frame):
+    """(colour, shape, (x, y)) of one frame [H W 3]; (None, None, nan) where nothing stands out of the background."""
+    H, W, _ = frame.shape
+    frame = frame.astype(float)
+    border = np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]])
+    background = np.median(border, axis=0)
+    contrast = np.abs(frame - background).max(-1)
+    alpha = np.clip(contrast / max(contrast.max() * 0.8, 60), 0, 1) * (contrast > 25)
+    if alpha.sum() < 25:                                            # the smallest thing has 110 pixels
+        return None, None, (np.nan, np.nan)
+    inside = frame[contrast > 0.7 * contrast.max()].mean(0)
+    color = min(COLORS, key=lambda name: np.linalg.norm(inside - COLORS[name]))
+    y, x = (np.mgrid[:H, :W] + 0.5)
+    center = np.array([(alpha * x).sum(), (alpha * y).sum()]) / alpha.sum()
+    return color, nearest_shape(alpha, center), tuple(center)
+
+
+def nearest_shape(alpha, center):
+    """The shape whose outline, of the same area and about the same centre, overlaps alpha [H W] best."""
+    best, side = {}, alpha.sum() ** 0.5
+    for shape in SHAPES:
+        covers = [coverage(shape, k * side, *center + shift, *alpha.shape)
+                  for k in (0.94, 1.0, 1.06) for shift in np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)])]
+        best[shape] = max(np.minimum(alpha, c).sum() / np.maximum(alpha, c).sum() for c in covers)
+    return max(best, key=best.get)
+
+
+def prompts(count, seed=0):
+    """[(colour, shape, direction)] * count: a third from the combinations that training never sees, the rest from the others."""
+    rng = np.random.default_rng(seed)
+    names = [(c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS]
+    unseen, seen = [n for n in names if held_out(*n)], [n for n in names if not held_out(*n)]
+    pick = lambda pool, n: [pool[i] for i in np.concatenate([rng.permutation(len(pool)) for _ in range(-(-n // len(pool)))])[:n]]
+    return pick(unseen, count // 3) + pick(seen, count - count // 3)
+
+
+def obey(names, videos):
+    """Per part of the prompt, the share of videos that show it; "all" of them at once, and that on unseen combinations."""
+    right = np.array([[getattr(seen, part) == name for part, name in zip(("color", "shape", "direction"), wanted)]
+                      for wanted, seen in zip(names, map(read_clip, videos))])
+    unseen = np.array([held_out(*wanted) for wanted in names])
+    return dict(zip(("color", "shape", "direction"), right.mean(0))) | {
+        "all": right.all(1).mean(), "all, unseen": right[unseen].all(1).mean() if unseen.any() else float("nan")}
+
+
+def main():
+    """Samples prompts from a checkpoint, 8 square frames each, and prints the shares that obey."""
+    import argparse
+    import time
+
+    from sample import generate, load_checkpoint
+    from vae import load_text_encoder, load_vae
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("ckpt", nargs="?", default="assets/tiny")
+    parser.add_argument("--prompts", type=int, default=96)
+    parser.add_argument("--num-frames", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--sampler", default="iddpm")
+    parser.add_argument("--cfg-scale", type=float, help="default: the checkpoint's")
+    parser.add_argument("--sheet", help="write the first 12 as a .png")
+    args = parser.parse_args()
+    model, config = load_checkpoint(args.ckpt)
+    text_encoder = load_text_encoder(config.text_encoder, config.model.model_max_length)
+    cfg_scale = args.cfg_scale or config.cfg_scale
+    names, start = prompts(args.prompts), time.perf_counter()
+    texts = [f"a {c} {s}" + f" moves {d}" * (args.num_frames > 1) for c, s, d in names]
+    videos = generate(model, load_vae(config.vae), text_encoder, texts, num_frames=args.num_frames, height=32, width=32, fps=8,
+                      steps=args.steps, sampler=args.sampler, prediction=config.prediction, cfg_scale=cfg_scale, batch_size=32)
+    scores = " ".join(f"{part} {share:.3f}" for part, share in obey(names, videos).items())
+    print(f"{args.ckpt}, {len(texts)} prompts, {args.num_frames} frames, {args.sampler} {args.steps}, cfg {cfg_scale}: {scores} "
+          f"({(time.perf_counter() - start) / len(texts):.2f} s a clip)")
+    if args.sheet:
+        from data import write_video
+        write_video(args.sheet, np.concatenate(list(videos[::max(1, len(videos) // 12)][:12])))
+
+
+if __name__ == "__main__":
+    main()
