@@ -79,34 +79,71 @@ def obey(names, videos):
         "all": right.all(1).mean(), "all, unseen": right[unseen].all(1).mean() if unseen.any() else float("nan")}
 
 
+class Judge:
+    """A checkpoint and what it is asked to do; each method samples and returns shares or errors by name."""
+
+    def __init__(self, ckpt, **settings):
+        from sample import generate, load_checkpoint
+        from vae import load_text_encoder, load_vae
+        self.model, self.config = load_checkpoint(ckpt)
+        self.vae = load_vae(self.config.vae)
+        self.text_encoder = load_text_encoder(self.config.text_encoder, self.config.model.model_max_length)
+        self.settings = dict(height=32, width=32, fps=8, prediction=self.config.prediction, cfg_scale=self.config.cfg_scale,
+                             num_frames=8, batch_size=32) | settings
+        self.generate = generate
+
+    def sample(self, texts, references=None):
+        return self.generate(self.model, self.vae, self.text_encoder, texts, references=references, **self.settings)
+
+    def prompts(self, count):
+        """How many of `count` prompts the samples obey, a third of them unseen combinations; and the samples."""
+        names = prompts(count)
+        videos = self.sample([f"a {c} {s} moves {d}" if self.settings["num_frames"] > 1 else f"a {c} {s}" for c, s, d in names])
+        return obey(names, videos), videos
+
+    def going_on(self, count, given):
+        """Continues `count` rendered clips from their first `given` frames.
+
+        centroid: mean distance in pixels between the object and where it is in truth, over the frames to come; still: the
+        same for one that stays where it was last seen; psnr: of the given frames against their own VAE reconstruction."""
+        from data import shapes_clip, to_uint8, to_video
+        clips = (shapes_clip(77, i) for i in range(10 ** 6))
+        square = ((frames, text) for frames, text, _ in clips if frames.shape[:3] == (8, 32, 32))
+        truth, texts = zip(*(next(square) for _ in range(count)))
+        videos = self.sample(list(texts), [frames[:given] for frames in truth])
+        true, seen = (np.array([read_clip(v).centers for v in clips])[:, given - 1:] for clips in (truth, videos))
+        away = lambda x: np.linalg.norm(x[:, 1:] - true[:, 1:], axis=-1)
+        again = [to_uint8(self.vae.decode(self.vae.encode(to_video(f[:given])[None]))[0]).astype(float) for f in truth]
+        error = [((a - v[:given]) ** 2).mean() for a, v in zip(again, videos)]
+        on_way = [read_clip(v).direction == text.split()[-1] for v, text in zip(videos, texts)]
+        return {"centroid": float(np.nanmean(away(seen))), "still": float(np.nanmean(away(np.repeat(true[:, :1], 9 - given, 1)))),
+                "lost": float(np.isnan(seen).any(2).mean()), "direction": float(np.mean(on_way)),
+                "psnr": float(10 * np.log10(255 ** 2 / max(max(error), 1e-9)))}, videos
+
+
 def main():
-    """Samples prompts from a checkpoint, 8 square frames each, and prints the shares that obey."""
     import argparse
     import time
-
-    from sample import generate, load_checkpoint
-    from vae import load_text_encoder, load_vae
-    parser = argparse.ArgumentParser(description=main.__doc__)
+    from data import write_video
+    parser = argparse.ArgumentParser(description="Prints how well a checkpoint of the shapes world obeys.")
     parser.add_argument("ckpt", nargs="?", default="assets/tiny")
     parser.add_argument("--prompts", type=int, default=96)
     parser.add_argument("--num-frames", type=int, default=8)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sampler", default="iddpm")
     parser.add_argument("--cfg-scale", type=float, help="default: the checkpoint's")
-    parser.add_argument("--sheet", help="write the first 12 as a .png")
+    parser.add_argument("--sheet", help="write the first 12 clips as a .png")
     args = parser.parse_args()
-    model, config = load_checkpoint(args.ckpt)
-    text_encoder = load_text_encoder(config.text_encoder, config.model.model_max_length)
-    cfg_scale = args.cfg_scale or config.cfg_scale
-    names, start = prompts(args.prompts), time.perf_counter()
-    texts = [f"a {c} {s}" + f" moves {d}" * (args.num_frames > 1) for c, s, d in names]
-    videos = generate(model, load_vae(config.vae), text_encoder, texts, num_frames=args.num_frames, height=32, width=32, fps=8,
-                      steps=args.steps, sampler=args.sampler, prediction=config.prediction, cfg_scale=cfg_scale, batch_size=32)
-    scores = " ".join(f"{part} {share:.3f}" for part, share in obey(names, videos).items())
-    print(f"{args.ckpt}, {len(texts)} prompts, {args.num_frames} frames, {args.sampler} {args.steps}, cfg {cfg_scale}: {scores} "
-          f"({(time.perf_counter() - start) / len(texts):.2f} s a clip)")
+    more = {} if args.cfg_scale is None else {"cfg_scale": args.cfg_scale}
+    judge = Judge(args.ckpt, steps=args.steps, sampler=args.sampler, num_frames=args.num_frames, **more)
+    show = lambda what, scores: print(f"{what:22s}", *(f"{name} {value:.3f} " for name, value in scores.items()), flush=True)
+    start = time.perf_counter()
+    scores, videos = judge.prompts(args.prompts)
+    show(f"{args.prompts} prompts", scores | {"seconds a clip": (time.perf_counter() - start) / args.prompts})
+    if args.num_frames == 8:
+        for given in (1, 2):
+            show(f"given {given} of 8 frames", judge.going_on(min(48, args.prompts), given)[0])
     if args.sheet:
-        from data import write_video
         write_video(args.sheet, np.concatenate(list(videos[::max(1, len(videos) // 12)][:12])))
 
 

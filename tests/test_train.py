@@ -1,0 +1,419 @@
+"""train.py against upstream's recorded losses, a run against itself: killed, resumed, cut among two processes."""
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from einops import rearrange
+from safetensors.torch import load_file, save_file
+
+import configs
+import train
+from data import Bucket, slot_generator, write_shapes
+from masks import RECIPE
+from model import STDiT
+from sample import noise_schedule
+
+ROOT = Path(__file__).parent.parent
+GOLDEN = load_file(ROOT / "tests/golden/b_training_losses.safetensors")
+SCHEDULES = load_file(ROOT / "tests/golden/b_schedules.safetensors")
+SPEED = load_file(ROOT / "tests/golden/b_speed_losses.safetensors")
+OURS = train.diffusion_vectors(noise_schedule().alphas_cumprod)
+MASKS = {"nomask": torch.ones_like(GOLDEN["mask"]), "mask": GOLDEN["mask"]}
+EACH_MASK = pytest.mark.parametrize("case", MASKS)
+
+
+def upstream_vectors():
+    full = {name.removeprefix("full1000."): v for name, v in SCHEDULES.items() if name.startswith("full1000.")}
+    low = full["posterior_log_variance_clipped"]
+    return {name: full.get(name) for name in OURS} | {"log_variance_low": low, "log_variance_span": full["betas"].log() - low}
+
+
+def relative(a, b):
+    return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+def losses(vectors, x_mask, t=GOLDEN["t"], out=GOLDEN["model_output"], prediction="eps"):
+    """x_t, terms and the gradient of the mean loss with regard to out, on upstream's inputs."""
+    x_0, noise, out = GOLDEN["x_start"], GOLDEN["noise"], out.clone().requires_grad_()
+    x_t = train.q_sample(vectors, x_0, torch.where(x_mask, t[:, None], 0), noise)
+    terms = train.diffusion_loss(vectors, out, x_0, x_t, noise, t, x_mask, prediction)
+    terms["loss"].mean().backward()
+    return x_t, {name: value.detach() for name, value in terms.items()}, out.grad
+
+
+# ---------------------------------------------------------------- the loss, given upstream's numbers
+@EACH_MASK
+def test_loss_is_upstreams(case):
+    """With its fp32 vectors, all of it.  Its "rescaled" losses are bitwise these: they multiply by 1000 / 1000."""
+    x_t, terms, grad = losses(upstream_vectors(), MASKS[case])
+    assert torch.equal(x_t, GOLDEN[f"full1000.{case}.x_t"])
+    for name, value in terms.items():
+        torch.testing.assert_close(value, GOLDEN[f"full1000.{case}.{name}"], rtol=1e-5, atol=0)
+    expected = GOLDEN[f"full1000.{case}.grad_model_output"]
+    assert relative(grad, expected) < 1e-6
+    for ours, theirs in zip(grad.chunk(2, 1), expected.chunk(2, 1)):        # eps, variance
+        assert relative(ours, theirs) < 1e-5
+
+
+@EACH_MASK
+def test_loss_with_exact_vectors(case):
+    """In fp32 upstream's posterior_mean_coef1[0] is 0.99983 where 1 is right; at t = 0 that is 0.5% of the bound and 1.5% of
+    its gradient.  With this one number put in, all is equal to 1e-3 (measured: 2e-4)."""
+    vectors = OURS | {"posterior_mean_coef1": OURS["posterior_mean_coef1"].clone()}
+    assert abs(vectors["posterior_mean_coef1"][0] - 1) < 1e-12
+    vectors["posterior_mean_coef1"][0] = SCHEDULES["full1000.posterior_mean_coef1"][0]
+    x_t, terms, grad = losses(vectors, MASKS[case])
+    assert relative(x_t, GOLDEN[f"full1000.{case}.x_t"]) < 1e-5
+    assert relative(terms["mse"], GOLDEN[f"full1000.{case}.mse"]) < 1e-5
+    torch.testing.assert_close(terms["vb"], GOLDEN[f"full1000.{case}.vb"], rtol=1e-3, atol=0)
+    for ours, theirs in zip(grad.chunk(2, 1), GOLDEN[f"full1000.{case}.grad_model_output"].chunk(2, 1)):
+        assert relative(ours, theirs) < 1e-3
+    _, exact, exact_grad = losses(OURS, MASKS[case])
+    noised = GOLDEN["t"] > 0
+    torch.testing.assert_close(exact["vb"][noised], GOLDEN[f"full1000.{case}.vb"][noised], rtol=1e-3, atol=0)
+    torch.testing.assert_close(exact["vb"], GOLDEN[f"full1000.{case}.vb"], rtol=6e-3, atol=0)
+    assert relative(exact_grad, GOLDEN[f"full1000.{case}.grad_model_output"]) < 2.5e-3
+
+
+def test_a_clip_without_noised_frame_has_loss_0():
+    """Upstream: 0 / 0."""
+    x_mask = GOLDEN["mask"].clone()
+    x_mask[0] = False
+    assert GOLDEN["allmasked.loss"][0].isnan()
+    _, terms, grad = losses(upstream_vectors(), x_mask)
+    assert terms["loss"][0] == 0 and (grad[0] == 0).all()
+    torch.testing.assert_close(terms["loss"][1:], GOLDEN["allmasked.loss"][1:], rtol=1e-5, atol=0)
+
+
+def test_v_is_eps_told_otherwise():
+    """v = (eps - sqrt(1 - abar) x_t) / sqrt(abar): the same bound and variance gradient, the error divided by abar."""
+    x_mask, t = MASKS["nomask"], torch.tensor([0, 1, 37, 500, 700, 0])      # at 999 fp32 leaves nothing to compare
+    at = lambda name: rearrange(OURS[name][t].float(), "b -> b 1 1 1 1")
+    a, s = at("sqrt_alphas_cumprod"), at("sqrt_one_minus_alphas_cumprod")
+    eps, variance = GOLDEN["model_output"].chunk(2, dim=1)
+    x_t, as_eps, grad_eps = losses(OURS, x_mask, t)
+    _, as_v, grad_v = losses(OURS, x_mask, t, torch.cat([(eps - s * x_t) / a, variance], dim=1), "v")
+    torch.testing.assert_close(as_v["vb"], as_eps["vb"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(as_v["mse"] * OURS["sqrt_alphas_cumprod"][t].float() ** 2, as_eps["mse"], rtol=1e-5, atol=0)
+    assert relative(grad_v[:, 4:], grad_eps[:, 4:]) < 1e-4
+    assert relative(grad_v[:, :4] * a, grad_eps[:, :4]) < 1e-5
+    right = torch.cat([a * GOLDEN["noise"] - s * GOLDEN["x_start"], variance], dim=1)
+    assert losses(OURS, x_mask, t, right, "v")[1]["mse"].max() < 1e-12
+
+
+# ---------------------------------------------------------------- SpeeD
+def test_speed_weights_are_upstreams():
+    t = SPEED["t_sampled"]
+    for vectors, bound in ((upstream_vectors(), 1e-6), (OURS, 1e-5)):
+        _, terms, _ = losses(vectors, GOLDEN["mask"], t)
+        weighted = terms["mse"] * vectors["sqrt_one_minus_alphas_cumprod"][t].float() ** 2
+        for value, name in ((weighted, "mse"), (terms["vb"], "vb"), (weighted + terms["vb"], "loss")):
+            assert relative(value, SPEED[name]) < bound
+
+
+def test_speed_probabilities_are_upstreams():
+    """Flat to 1e-5; between t = 635 and 650, where tanh turns over, fp32 and fp64 schedules are up to 0.8% apart."""
+    p, expected = train.speed_probabilities(OURS), SCHEDULES["speed.p"].double()
+    edge = torch.arange(635, 651)
+    off = (p - expected).abs() / expected
+    assert off[edge].max() < 0.008
+    off[edge] = 0
+    assert off.max() < 1e-5
+    theirs = train.speed_probabilities({"sqrt_one_minus_alphas_cumprod": SCHEDULES["full1000.sqrt_one_minus_alphas_cumprod"]})
+    torch.testing.assert_close(theirs, expected, rtol=1e-5, atol=0)
+
+
+def chi_square(counts, expected):
+    return float(((counts - expected) ** 2 / expected).sum())
+
+
+def test_t_is_distributed_as_told():
+    """999 degrees of freedom: a chi-square of 999 +- 45, for upstream's 200,000 draws as for ours."""
+    p = train.speed_probabilities(OURS)
+    dual = torch.tensor([700 - i if i < 700 else i - 700 for i in range(1000)])
+    expected = 1e5 * (p + torch.zeros_like(p).index_add(0, dual, p))
+    draw = lambda speed: torch.cat([train.draw_t(SimpleNamespace(speed=speed, seed=0), OURS, step, np.arange(1000)) for step in range(200)])
+    t = draw(True)
+    assert torch.equal(t[1::2], dual[t[::2]])
+    assert chi_square(t.bincount(minlength=1000), expected) < 1150
+    assert chi_square(SCHEDULES["speed.t_hist_200k"], expected) < 1150
+    assert chi_square(draw(False).bincount(minlength=1000), torch.full((1000,), 200.0)) < 1150
+
+
+# ---------------------------------------------------------------- one batch
+MODEL = dict(depth=2, hidden_size=48, num_heads=2)
+ARGS = [f"--model.{name}={value}" for name, value in MODEL.items()] + [
+    f"--vae={ROOT / 'assets/tiny/vae'}", f"--text_encoder={ROOT / 'assets/tiny/text_encoder'}", "--prompts=()",
+    "--buckets={'32': {1: (1.0, 8), 8: (1.0, 4)}}", "--steps=20", "--save_every=8", "--warmup_steps=4"]
+
+
+def latents(slots, T=8):
+    """A batch as CachedClips makes them; each clip a function of its slot."""
+    draws = [slot_generator(1, 0, slot, "latents") for slot in slots]
+    mean, std, y = (torch.stack([torch.randn(shape, generator=g) for g in draws]) for shape in ((16, T, 4, 4), (16, T, 4, 4), (16, 64)))
+    told = {name: torch.full((len(slots),), 8.0) for name in ("height", "width", "num_frames", "ar", "fps")}
+    return dict(mean=mean, std=std.abs(), y=y, y_mask=torch.arange(16).expand(len(slots), 16) < 5, slots=torch.tensor(slots), **told)
+
+
+def filled(config):
+    """A model none of whose parameters are zero."""
+    model = STDiT(config.model)
+    for name, p in model.named_parameters():
+        if not p.any():
+            torch.nn.init.normal_(p, std=0.05, generator=slot_generator(0, 0, 0, name))
+    return model
+
+
+@pytest.mark.parametrize("speed", [False, True])
+def test_a_slot_does_not_know_its_batch(speed):
+    config = replace(configs.load(ROOT / "configs/tiny.py", ARGS), speed=speed, mask_ratios={n: 1 / 9 for n in RECIPE})
+    model = filled(config)
+    part = lambda slots: train.loss_of(model, latents(slots), config, OURS, 3, "cpu")
+    (whole, t), parts = part(list(range(8))), [part([0, 2, 4, 6]), part([1, 3, 5, 7])]
+    assert torch.equal(t, rearrange([p[1] for p in parts], "rank b -> (b rank)"))
+    for name, value in whole.items():
+        torch.testing.assert_close(rearrange([p[0][name] for p in parts], "rank b -> (b rank)"), value, rtol=1e-5, atol=1e-6)
+    weight = OURS["sqrt_one_minus_alphas_cumprod"][t].float() ** 2 if speed else 1
+    torch.testing.assert_close(whole["loss"], whole["mse"] * weight + whole["vb"])
+    assert not torch.equal(t, train.loss_of(model, latents(list(range(8))), config, OURS, 4, "cpu")[1])
+
+
+def test_what_the_model_is_told():
+    """Given frames carry the noise of t = 0 and do not count; a dropped caption is the null caption with all its tokens."""
+    config = configs.load(ROOT / "configs/tiny.py", ARGS + ["--mask_ratios={'mask_quarter_head': 1.0}", "--model.class_dropout_prob=0.5"])
+    batch, calls, answers = latents(list(range(64))), [], []
+
+    class Model:
+        null_y = torch.full((16, 64), 7.0)
+
+        def __call__(self, x_t, t, y, y_mask, x_mask, **told):
+            calls.append(dict(x_t=x_t, t=t, y=y, y_mask=y_mask, x_mask=x_mask, told=told))
+            return torch.where(rearrange(x_mask, "b t -> b 1 t 1 1"), 1.0, of_given).expand(64, 32, 8, 4, 4)
+
+    batch["std"] = torch.zeros_like(batch["std"])
+    for of_given in (0.0, 5.0):                                             # its answer for given frames
+        terms, t = train.loss_of(Model(), batch, config, OURS, 0, "cpu")
+        answers.append(torch.stack(list(terms.values())))
+    assert torch.equal(*answers)
+    call = calls[0]
+    x_mask, dropped = call["x_mask"], (call["y"] == 7).all((1, 2))
+    assert torch.equal(call["t"], t) and not x_mask[:, 0].any() and x_mask[:, 2:].all()
+    assert 16 < dropped.sum() < 48 and call["y_mask"][dropped].all() and torch.equal(call["y"][~dropped], batch["y"][~dropped])
+    assert not call["y_mask"][~dropped][:, 5:].any() and call["told"].keys() == {"height", "width", "num_frames", "ar", "fps"}
+    x_t, x_0 = (rearrange(x, "b c t h w -> b t c h w") for x in (call["x_t"], batch["mean"]))
+    at = lambda name: rearrange(OURS[name][torch.where(x_mask, t[:, None], 0)].float(), "b t -> b t 1 1 1")
+    noise = (x_t - at("sqrt_alphas_cumprod") * x_0) / at("sqrt_one_minus_alphas_cumprod")
+    assert abs(noise[~x_mask].std() - 1) < 0.05 and abs(noise[x_mask].std() - 1) < 0.05
+
+
+# ---------------------------------------------------------------- whole runs
+@pytest.fixture(autouse=True)
+def end_processes():
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A config on 60 clips, started from weights without zeros, and its undisturbed run: (config, rows of its log)."""
+    folder, threads = tmp_path_factory.mktemp("world"), torch.get_num_threads()
+    torch.set_num_threads(1)                                                # as in the processes started below
+    log_every, train.LOG_EVERY = train.LOG_EVERY, 1
+    write_shapes(folder / "clips", num_clips=60)
+    args = [f"--data={folder / 'clips/meta.csv'}", f"--cache={folder / 'cache'}", f"--init={folder / 'init.safetensors'}"]
+    config = configs.load(ROOT / "configs/tiny.py", [*ARGS, *args, f"--out={folder / 'undisturbed'}"])
+    save_file(filled(config).state_dict(), folder / "init.safetensors")
+    run(config, first_gradients=folder / "gradients.pt")
+    yield config, rows(config)
+    train.LOG_EVERY = log_every
+    torch.set_num_threads(threads)
+
+
+def run(config, first_gradients=None):
+    """Trains here.  first_gradients: a file for those of the first step, whole and not yet clipped."""
+    clip = torch.nn.utils.clip_grad_norm_
+
+    def keep(parameters, max_norm):
+        whole = [p.grad.full_tensor() for p in parameters]
+        if dist.get_rank() == 0 and not first_gradients.is_file():
+            torch.save(whole, first_gradients)
+        return clip(parameters, max_norm)
+
+    torch.nn.utils.clip_grad_norm_ = keep if first_gradients else clip
+    try:
+        train.train(config)
+    finally:
+        torch.nn.utils.clip_grad_norm_ = clip
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def rows(config):
+    """The lines of log.jsonl without what a clock tells."""
+    lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name != "clips_per_s"} for line in lines]
+
+
+def weights(config):
+    return load_file(Path(config.out) / "model.safetensors")
+
+
+def start(config, *mode, torchrun=False):
+    """Trains in a process of its own, or two of them; `mode` is read by the last lines of this file."""
+    path = Path(f"{config.out}.py")
+    path.write_text(configs.dump(config))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if torchrun else []
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([sys.executable, *launcher, __file__, *map(str, mode), str(path)], env=env, capture_output=True, text=True)
+
+
+def test_the_log_tells_what_happened(world):
+    config, log = world
+    assert [row["step"] for row in log] == list(range(1, 21))
+    assert log[0]["lr"] == config.lr / 4 and log[3]["lr"] == log[9]["lr"] == config.lr
+    assert {tuple(row["bucket"])[1] for row in log} == {1, 8}
+    row = log[0]
+    assert row["loss"] == pytest.approx(row["mse"] + row["vb"]) and len(row["loss_by_t"]) == 4 and row["grad_norm"] > 0
+    assert sorted(p.name for p in Path(config.out).glob("step-*")) == ["step-0000016", "step-0000020"]
+    assert configs.load(Path(config.out) / "config.py") == config
+    model = STDiT(config.model)
+    model.load_state_dict(weights(config))
+
+
+def test_killed_and_started_again(world, tmp_path):
+    """SIGKILL in a random step, then in a save; then to the end: every line of the log as if nothing had happened."""
+    config, at = replace(world[0], out=str(tmp_path / "killed")), random.SystemRandom().randrange(9, 19)
+    done = start(config, "die-at", at)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(rows(config)) == at, f"killed in step {at}"
+    done = start(config, "die-in-save")
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert len(rows(config)) == (16 if at < 16 else 20) and (tmp_path / "killed/.saving").is_dir()
+    assert (tmp_path / "killed/latest").read_text() == ("step-0000008" if at < 16 else "step-0000016")
+    run(config)
+    assert rows(config) == world[1], f"killed in step {at}"
+    assert all(torch.equal(value, weights(world[0])[name]) for name, value in weights(config).items())
+
+
+def test_two_processes_train_as_one(world, tmp_path):
+    """First loss and gradients equal but for rounding (measured: 0 and 2e-7); within 20 steps the losses stay (8e-8), and of
+    the averaged weights Adam makes 2e-5."""
+    config = replace(world[0], out=str(tmp_path / "two"))
+    done = start(config, "gradients", tmp_path / "gradients.pt", torchrun=True)
+    assert done.returncode == 0, done.stderr
+    one, two = world[1], rows(config)
+    assert abs(two[0]["loss"] / one[0]["loss"] - 1) < 1e-6
+    pairs = list(zip(torch.load(tmp_path / "gradients.pt"), torch.load(Path(world[0].out).parent / "gradients.pt"), strict=True))
+    assert all(b.any() for _, b in pairs) and max(relative(a, b) for a, b in pairs) < 1e-5
+    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(two, one, strict=True)) < 1e-6
+    assert all(relative(value, weights(world[0])[name]) < 2e-4 for name, value in weights(config).items())
+    (tmp_path / "two/latest").write_text("step-0000016")
+    run(config)                                                             # what two began, one goes on with
+    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(rows(config), two, strict=True)) < 1e-6
+
+
+def test_resuming_names_what_changed(world, tmp_path, capsys):
+    config = replace(world[0], out=str(tmp_path / "run"))
+    shutil.copytree(world[0].out, config.out)
+    run(replace(config, steps=21, lr=5e-4))
+    said = capsys.readouterr().out
+    assert "steps 20 -> 21" in said and "lr 0.001 -> 0.0005" in said and [row["step"] for row in rows(config)] == list(range(1, 22))
+    assert rows(config)[-1]["lr"] == 5e-4
+    with pytest.raises(ValueError, match="another --out"):
+        run(replace(config, model=replace(config.model, depth=1)))
+
+
+def test_previews_change_nothing(world, tmp_path, monkeypatch):
+    generate = train.generate
+    monkeypatch.setattr(train, "generate", lambda *args, **more: generate(*args, **more | {"steps": 2}))
+    config = replace(world[0], out=str(tmp_path / "run"), steps=5, sample_every=2, prompts=("a red circle moves right",))
+    run(config)
+    assert rows(config) == world[1][:5]
+    assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
+
+
+def test_without_a_cache(world, tmp_path):
+    """The first clips have one window only; what is left is that the cache rounds to bf16."""
+    config = replace(world[0], out=str(tmp_path / "run"), steps=2, cache="", num_workers=1)
+    run(config)
+    assert [row["loss"] for row in rows(config)] == pytest.approx([row["loss"] for row in world[1][:2]], rel=0.02)
+
+
+# ---------------------------------------------------------------- errors
+def stderr_of(config, capsys, monkeypatch, *args, status=2):
+    path = Path(f"{config.out}.py")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(configs.dump(config))
+    monkeypatch.setattr(sys, "argv", ["train.py", str(path), *args])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    assert stopped.value.code == status
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arg, said", {
+    "--learning_rate=1": "there is no learning_rate",
+    "--mask_ratios={'mask_non': 1.0}": "did you mean 'mask_no'",
+    "--data=nowhere/meta.csv": "no file nowhere/meta.csv - `python data.py shapes DIR`",
+    "--buckets={'720p': {16: (1.0, 1)}}": "no clip fits any bucket",
+    "--init=nowhere": "init='nowhere' is not there",
+    "--vae=/no/such/folder": "AutoencoderKL '/no/such/folder'",
+    "--lr=1e30": "the gradient of bucket .* is not finite",
+}.items())
+def test_mistakes_are_told_in_one_line(world, tmp_path, capsys, monkeypatch, arg, said):
+    message = stderr_of(replace(world[0], out=str(tmp_path / "run")), capsys, monkeypatch, arg)
+    error = message[message.index("error: "):]
+    assert re.search(said, error), error
+    assert "Traceback" not in message and (error.count("\n") == 1 or "bucket" in said)
+
+
+def test_one_rank_says_it(world, tmp_path):
+    done = start(replace(world[0], out=str(tmp_path / "run"), data="nowhere/meta.csv"), "run", torchrun=True)
+    assert done.returncode and done.stderr.count("error: ") == 1 and "nowhere/meta.csv" in done.stderr, done.stderr
+
+
+def test_interrupted_while_saving(world, tmp_path, capsys, monkeypatch):
+    """Ctrl-C in the second checkpoint's files: the first stays, and the run goes on from it."""
+    config = replace(world[0], out=str(tmp_path / "run"))
+    writer = train.dcp.FileSystemWriter
+    write = writer.write_data
+
+    def interrupted(self, *args):
+        if (tmp_path / "run/latest").is_file():
+            raise KeyboardInterrupt
+        return write(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_data", interrupted)
+        assert "the same command goes on from step-0000008" in stderr_of(config, capsys, patch, status=130)
+    run(config)
+    assert rows(config) == world[1]
+
+
+if __name__ == "__main__":                                                  # in a process that `start` started
+    mode, *args, path = sys.argv[1:]
+    sys.argv[1:] = [path]
+    torch.set_num_threads(1)
+    train.LOG_EVERY = 1
+    loss_of, kill = train.loss_of, lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    if mode == "die-at":
+        train.loss_of = lambda *inputs: kill() if inputs[4] == int(args[0]) else loss_of(*inputs)
+    if mode == "die-in-save":
+        train.export = kill
+    if mode == "gradients":
+        run(configs.load(path), Path(args[0]))
+    else:
+        train.main()
