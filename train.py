@@ -1,0 +1,436 @@
+"""Trains the ST-DiT: `python train.py configs/tiny.py`, or `torchrun --nproc-per-node 8 train.py configs/stage1.py`.
+
+in    a config (configs/__init__.py), any field replaced by --field=value; its clips, or their cached latents
+out   <run>/config.py, log.jsonl, step-0000500/ (sharded), samples/step-0000500.png, model.safetensors (the EMA)
+
+The same command goes on from the last checkpoint; another --out starts over.  --print shows the config.
+One code path: a single process is a process group of one.  The clips of a step, their noise, t, masks and caption drops
+are functions of (seed, step, slot of the global batch), so a resumed run, or one on other GPUs, sees the same.
+
+Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672), v-prediction (2202.00512), SpeeD (2405.17403),
+ZeRO (1910.02054).
+"""
+import argparse
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from einops import rearrange, reduce
+from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+import configs
+from data import (BucketSampler, CachedClips, ClipDataset, batches, fail, name_key, read_meta, slot_generator, uniform,
+                  write_video)
+from masks import check_ratios, draw_mask
+from model import STDiT
+from sample import default_bucket, find, generate, noise_schedule
+from vae import load_text_encoder, load_vae, write_cache
+
+LOG_EVERY = 10
+
+
+# ---------------------------------------------------------------- the loss
+def diffusion_vectors(alphas_cumprod):
+    """What the loss reads at t: vectors [1000] in fp64 from abar, eqs. 4-7 of DDPM and 10 of improved DDPM."""
+    abar = alphas_cumprod.double()
+    abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
+    beta = 1 - abar / abar_prev
+    posterior_variance = beta * (1 - abar_prev) / (1 - abar)                # 0 at t = 0: its logarithm is that of t = 1
+    log_low = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()
+    return {
+        "sqrt_alphas_cumprod": abar.sqrt(), "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
+        "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(), "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
+        "posterior_mean_coef1": beta * abar_prev.sqrt() / (1 - abar),
+        "posterior_mean_coef2": (1 - abar_prev) * (1 - beta).sqrt() / (1 - abar),
+        "log_variance_low": log_low, "log_variance_span": beta.log() - log_low,     # 8e-7 at t = 999, not found in fp32
+    }
+
+
+def q_sample(vectors, x_0, t, noise):
+    """Eq. 4 of DDPM: x_t of x_0 [B C T h w] at t [B T], each frame at its own time."""
+    at = lambda name: rearrange(vectors[name][t].to(x_0), "b t -> b 1 t 1 1")
+    return at("sqrt_alphas_cumprod") * x_0 + at("sqrt_one_minus_alphas_cumprod") * noise
+
+
+def diffusion_loss(vectors, out, x_0, x_t, noise, t, x_mask, prediction="eps"):
+    """Eq. 16 of improved DDPM, L_simple + L_vlb, per clip: {"loss", "mse", "vb"} of [B]; vb in bits per value.
+
+    out [B 2C T h w]: eps or v, and the variance channels.  x_mask [B T]: only noised frames count; a clip without
+    one has loss 0.  The gradient of the bound reaches the variance channels only."""
+    answer, variance = out.float().chunk(2, dim=1)
+    at = lambda name: rearrange(vectors[name][t].to(x_0), "b -> b 1 1 1 1")
+    a, s = at("sqrt_alphas_cumprod"), at("sqrt_one_minus_alphas_cumprod")
+    target = noise if prediction == "eps" else a * noise - s * x_0
+    eps = answer if prediction == "eps" else a * answer + s * x_t
+    bits = variational_bits(at, x_0, x_t, eps.detach(), variance, t)
+    mse, vb = (mean_of_noised(error, x_mask) for error in ((answer - target) ** 2, bits))
+    return {"loss": mse + vb, "mse": mse, "vb": vb}
+
+
+def mean_of_noised(error, x_mask):
+    """[B C T h w] -> [B]: the mean over frames with x_mask [B T] True, 0 if there are none."""
+    per_frame = reduce(error, "b c t h w -> b t", "mean") * x_mask
+    return per_frame.sum(1) / x_mask.sum(1).clamp(min=1)
+
+
+def variational_bits(at, x_0, x_t, eps, variance, t):
+    """KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t)) in bits per value; at t = 0 the decoder's -log p(x_0) (DDPM 3.3)."""
+    x_0_hat = at("sqrt_recip_alphas_cumprod") * x_t - at("sqrt_recipm1_alphas_cumprod") * eps
+    posterior_mean = lambda x: at("posterior_mean_coef1") * x + at("posterior_mean_coef2") * x_t
+    more = (variance + 1) / 2 * at("log_variance_span")                 # -1..1 spans the two bounds, eq. 15 of iDDPM
+    log_var = at("log_variance_low") + more
+    mean, true_mean = posterior_mean(x_0_hat), posterior_mean(x_0)
+    kl = 0.5 * (more - 1 + (-more).exp() + (true_mean - mean) ** 2 * (-log_var).exp())
+    nll = -discretised_log_likelihood(x_0, mean, 0.5 * log_var)
+    return torch.where(rearrange(t, "b -> b 1 1 1 1") == 0, nll, kl) / math.log(2)
+
+
+def discretised_log_likelihood(x, mean, log_scale):
+    """log of the Gaussian's mass in a bin of width 2/255 around x; eq. 13 of DDPM, the normal distribution by tanh."""
+    cdf = lambda u: 0.5 * (1 + torch.tanh((2 / math.pi) ** 0.5 * (u + 0.044715 * u ** 3)))
+    inverse = torch.exp(-log_scale)
+    above, below = cdf((x - mean + 1 / 255) * inverse), cdf((x - mean - 1 / 255) * inverse)
+    mass = torch.where(x < -0.999, above, torch.where(x > 0.999, 1 - below, above - below))
+    return mass.clamp(min=1e-12).log()
+
+
+def speed_probabilities(vectors):
+    """SpeeD's distribution of t [1000] (arXiv 2405.17403, as Open-Sora 1.1 has it): 5 times more often where the noise
+    still grows by more than 1e-4 a step, t < 641."""
+    growth = torch.gradient(vectors["sqrt_one_minus_alphas_cumprod"].double())[0]
+    p = torch.tanh(1e6 * (growth - 1e-4)) + 1.5
+    return p / p.sum()
+
+
+def draw_t(config, vectors, step, slots):
+    """t [B], uniform over 0..999; with SpeeD an odd slot takes the dual of the even one before: 700 - t, or t - 700."""
+    if not config.speed:
+        return torch.from_numpy(uniform(config.seed, step, slots, name_key("t")) * 1000).long()
+    u = torch.from_numpy(uniform(config.seed, step, slots // 2, name_key("t")))
+    t = torch.searchsorted(speed_probabilities(vectors).cumsum(0).cpu(), u).clamp(max=999)          # sync
+    return torch.where(torch.as_tensor(slots) % 2 == 1, torch.where(t < 700, 700 - t, t - 700), t)
+
+
+# ---------------------------------------------------------------- one batch
+def to_latents(batch, vae, text_encoder):
+    """Adds mean, std [B C T h w] and y, y_mask to a batch of videos, as batches from the cache have them already."""
+    if "video" in batch:
+        batch["mean"], batch["std"] = vae.moments(batch.pop("video").to(vae.device))
+        batch["y"], batch["y_mask"] = text_encoder(batch.pop("text"))
+    return batch
+
+
+def loss_of(model, batch, config, vectors, step, device):
+    """Per-clip losses {"loss", "mse", "vb"} and t, all [B]; every random number is the slot's own."""
+    slots, shape = batch["slots"].numpy(), batch["mean"].shape
+    generators = [slot_generator(config.seed, step, int(slot), "noise") for slot in slots]
+    x_mask = torch.stack([draw_mask(shape[2], config.mask_ratios, g) for g in generators])
+    posterior, noise = torch.stack([torch.randn(2, *shape[1:], generator=g) for g in generators]).to(device).unbind(1)
+    t = draw_t(config, vectors, step, slots)
+    drop = torch.from_numpy(uniform(config.seed, step, slots, name_key("drop")) < config.model.class_dropout_prob)
+    told_mask = None if x_mask.all() else x_mask.to(device)                 # known on the CPU: no sync
+    x_mask, t, drop = x_mask.to(device), t.to(device), drop.to(device)
+
+    y, y_mask = batch["y"].to(device), batch["y_mask"].to(device)
+    y = torch.where(drop[:, None, None], model.null_y.to(y.dtype), y)       # the null caption: all its tokens count
+    y_mask = y_mask | drop[:, None]
+    x_0 = batch["mean"].to(device) + batch["std"].to(device) * posterior
+    x_t = q_sample(vectors, x_0, torch.where(x_mask, t[:, None], 0), noise)  # given frames are at t = 0, as upstream
+    told = {name: batch[name].to(device) for name in ("height", "width", "num_frames", "ar", "fps")}
+    out = model(x_t, t, y, y_mask, x_mask=told_mask, **told)
+    terms = diffusion_loss(vectors, out, x_0, x_t, noise, t, x_mask, config.prediction)
+    if config.speed:                                                        # 1 / (1 + SNR), on the squared error only
+        terms["loss"] = terms["mse"] * (vectors["sqrt_one_minus_alphas_cumprod"][t] ** 2).to(x_0) + terms["vb"]
+    return terms, t
+
+
+# ---------------------------------------------------------------- model, optimizer, EMA on a mesh
+def start_processes():
+    """(rank, world, device, mesh).  Without torchrun the world is one process; its collectives run all the same."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return dist.get_rank(), dist.get_world_size(), device, init_device_mesh(device.type, (dist.get_world_size(),))
+
+
+def build_model(config, mesh):
+    """The STDiT, sharded block by block over the mesh (FSDP2), fp32 weights, computing in config.dtype."""
+    with torch.device("meta"):
+        model = STDiT(config.model)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for module in (*model.blocks, model):
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+    model.to_empty(device=mesh.device_type)
+    model.init_weights(config.seed)
+    return model
+
+
+def load_weights(model, path):
+    """The weights of model.safetensors, or of a run's, into a sharded model."""
+    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"init={str(path)!r} is not there, expected a model.safetensors or a run's folder")
+    weights, own = load_file(path), model.state_dict()
+    if set(weights) != set(own) or any(weights[k].shape != own[k].shape for k in own):
+        odd = sorted(set(weights) ^ set(own)) or [k for k in own if weights[k].shape != own[k].shape]
+        raise ValueError(f"{path} does not fit this config's model: {odd[0]} and {len(odd) - 1} more differ")
+    with torch.no_grad():
+        for name, value in own.items():
+            full = weights[name].to(value.device, value.dtype)
+            if isinstance(value, DTensor):                                  # src_data_rank=None: all have read the file
+                full = distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)
+            value.copy_(full)
+
+
+class Average:
+    """Exponential moving average of the trained weights, sharded as they are."""
+
+    def __init__(self, model, decay):
+        self.decay, self.model = decay, model
+        self.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, step):
+        """The decay grows as (1 + step) / (10 + step) up to its value: the first weights do not linger."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        own = [p.to_local() for p in self.model.parameters()]
+        torch._foreach_lerp_([w.to_local() for w in self.weights.values()], own, 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchanges the model's weights and the average; twice is no change."""
+        self.model.reshard()                                                # the root keeps what it last gathered
+        for p, w in zip(self.model.parameters(), self.weights.values()):
+            kept = p.to_local().clone()
+            p.to_local().copy_(w.to_local())
+            w.to_local().copy_(kept)
+
+
+# ---------------------------------------------------------------- checkpoints
+def save(folder, step, model, optimizer, ema, rank):
+    """<run>/step-0000500/: written under another name, then renamed; `latest` names it; the one before it stays too."""
+    name, part = f"step-{step:07d}", folder / ".saving"
+    if rank == 0:
+        shutil.rmtree(part, ignore_errors=True)
+    dist.barrier()
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    try:
+        dcp.save({"model": model_state, "optimizer": optimizer_state, "ema": ema.weights}, checkpoint_id=part)
+    except CheckpointException as error:                                    # wraps what happened: a full disk, Ctrl-C
+        raise next(iter(error.failures.values()))[0] from error
+    export(folder, model, ema, rank)
+    if rank == 0:
+        shutil.rmtree(folder / name, ignore_errors=True)                    # a checkpoint that `latest` never named
+        part.replace(folder / name)
+        write_text(folder / "latest", name)
+        for old in sorted(p for p in folder.glob("step-*") if p.name < name)[:-1]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def resume(folder, config, model, optimizer, ema, say):
+    """The step to go on from: 0, or that of <run>/latest, whose state is loaded."""
+    if not (folder / "latest").is_file():
+        return 0
+    name = (folder / "latest").read_text().strip()
+    old = configs.load(folder / "config.py")
+    if old.model != config.model:
+        raise ValueError(f"{folder / name} holds {old.model}, expected {config.model} - start over with another --out")
+    changes = {f.name: (getattr(old, f.name), getattr(config, f.name)) for f in fields(config)}
+    changes = [f"{name} {before!r} -> {now!r}" for name, (before, now) in changes.items() if before != now]
+    if changes:
+        say("changed since the last start: " + ", ".join(changes))
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "ema": ema.weights}
+    dcp.load(state, checkpoint_id=folder / name)
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    return int(name.split("-")[1])
+
+
+def export(folder, model, ema, rank):
+    """<run>/model.safetensors: the EMA, whole, in fp32, as sample.py and --init read it."""
+    whole = {}
+    for name, value in (*ema.weights.items(), *model.named_buffers()):
+        value = value.full_tensor() if isinstance(value, DTensor) else value    # collective
+        if rank == 0:
+            whole[name] = value.cpu()
+    if rank == 0:
+        save_file(whole, folder / ".model.part")
+        (folder / ".model.part").replace(folder / "model.safetensors")
+
+
+def write_text(path, text):
+    path.with_name(f".{path.name}.part").write_text(text)
+    path.with_name(f".{path.name}.part").replace(path)
+
+
+# ---------------------------------------------------------------- seeing
+class Log:
+    """Averages since the last line over all ranks: loss, mse, vb, loss by quarter of t, clips/s."""
+
+    def __init__(self, folder, first, steps, rank):
+        self.file = open_log(folder / "log.jsonl", first) if rank == 0 else None
+        self.bar = tqdm(total=steps, initial=first, desc=str(folder), unit="step", disable=rank > 0)
+        self.sums, self.start = torch.zeros(12, dtype=torch.float64), time.perf_counter()
+
+    def add(self, terms, t):
+        """terms: [B] each.  A sync."""
+        loss, mse, vb = (terms[name].detach().double() for name in ("loss", "mse", "vb"))
+        quarter = torch.nn.functional.one_hot(t // 250, 4).double()         # [B 4]
+        totals = torch.stack([torch.ones_like(loss), loss, mse, vb]).sum(1)
+        self.sums += torch.cat([totals, loss @ quarter, quarter.sum(0)]).cpu()
+
+    def line(self, step, **more):
+        dist.all_reduce(self.sums)
+        count, loss, mse, vb, *by_quarter = self.sums.tolist()
+        quarters = [s / n if n else None for s, n in zip(by_quarter[:4], by_quarter[4:])]
+        now = time.perf_counter()
+        row = dict(step=step, loss=loss / count, mse=mse / count, vb=vb / count, loss_by_t=quarters,
+                   clips_per_s=count / (now - self.start), **more)
+        self.sums.zero_()
+        self.start = now
+        self.bar.update(step - self.bar.n)
+        by_t = " ".join("-" if q is None else f"{q:.3f}" for q in quarters)
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f} | by t {by_t} | {row['clips_per_s']:.0f} clips/s")
+        if self.file:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+
+def open_log(path, first):
+    """The log, to be appended to.  Lines of steps that will be taken again are cut off."""
+    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
+    return open(path, "a")
+
+
+def preview(folder, step, model, ema, vae, text_encoder, config, rank):
+    """samples/step-0000500.png: one row of frames per prompt, sampled with the EMA."""
+    num_frames, height, width = default_bucket(config.buckets)
+    ema.swap()
+    videos = generate(model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height, width=width,
+                      fps=config.fps, frame_interval=config.frame_interval, steps=50, prediction=config.prediction,
+                      cfg_scale=config.cfg_scale, seed=config.seed)
+    ema.swap()
+    if rank == 0:
+        write_video(folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))
+
+
+# ---------------------------------------------------------------- the loop
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", help="configs/tiny.py, or the config.py of a run")
+    parser.add_argument("--print", action="store_true", help="print the config and stop")
+    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
+    args, overrides = parser.parse_known_args()
+    config, rank = None, int(os.environ.get("RANK", 0))
+    try:
+        config = configs.load(args.config, overrides)
+        if args.print:
+            print(configs.dump(config), end="")
+        else:
+            train(config)
+    except (ValueError, FileNotFoundError) as error:
+        if args.debug:
+            raise
+        time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
+        sys.exit(fail(f"rank {rank}: {error}" if rank else error))
+    except KeyboardInterrupt:
+        if config and rank == 0:
+            latest = Path(config.out) / "latest"
+            where = latest.read_text() if latest.is_file() else "the start"
+            print(f"\nstopped; the same command goes on from {where}", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def train(config):
+    check_ratios(config.mask_ratios)
+    sampler = BucketSampler(read_meta(config.data), config.buckets, config.frame_interval, config.world, config.seed)
+    rank, world, device, mesh = start_processes()
+    folder = Path(config.out)
+    say = print if rank == 0 else (lambda *_: None)
+    say(sampler.table())
+    model = build_model(config, mesh)
+    if config.init and not (folder / "latest").is_file():
+        load_weights(model, config.init)
+    vae = load_vae(find(config.vae), device=device)
+    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, device=device)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+    ema = Average(model, config.ema_decay)
+    first = resume(folder, config, model, optimizer, ema, say)
+    if config.cache:
+        files = rank0_first(lambda: write_cache(config, sampler, vae, text_encoder))
+        dataset = CachedClips(sampler, files, rank, world)
+    else:
+        dataset = ClipDataset(sampler, rank, world)
+
+    vectors = {n: v.to(device) for n, v in diffusion_vectors(noise_schedule().alphas_cumprod).items()}
+    say(f"{sum(p.numel() for p in trained):,} parameters, {world} x {device.type}, {config.dtype}, "
+        f"steps {first} to {config.steps}")
+    if rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.py", configs.dump(config))
+    log = Log(folder, first, config.steps, rank)
+
+    num_workers = 0 if config.cache else config.num_workers
+    for step, batch in enumerate(batches(dataset, first, config.steps, num_workers), start=first):
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
+        terms, t = loss_of(model, to_latents(batch, vae, text_encoder), config, vectors, step, device)
+        whole = sampler.batch_size(batch["bucket"])
+        loss = terms["loss"].sum() * world / whole                          # FSDP averages over the ranks
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).full_tensor().item()      # collective, sync
+        if not math.isfinite(norm):
+            raise ValueError(f"step {step}: the gradient of bucket {tuple(batch['bucket'])} is not finite, loss on "
+                             f"rank {rank} {loss.item()}; not saved - an lr below {config.lr} or dtype fp32 may help")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(step)
+
+        done = step + 1
+        saves = done % config.save_every == 0 or done == config.steps
+        log.add(terms, t)                                                   # sync
+        if done % LOG_EVERY == 0 or saves:                                  # resumed, its lines average the same steps
+            log.line(done, grad_norm=norm, lr=group["lr"], bucket=batch["bucket"], skipped=len(dataset.unreadable))
+        if saves:
+            save(folder, done, model, optimizer, ema, rank)
+        if config.prompts and config.sample_every and done % config.sample_every == 0:
+            preview(folder, done, model, ema, vae, text_encoder, config, rank)
+
+
+def rank0_first(make):
+    """make() on rank 0, then on the others, which find what it wrote."""
+    if dist.get_rank() == 0:
+        made = make()
+    dist.barrier()
+    return made if dist.get_rank() == 0 else make()
+
+
+if __name__ == "__main__":
+    from train import main; main()
