@@ -1,14 +1,15 @@
 """From meta.csv to batches: buckets, the sampler, decoding, the cache, writing video; and the shapes world.
 
 in    meta.csv with columns path,text,num_frames,height,width,fps and the files it names (mp4, mov, webm, png, jpg ...)
-out   per step a dict: video [B 3 T H W] in -1..1, text, and height, width, num_frames, fps, ar [B] as the network is told
+out   per step a dict: video [B 3 T H W] in -1..1, text, and height, width, num_frames, fps, ar [B] as the network
+      is told; from a cache that vae.py wrote, latents and embeddings in place of video and text
 
     python data.py shapes data/shapes                 renders clips of moving shapes: *.mp4, *.png and meta.csv
     python data.py meta.csv configs/stage1.py         prints which clips train in which bucket, and why others do not
 
-A clip belongs to one bucket (resolution, frames, aspect ratio), a global batch to one too.  Which clips step n sees is a
-pure function of (seed, n); so are each clip's window and, by slot_generator, its noise, t and mask.
-Sizes and the bucket rule are those of Open-Sora 1.1 (arXiv 2412.20404).
+In an epoch a clip belongs to at most one bucket (resolution, frames, aspect ratio); a global batch is drawn from one.
+Which clips step n sees is a pure function of (seed, n); so are each clip's window and, by slot_generator, its noise,
+t and mask.  Sizes and the bucket rule are those of Open-Sora 1.1 (arXiv 2412.20404).
 """
 import argparse
 import csv
@@ -361,8 +362,9 @@ def frame_times(path: str) -> list[int]:
     with av.open(path) as container:
         if not container.streams.video:
             raise UnreadableClip(f"{path}: has no video stream")
-        expected = container.streams.video[0].frames  # 0 where the header does not tell; the last packet is empty:
-        packets = [(p.pts, p.size, p.is_discard, p.is_corrupt) for p in container.demux(video=0)][:-1]
+        expected = container.streams.video[0].frames  # 0 where the header does not tell
+        packets = [(p.pts, p.size, p.is_discard, p.is_corrupt) for p in container.demux(video=0)]
+    packets = packets[:-1]  # the last only tells the decoder to flush
     if len(packets) < expected or any(is_corrupt for *_, is_corrupt in packets):
         raise UnreadableClip(f"{path}: is cut off after {len(packets)} frames, its header says {expected or 'nothing'}")
     times = {pts for pts, size, is_discard, _ in packets if size and not is_discard}
@@ -407,11 +409,11 @@ def resize_crop(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
     if size != (H, W):
         x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return rearrange(x[:, :, top:top + height, left:left + width] / 127.5 - 1, "t c h w -> c t h w").contiguous()
+    return to_video(rearrange(x[:, :, top:top + height, left:left + width], "t c h w -> t h w c"))
 
 
 def to_video(frames):
-    """uint8 [T H W 3] -> float [3 T H W] in -1..1."""
+    """uint8, or float in 0..255, [T H W 3] -> float [3 T H W] in -1..1."""
     return rearrange(torch.as_tensor(frames).float() / 127.5 - 1, "t h w c -> c t h w").contiguous()
 
 
@@ -426,12 +428,14 @@ MAX_TRIES = 20  # clips tried for one slot before training stops
 
 
 def told(sampler: BucketSampler, bucket: Bucket, clips: list[int]) -> dict[str, torch.Tensor]:
-    """What the network is told beside the caption, [B] fp32 each.  ar is width / height, as upstream trains (its samplers
-    say the inverse); fps that of the frames taken."""
-    meta = sampler.meta
+    """What the network is told beside the caption, [B] fp32 each.
+
+    ar is width / height, as upstream trains (its samplers say the inverse); fps that of the frames taken.
+    """
+    meta, height, width = sampler.meta, bucket.height, bucket.width
     fps = [IMAGE_FPS if meta.num_frames[clip] == 1 else meta.fps[clip] / sampler.frame_interval for clip in clips]
-    same = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames, "ar": bucket.width / bucket.height}
-    return {name: torch.full((len(clips),), float(value)) for name, value in same.items()} | {
+    shared = {"height": height, "width": width, "num_frames": bucket.num_frames, "ar": width / height}
+    return {name: torch.full((len(clips),), float(value)) for name, value in shared.items()} | {
         "fps": torch.tensor(fps, dtype=torch.float32)}
 
 
@@ -470,17 +474,21 @@ class ClipDataset(torch.utils.data.Dataset):
 
 
 class CachedClips(torch.utils.data.Dataset):
-    """The batches of ClipDataset from what vae.write_cache wrote: mean and std [B C T h w], y [B L C] and y_mask [B L]
-    in place of video and text.  A clip that could not be read has no latents: another of its bucket takes its place."""
+    """The batches of ClipDataset with what vae.write_cache wrote in place of video and text.
+
+    mean, std [B C T h w] of the latents; y [B L C], y_mask [B L] of the captions.  Keeps all files in memory.
+    """
     def __init__(self, sampler: BucketSampler, files: dict, rank: int = 0, world: int = 1):
-        self.sampler, self.rank, self.world, self.unreadable = sampler, rank, world, {}
+        self.sampler, self.rank, self.world = sampler, rank, world
+        self.unreadable = {}  # stays empty: write_cache named them
         self.latents = {bucket: load_file(file) for bucket, file in files.items() if bucket != "text"}
-        self.rows = {bucket: {clip: row for row, clip in enumerate(part["clip"].tolist())} for bucket, part in self.latents.items()}
+        self.rows = {bucket: {clip: row for row, clip in enumerate(tensors["clip"].tolist())}
+                     for bucket, tensors in self.latents.items()}
         text = load_file(files["text"])
-        self.caption = text["caption"]
-        captions = text["y"].tensor_split(text["ends"][:-1])
-        self.y = torch.stack([F.pad(c, (0, 0, 0, int(text["max_length"]) - len(c))) for c in captions])   # [captions L C]
-        self.y_mask = torch.arange(self.y.shape[1]) < torch.tensor([len(c) for c in captions])[:, None]
+        self.caption = text["caption"]  # [clips]: a row of y and y_mask
+        captions, L = text["y"].tensor_split(text["ends"][:-1]), int(text["max_length"])
+        self.y = torch.stack([F.pad(tokens, (0, 0, 0, L - len(tokens))) for tokens in captions])  # [captions L C]
+        self.y_mask = torch.arange(L) < torch.tensor([len(tokens) for tokens in captions])[:, None]
 
     def __getitem__(self, step: int) -> dict:
         bucket, clips = self.sampler.batch(step)
@@ -488,12 +496,14 @@ class CachedClips(torch.utils.data.Dataset):
         clips = [self.present(step, slot, clips[slot], self.rows[bucket]) for slot in mine]
         rows = torch.tensor([self.rows[bucket][clip] for clip in clips])
         caption = self.caption[torch.tensor(clips)]
+        latents = self.latents[bucket]
         return told(self.sampler, bucket, clips) | {
-            "mean": self.latents[bucket]["mean"][rows].float(), "std": self.latents[bucket]["std"][rows].float(),
+            "mean": latents["mean"][rows].float(), "std": latents["std"][rows].float(),
             "y": self.y[caption].float(), "y_mask": self.y_mask[caption],
             "slots": torch.tensor(mine), "bucket": bucket, "skipped": {}}
 
-    def present(self, step, slot, clip, rows):
+    def present(self, step: int, slot: int, clip: int, rows: dict) -> int:
+        """The clip, or another of its bucket in place of one that has no latents, as it could not be read."""
         for attempt in range(MAX_TRIES):
             if clip in rows:
                 return clip
@@ -501,7 +511,7 @@ class CachedClips(torch.utils.data.Dataset):
         raise ValueError(f"step {step}: the cache lacks {MAX_TRIES} clips drawn one after the other, delete its files")
 
 
-def batches(dataset: ClipDataset, first: int, last: int, num_workers: int = 0):
+def batches(dataset: ClipDataset | CachedClips, first: int, last: int, num_workers: int = 0):
     """Yields dataset[first] .. dataset[last - 1], read ahead by workers; fills dataset.unreadable."""
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=num_workers,
                                          generator=torch.Generator())  # its own: the global stream stays as it was
@@ -514,9 +524,12 @@ def batches(dataset: ClipDataset, first: int, last: int, num_workers: int = 0):
 
 
 # ---- writing video ----
+
 def write_video(path, frames, fps=24):
-    """Write frames uint8 [T H W 3] as .mp4 (H.264), .gif or .png (a contact sheet, at most 8 frames a row).
-    Written beside its place and renamed, so that a file that is there is whole."""
+    """Writes frames uint8 [T H W 3] as .mp4 (H.264), .gif or .png (a contact sheet, at most 8 frames a row).
+
+    Written beside its place and renamed, so that a file that is there is whole.
+    """
     path, frames = Path(path), np.ascontiguousarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"{path}: frames must be uint8 [T H W 3] with T > 0, got {frames.dtype} {list(frames.shape)}")
@@ -528,17 +541,20 @@ def write_video(path, frames, fps=24):
         first, *rest = [Image.fromarray(f) for f in enlarge(frames)]
         first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     elif path.suffix == ".mp4":
-        _write_mp4(part, frames, fps)
+        write_mp4(part, frames, fps)
     else:
         raise ValueError(f"{path}: video is written as .mp4, .gif or .png (a contact sheet), not {path.suffix!r}")
     part.replace(path)
 
 
-def _write_mp4(path, frames, fps):
-    T, H, W, _ = frames.shape
+def write_mp4(path, frames, fps):
+    _, H, W, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")  # 4:2:0 needs even sides
+    rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w", options={"movflags": "faststart"}) as out:
-        stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "12", "preset": "fast"})
+        # without mbtree: x264's macroblock tree gives other bytes from run to run on frames of a few blocks
+        options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}
+        stream = out.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = H + H % 2, W + W % 2, "yuv420p"
         for frame in frames:
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
@@ -546,23 +562,24 @@ def _write_mp4(path, frames, fps):
 
 
 def enlarge(frames):
-    """Repeat pixels until the short side has about 128: the tiny world's frames are smaller than a thumbnail."""
+    """[T H W 3] with pixels repeated up to a short side of at most 128: the shapes world's would be a thumbnail's."""
     k = max(1, 128 // min(frames.shape[1:3]))
     return repeat(frames, "t h w c -> t (h k1) (w k2) c", k1=k, k2=k)
 
 
 def contact_sheet(frames, per_row=8):
-    """uint8 [T H W 3] -> one picture, frames in reading order with a white rule of 2 pixels between them."""
-    frames = np.pad(enlarge(frames), ((0, -len(frames) % per_row if len(frames) > per_row else 0), (0, 2), (0, 2), (0, 0)),
-                    constant_values=255)
+    """uint8 [T H W 3] -> one picture [H' W' 3], frames in reading order with a white rule of 2 pixels after each."""
+    missing = -len(frames) % per_row if len(frames) > per_row else 0  # in the last row: white
+    frames = np.pad(enlarge(frames), ((0, missing), (0, 2), (0, 2), (0, 0)), constant_values=255)
     return rearrange(frames, "(r c) h w ch -> (r h) (c w) ch", c=min(per_row, len(frames)))
 
 
 # ---- the shapes world ----
+
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
           "purple": (160, 50, 200), "cyan": (50, 210, 220)}
 SHAPES = ("circle", "square", "triangle")
-DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}          # dx, dy in pixels, y grows downwards
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (dx, dy): y grows downwards
 BACKGROUNDS = ((16, 16, 20), (105, 105, 105))
 SHAPES_FPS = 8
 
@@ -578,7 +595,7 @@ class Thing(NamedTuple):
 
 
 def held_out(color, shape, direction):
-    """True for 12 of the 72 combinations: one colour for each shape and direction.  Training never sees them, tests do."""
+    """True for 12 of the 72 combinations, a colour for each shape and direction: for tests, never in the clips."""
     return (list(COLORS).index(color) + 2 * SHAPES.index(shape) + list(DIRECTIONS).index(direction)) % 6 == 0
 
 
@@ -588,8 +605,8 @@ def extent(shape, side):
         return (side / math.pi ** 0.5,) * 4
     if shape == "square":
         return (side / 2,) * 4
-    a = 2 * side / 3 ** 0.25                                                            # equilateral: area = sqrt(3)/4 a^2
-    return a / 2, a / 2, a / 3 ** 0.5, a / 12 ** 0.5
+    edge = 2 * side / 3 ** 0.25  # equilateral: its area side^2 is sqrt(3)/4 edge^2
+    return edge / 2, edge / 2, edge / 3 ** 0.5, edge / 12 ** 0.5
 
 
 def coverage(shape, side, x, y, height, width):
@@ -599,8 +616,8 @@ def coverage(shape, side, x, y, height, width):
         outside = np.hypot(dx, dy) - side / math.pi ** 0.5
     elif shape == "square":
         outside = np.maximum(abs(dx), abs(dy)) - side / 2
-    else:                                                                               # point upwards
-        down = extent("triangle", side)[3]
+    else:  # a triangle, its point upwards
+        down = extent(shape, side)[3]
         outside = np.maximum(dy - down, (3 ** 0.5 * abs(dx) - dy) / 2 - down)
     return np.clip(0.5 - outside, 0, 1)
 
@@ -634,22 +651,24 @@ def render(things, background, num_frames, height, width):
 
 def shapes_clip(seed, index, objects=1):
     """Clip `index` of the world `seed`, a pure function: (uint8 [T H W 3], caption, list of Thing).
-    4 of 10 are stills, 4 have 8 frames, 2 have 16; a quarter is wide (32 x 48).  Held-out combinations do not occur."""
+
+    4 of 10 are stills, 4 have 8 frames, 2 have 16; a quarter is wide (32 x 48).  Held-out combinations do not occur.
+    """
     rng = np.random.default_rng((seed, index))
     num_frames = int(rng.choice((1, 8, 16), p=(0.4, 0.4, 0.2)))
     height, width = (32, 48) if rng.random() < 0.25 else (32, 32)
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     things = []
     while len(things) < objects:
-        name = rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(DIRECTIONS))
-        if not held_out(*name):
-            things.append(random_thing(rng, *map(str, name), height, width))
+        looks = rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(DIRECTIONS))
+        if not held_out(*looks):
+            things.append(random_thing(rng, *map(str, looks), height, width))
     caption = " and ".join(f"a {o.color} {o.shape}" + f" moves {o.direction}" * (num_frames > 1) for o in things)
     return render(things, background, num_frames, height, width), caption, things
 
 
 def write_shapes(folder, num_clips=2000, seed=0, objects=1):
-    """Render the world into folder/*.mp4 and *.png (stills) with folder/meta.csv, upstream's columns."""
+    """Renders the world into folder/*.mp4 and *.png (stills), and writes folder/meta.csv about them."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -663,7 +682,7 @@ def write_shapes(folder, num_clips=2000, seed=0, objects=1):
             Image.fromarray(frames[0]).save(folder / name)
         rows.append((name, caption, T, H, W, SHAPES_FPS if T > 1 else IMAGE_FPS))
     with open(folder / ".meta.csv.part", "w", newline="") as f:
-        csv.writer(f).writerows([("path", "text", "num_frames", "height", "width", "fps"), *rows])
+        csv.writer(f).writerows([COLUMNS, *rows])
     (folder / ".meta.csv.part").replace(folder / "meta.csv")
     print(f"{folder / 'meta.csv'}: {num_clips} clips")
 
@@ -671,8 +690,8 @@ def write_shapes(folder, num_clips=2000, seed=0, objects=1):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", help='"shapes", or a meta.csv')
-    parser.add_argument("where", help='the folder to render the shapes into, or the config whose buckets are to be filled')
-    parser.add_argument("--num-clips", type=int, default=2000)
+    parser.add_argument("where", help="the folder to render into, or the config whose buckets the clips are to fill")
+    parser.add_argument("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
     parser.add_argument("--objects", type=int, default=1, help="things in a clip")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
@@ -683,7 +702,8 @@ def main():
         else:
             import configs
             config = configs.load(args.where)
-            print(BucketSampler(read_meta(args.what), config.buckets, config.frame_interval, config.world, config.seed).table())
+            meta = read_meta(args.what)
+            print(BucketSampler(meta, config.buckets, config.frame_interval, config.world, config.seed).table())
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
             raise

@@ -5,7 +5,7 @@ out   z [B C T h w], h = H // 8, scaled to about unit variance; y [B L C], y_mas
 
     python vae.py clip.mp4 --vae assets/tiny/vae            encode, decode, print the PSNR (--out pair.png shows both)
     python vae.py train data/shapes/meta.csv --out DIR      fit a small AutoencoderKL on the frames of these clips
-    python vae.py text data/shapes/meta.csv --out DIR       a small random frozen T5 whose vocabulary is these captions' words
+    python vae.py text data/shapes/meta.csv --out DIR       make a small random T5 that knows these captions' words
 
 Papers: latent diffusion (arXiv 2112.10752) for the autoencoder, T5 (arXiv 1910.10683) for the text encoder.
 """
@@ -29,10 +29,11 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import UnreadableClip, fail, read_meta, read_window, resize_crop, slot_generator, to_uint8, to_video, write_video
+from data import (UnreadableClip, fail, read_meta, read_window, resize_crop, slot_generator, to_uint8, to_video,
+                  write_video)
 
-disable_progress_bar()     # of loading: one line of ours says more
-FRAMES_AT_ONCE = 16        # the decoder of sd-vae-ft-ema peaks near 1 GiB per 512 x 512 frame; small frames lose nothing
+disable_progress_bar()      # transformers' own, of loading weights
+FRAMES_AT_ONCE = 16         # the decoder of sd-vae-ft-ema peaks near 1 GiB per 512 x 512 frame; small ones lose nothing
 
 
 # ---------------------------------------------------------------- pixels <-> latents
@@ -52,9 +53,9 @@ class VAE:
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video must be [B 3 T H W], got {list(video.shape)}")
         frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.net.dtype)
-        posts = [self.net.encode(part).latent_dist for part in frames.split(FRAMES_AT_ONCE)]
+        posteriors = [self.net.encode(part).latent_dist for part in frames.split(FRAMES_AT_ONCE)]
         join = lambda parts: rearrange(torch.cat(parts).float() * self.scale, "(b t) c h w -> b c t h w", b=len(video))
-        return join([p.mean for p in posts]), join([p.std for p in posts])
+        return join([p.mean for p in posteriors]), join([p.std for p in posteriors])
 
     def encode(self, video, generator=None):
         """z [B C T h w] of video [B 3 T H W]: the posterior's mean, or a draw from it when a generator is given."""
@@ -71,19 +72,19 @@ class VAE:
 
 def load_vae(name, dtype=torch.float32, device="cpu"):
     """An AutoencoderKL by hub name ("stabilityai/sd-vae-ft-ema") or folder."""
-    return VAE(_from_pretrained(AutoencoderKL, name, torch_dtype=dtype, low_cpu_mem_usage=False).to(device))
+    return VAE(from_pretrained(AutoencoderKL, name, torch_dtype=dtype, low_cpu_mem_usage=False).to(device))
 
 
-def _from_pretrained(cls, name, **options):
+def from_pretrained(cls, name, **options):
     try:
         return cls.from_pretrained(name, **options)
-    except OSError as e:                      # what both hubs raise for a missing folder, file or connection
-        raise FileNotFoundError(f"{cls.__name__} {name!r} is neither a folder with config.json and weights nor a model that "
-                                f"the hub gave: {str(e).splitlines()[0]}") from e
+    except OSError as error:  # of diffusers and transformers, for a missing folder, file or connection
+        raise FileNotFoundError(f"{cls.__name__} {name!r} is neither a folder with config.json and weights nor a model "
+                                f"that the hub gave: {str(error).splitlines()[0]}") from error
 
 
 def psnr(a, b):
-    """Peak signal to noise ratio in dB of two tensors in -1..1."""
+    """Peak signal to noise ratio in dB of two tensors of one shape in -1..1."""
     return 10 * math.log10(4 / max(F.mse_loss(a.float(), b.float()).item(), 1e-12))
 
 
@@ -109,71 +110,74 @@ class TextEncoder:
 
 def load_text_encoder(name, max_length, dtype=torch.float32, device="cpu"):
     """A T5 encoder and tokenizer by hub name ("DeepFloyd/t5-v1_1-xxl") or folder."""
-    net = _from_pretrained(T5EncoderModel, name, dtype=dtype).to(device)
-    return TextEncoder(net, _from_pretrained(AutoTokenizer, name), max_length)
+    net = from_pretrained(T5EncoderModel, name, dtype=dtype).to(device)
+    return TextEncoder(net, from_pretrained(AutoTokenizer, name), max_length)
 
 
 def make_text_encoder(captions, folder, width=64, seed=0):
-    """A random, frozen T5 encoder of one layer and a tokenizer of whole words, written to folder in transformers' layout.
+    """Writes a random T5 encoder of one layer and a tokenizer of whole words to folder, in transformers' layout.
 
     One layer leaves a word's embedding nearly the same whatever stands beside it, so what the model learns of "red" in
     seen captions holds in unseen ones; its relative position bias still tells word order apart."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    words = ["<pad>", "</s>", "<unk>", *sorted({w for c in captions for w in c.split()} | {"and"})]
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    words = {word for caption in captions for word in caption.split()} | {"and"}  # "and": for two things in a clip
+    vocabulary = ["<pad>", "</s>", "<unk>", *sorted(words)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>",
                             unk_token="<unk>").save_pretrained(folder)
     torch.manual_seed(seed)
-    T5EncoderModel(T5Config(vocab_size=len(words), d_model=width, d_kv=16, num_heads=4, d_ff=2 * width, num_layers=1,
-                            dropout_rate=0.0)).save_pretrained(folder)
+    T5EncoderModel(T5Config(vocab_size=len(vocabulary), d_model=width, d_kv=16, num_heads=4, d_ff=2 * width,
+                            num_layers=1, dropout_rate=0.0)).save_pretrained(folder)
 
 
 # ---------------------------------------------------------------- the cache
-def fingerprint(*nets):
-    """A name for these weights: the first values of every tensor, hashed."""
+def fingerprint(net):
+    """A name for these weights: the first 64 values of every tensor, hashed."""
     sha = hashlib.sha1()
-    for net in nets:
-        for value in net.state_dict().values():
-            sha.update(value.flatten()[:64].float().cpu().numpy().tobytes())
+    for value in net.state_dict().values():
+        sha.update(value.flatten()[:64].float().cpu().numpy().tobytes())
     return sha.hexdigest()
 
 
 def write_cache(config, sampler, vae, text_encoder):
-    """Latents and embeddings of every clip of the sampler under config.cache, encoded where they are not there yet.
+    """Latents and embeddings of every clip of the sampler, in files under config.cache, encoded where one is not there.
 
-    Returns the files {"text": path, bucket: path, ...}.  Their names hold a hash of the clips and networks, so a stale one
-    is never read.  text: the embeddings y [tokens C] in bf16 of the distinct captions end to end, their ends, and caption
-    [clips], which is whose.  Of a bucket: clip [N], mean and std [N C T h w] in bf16, one window a clip."""
+    Returns {"text": path, bucket: path, ...}, for data.CachedClips.  The names hold a hash of the clips' paths, the
+    captions and the networks: after a change other files are written.  Inside: encode_captions and encode_clips."""
     if any(keep not in (0, 1) for lengths in config.buckets.values() for keep, _ in lengths.values()):
         raise ValueError("the cache holds each clip in one bucket: it needs keep probabilities of 0 or 1, or --cache=")
     meta, (_, pools) = sampler.meta, sampler.epoch(0)
     folder = Path(config.cache)
     folder.mkdir(parents=True, exist_ok=True)
-    files = {"text": folder / f"text-{name_of(meta.texts, text_encoder.max_length, fingerprint(text_encoder.net))}.safetensors"}
+    name = short_hash(meta.texts, text_encoder.max_length, fingerprint(text_encoder.net))
+    files = {"text": folder / f"text-{name}.safetensors"}
     if not files["text"].is_file():
         write_whole(files["text"], encode_captions(meta.texts, text_encoder))
     for number, clips in sorted(pools.items()):
         bucket, clips = sampler.numbered[number], np.sort(clips)
-        name = name_of([meta.paths[clip] for clip in clips], config.frame_interval, vae.scale, fingerprint(vae.net))
+        name = short_hash([meta.paths[clip] for clip in clips], config.frame_interval, vae.scale, fingerprint(vae.net))
         files[bucket] = folder / f"latents-{'-'.join(map(str, bucket))}-{name}.safetensors"
         if not files[bucket].is_file():
             write_whole(files[bucket], encode_clips(sampler, bucket, clips, vae))
     return files
 
 
-def name_of(*what):
+def short_hash(*what):
     return hashlib.sha1(repr(what).encode()).hexdigest()[:12]
 
 
 def write_whole(path, tensors):
+    """Written beside its place and renamed, so that a file that is there is whole."""
     part = path.with_suffix(".part")
     save_file(tensors, part)
     part.replace(path)
 
 
 def encode_captions(texts, text_encoder):
+    """{"y" [tokens C] in bf16, the distinct captions end to end; "ends" [captions] of each in y; "caption" [clips],
+    which of them is a clip's; "max_length", the L to pad to}."""
     captions = sorted(set(texts))
     y, y_mask = map(torch.cat, zip(*[text_encoder(captions[i:i + 64]) for i in range(0, len(captions), 64)]))
     number = {caption: i for i, caption in enumerate(captions)}
@@ -182,7 +186,8 @@ def encode_captions(texts, text_encoder):
 
 
 def encode_clips(sampler, bucket, clips, vae):
-    """{"clip" [N], "mean", "std" [N C T h w]} of the clips that can be read, the window drawn by the clip's number."""
+    """{"clip" [N], "mean", "std" [N C T h w] in bf16} of the N clips that can be read, one window of each, drawn by its
+    number."""
     kept, means, stds = [], [], []
     for clip in tqdm(clips.tolist(), desc=f"caching bucket {'-'.join(map(str, bucket))}", unit="clip", mininterval=1):
         try:
@@ -192,7 +197,9 @@ def encode_clips(sampler, bucket, clips, vae):
             print(f"skipped: {error}", file=sys.stderr)
             continue
         mean, std = vae.moments(resize_crop(frames, bucket.height, bucket.width)[None].to(vae.device))
-        kept.append(clip), means.append(mean.bfloat16().cpu()), stds.append(std.bfloat16().cpu())
+        kept.append(clip)
+        means.append(mean.bfloat16().cpu())
+        stds.append(std.bfloat16().cpu())
     if not kept:
         raise ValueError(f"none of the {len(clips)} clips of bucket {tuple(bucket)} could be read, see above")
     return {"clip": torch.tensor(kept), "mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
@@ -207,19 +214,21 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
     spread, and forgives the transformer's errors."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    net = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * len(widths), up_block_types=("UpDecoderBlock2D",) * len(widths),
-                        block_out_channels=widths, layers_per_block=1, latent_channels=channels, norm_num_groups=8,
+    net = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * len(widths),
+                        up_block_types=("UpDecoderBlock2D",) * len(widths), block_out_channels=widths,
+                        layers_per_block=1, latent_channels=channels, norm_num_groups=8,
                         sample_size=min(frames[0].shape[1:3]))
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
     share = np.array([len(f) for f in frames]) / sum(len(f) for f in frames)
+    images = lambda frames: rearrange(to_video(frames), "c n h w -> n c h w")
     bar = tqdm(range(steps), desc="fitting the VAE")
     for step in bar:
         of_one_size = frames[rng.choice(len(frames), p=share)]
-        x = to_video(of_one_size[rng.integers(len(of_one_size), size=batch)])                   # [3 N H W]
-        x = rearrange(x, "c n h w -> n c h w")
+        x = images(of_one_size[rng.integers(len(of_one_size), size=batch)])
         posterior = net.encode(x).latent_dist
-        error = F.mse_loss(net.decode(posterior.sample()).sample, x)
+        again = net.decode(posterior.sample()).sample
+        error = F.mse_loss(again, x)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad(set_to_none=True)
         (error + kl_weight * kl).backward()
@@ -227,10 +236,10 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
-            bar.set_postfix_str(f"psnr {10 * math.log10(4 / error.item()):.2f} dB, kl {kl.item():.3f}")
+            bar.set_postfix_str(f"psnr {psnr(again, x):.2f} dB, kl {kl.item():.3f}")
     with torch.no_grad():
-        stds = [net.encode(rearrange(to_video(f[:512]), "c n h w -> n c h w")).latent_dist.mean.std() for f in frames]
-    net.register_to_config(scaling_factor=1 / float(stds[0]))
+        std = net.encode(images(frames[0][:512])).latent_dist.mean.std()
+    net.register_to_config(scaling_factor=1 / float(std))
     return net
 
 
@@ -249,7 +258,8 @@ def train(args):
         raise ValueError(f"{args.path}: none of its {len(meta)} clips could be read")
     net = fit_vae([torch.cat(parts) for _, parts in sorted(by_size.items())], args.steps, args.batch, seed=args.seed)
     net.save_pretrained(args.out)
-    print(f"{args.out}: {sum(p.numel() for p in net.parameters()):,} parameters, scaling factor {net.config.scaling_factor:.3f}")
+    parameters = sum(p.numel() for p in net.parameters())
+    print(f"{args.out}: {parameters:,} parameters, scaling factor {net.config.scaling_factor:.3f}")
 
 
 def reconstruct(args):

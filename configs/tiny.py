@@ -27,5 +27,6 @@ config = Config(
     out="runs/tiny",
     save_every=250,
     sample_every=250,
-    prompts=("a red circle moves right", "a blue square moves up", "a yellow triangle moves left", "a green circle moves down"),
+    prompts=("a red circle moves right", "a blue square moves up",
+             "a yellow triangle moves left", "a green circle moves down"),
 )

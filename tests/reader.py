@@ -23,13 +23,13 @@ class Seen(NamedTuple):
 
 
 def read_clip(frames):
-    """frames uint8 [T H W 3] -> Seen.  Colour and shape by vote of the frames, direction from the first to the last place."""
+    """frames uint8 [T H W 3] -> Seen.  Colour and shape by vote of the frames, direction from first to last place."""
     looks = [read_frame(frame) for frame in frames]
     centers = np.array([center for _, _, center in looks])
     color, shape = (Counter(x for x in column if x).most_common(1) for column in list(zip(*looks))[:2])
     moved = centers[-1] - centers[0]
     direction = None
-    if np.isfinite(moved).all() and abs(moved).max() > 2:           # pixels; 8-frame clips of the renderer move 6 or more
+    if np.isfinite(moved).all() and abs(moved).max() > 2:           # pixels; rendered 8-frame clips move 6 or more
         direction = max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], moved))
     return Seen(color[0][0] if color else None, shape[0][0] if shape else None, direction, centers)
 
@@ -62,16 +62,18 @@ def nearest_shape(alpha, center):
 
 
 def prompts(count, seed=0):
-    """[(colour, shape, direction)] * count: a third from the combinations that training never sees, the rest from the others."""
+    """[(colour, shape, direction)] * count: a third of the combinations that training never sees, then the others."""
     rng = np.random.default_rng(seed)
     names = [(c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS]
     unseen, seen = [n for n in names if held_out(*n)], [n for n in names if not held_out(*n)]
-    pick = lambda pool, n: [pool[i] for i in np.concatenate([rng.permutation(len(pool)) for _ in range(-(-n // len(pool)))])[:n]]
+    def pick(pool, n):
+        rounds = -(-n // len(pool))
+        return [pool[i] for i in np.concatenate([rng.permutation(len(pool)) for _ in range(rounds)])[:n]]
     return pick(unseen, count // 3) + pick(seen, count - count // 3)
 
 
 def obey(names, videos):
-    """Per part of the prompt, the share of videos that show it; "all" of them at once, and that on unseen combinations."""
+    """Per part of the prompt, the share of videos that show it; "all" at once, and that on unseen combinations."""
     right = np.array([[getattr(seen, part) == name for part, name in zip(("color", "shape", "direction"), wanted)]
                       for wanted, seen in zip(names, map(read_clip, videos))])
     unseen = np.array([held_out(*wanted) for wanted in names])
@@ -88,8 +90,8 @@ class Judge:
         self.model, self.config = load_checkpoint(ckpt)
         self.vae = load_vae(self.config.vae)
         self.text_encoder = load_text_encoder(self.config.text_encoder, self.config.model.model_max_length)
-        self.settings = dict(height=32, width=32, fps=8, prediction=self.config.prediction, cfg_scale=self.config.cfg_scale,
-                             num_frames=8, batch_size=32) | settings
+        self.settings = dict(height=32, width=32, fps=8, num_frames=8, batch_size=32, cfg_scale=self.config.cfg_scale,
+                             prediction=self.config.prediction) | settings
         self.generate = generate
 
     def sample(self, texts, references=None):
@@ -97,15 +99,16 @@ class Judge:
 
     def prompts(self, count):
         """How many of `count` prompts the samples obey, a third of them unseen combinations; and the samples."""
-        names = prompts(count)
-        videos = self.sample([f"a {c} {s} moves {d}" if self.settings["num_frames"] > 1 else f"a {c} {s}" for c, s, d in names])
+        names, moving = prompts(count), self.settings["num_frames"] > 1
+        videos = self.sample([f"a {c} {s}" + f" moves {d}" * moving for c, s, d in names])
         return obey(names, videos), videos
 
     def going_on(self, count, given):
         """Continues `count` rendered clips from their first `given` frames.
 
-        centroid: mean distance in pixels between the object and where it is in truth, over the frames to come; still: the
-        same for one that stays where it was last seen; psnr: of the given frames against their own VAE reconstruction."""
+        centroid: mean distance in pixels between the object and where it is in truth, over the frames to come; still:
+        the same for one that stays where it was last seen; lost: share of frames without an object; direction: share
+        of clips that move as told; psnr: of the given frames against their own VAE reconstruction."""
         from data import shapes_clip, to_uint8, to_video
         clips = (shapes_clip(77, i) for i in range(10 ** 6))
         square = ((frames, text) for frames, text, _ in clips if frames.shape[:3] == (8, 32, 32))
@@ -113,10 +116,11 @@ class Judge:
         videos = self.sample(list(texts), [frames[:given] for frames in truth])
         true, seen = (np.array([read_clip(v).centers for v in clips])[:, given - 1:] for clips in (truth, videos))
         away = lambda x: np.linalg.norm(x[:, 1:] - true[:, 1:], axis=-1)
-        again = [to_uint8(self.vae.decode(self.vae.encode(to_video(f[:given])[None]))[0]).astype(float) for f in truth]
-        error = [((a - v[:given]) ** 2).mean() for a, v in zip(again, videos)]
+        again = (self.vae.decode(self.vae.encode(to_video(frames[:given])[None]))[0] for frames in truth)
+        error = [((to_uint8(a).astype(float) - v[:given]) ** 2).mean() for a, v in zip(again, videos)]
         on_way = [read_clip(v).direction == text.split()[-1] for v, text in zip(videos, texts)]
-        return {"centroid": float(np.nanmean(away(seen))), "still": float(np.nanmean(away(np.repeat(true[:, :1], 9 - given, 1)))),
+        still = np.repeat(true[:, :1], 9 - given, axis=1)
+        return {"centroid": float(np.nanmean(away(seen))), "still": float(np.nanmean(away(still))),
                 "lost": float(np.isnan(seen).any(2).mean()), "direction": float(np.mean(on_way)),
                 "psnr": float(10 * np.log10(255 ** 2 / max(max(error), 1e-9)))}, videos
 
@@ -136,7 +140,9 @@ def main():
     args = parser.parse_args()
     more = {} if args.cfg_scale is None else {"cfg_scale": args.cfg_scale}
     judge = Judge(args.ckpt, steps=args.steps, sampler=args.sampler, num_frames=args.num_frames, **more)
-    show = lambda what, scores: print(f"{what:22s}", *(f"{name} {value:.3f} " for name, value in scores.items()), flush=True)
+
+    def show(what, scores):
+        print(f"{what:22s}", *(f"{name} {value:.3f} " for name, value in scores.items()), flush=True)
     start = time.perf_counter()
     scores, videos = judge.prompts(args.prompts)
     show(f"{args.prompts} prompts", scores | {"seconds a clip": (time.perf_counter() - start) / args.prompts})

@@ -29,8 +29,8 @@ def imports(tree):
 @pytest.mark.parametrize("name", MAY_IMPORT)
 def test_imports_obey_the_graph(name):
     tree = ast.parse((ROOT / f"{name}.py").read_text())
-    body = [n for n in tree.body if not (isinstance(n, ast.FunctionDef) and n.name == "main") and not isinstance(n, ast.If)]
-    found = set(imports(ast.Module(body, [])))
+    is_main = lambda node: isinstance(node, ast.If) or (isinstance(node, ast.FunctionDef) and node.name == "main")
+    found = set(imports(ast.Module([node for node in tree.body if not is_main(node)], [])))
     assert found & OURS <= MAY_IMPORT[name]
     assert set(imports(tree)) <= OURS | PACKAGES | set(sys.stdlib_module_names)
 
@@ -56,15 +56,17 @@ def test_top_level_is_the_frame():
     assert {line.split("/")[0] for line in files.stdout.splitlines()} <= allowed
 
 
-@pytest.mark.parametrize("with_package, first", [(False, "vae"), (True, "train")], ids=["plain", "kernels-package-installed"])
+@pytest.mark.parametrize("with_package, first", [(False, "vae"), (True, "train")], ids=["plain", "package-installed"])
 def test_libraries_load_beside_kernels_py(tmp_path, with_package, first):
     """transformers looks for a package named `kernels` and reads its version; ours must not be taken for it."""
-    if with_package:                                              # a distribution of that name, as pip would leave it
+    if with_package:                                              # as pip would leave it
         info = tmp_path / "kernels-0.18.2.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
-    code = (f"import {first}; import kernels; from transformers import AutoTokenizer, T5EncoderModel, T5Config; from diffusers import AutoencoderKL, "
-            "DDPMScheduler; T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)); "
+    code = (f"import {first}; import kernels; "
+            "from transformers import AutoTokenizer, T5EncoderModel, T5Config; "
+            "from diffusers import AutoencoderKL, DDPMScheduler; "
+            "T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)); "
             "assert kernels.modulate and AutoTokenizer")
     env = {"PYTHONPATH": f"{ROOT}:{tmp_path}", "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)

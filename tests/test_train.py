@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import configs
 import train
-from data import Bucket, slot_generator, write_shapes
+from data import slot_generator, write_shapes
 from masks import RECIPE
 from model import STDiT
 from sample import noise_schedule
@@ -209,13 +209,16 @@ def test_what_the_model_is_told():
     class Model:
         null_y = torch.full((16, 64), 7.0)
 
+        def __init__(self, of_given):
+            self.of_given = of_given                                        # its answer for given frames
+
         def __call__(self, x_t, t, y, y_mask, x_mask, **told):
             calls.append(dict(x_t=x_t, t=t, y=y, y_mask=y_mask, x_mask=x_mask, told=told))
-            return torch.where(rearrange(x_mask, "b t -> b 1 t 1 1"), 1.0, of_given).expand(64, 32, 8, 4, 4)
+            return torch.where(rearrange(x_mask, "b t -> b 1 t 1 1"), 1.0, self.of_given).expand(64, 32, 8, 4, 4)
 
     batch["std"] = torch.full_like(batch["std"], 0.01)                      # as much as the noise of t = 0
-    for of_given in (0.0, 5.0):                                             # its answer for given frames
-        terms, t = train.loss_of(Model(), batch, config, OURS, 0, "cpu")
+    for of_given in (0.0, 5.0):
+        terms, t = train.loss_of(Model(of_given), batch, config, OURS, 0, "cpu")
         answers.append(torch.stack(list(terms.values())))
     assert torch.equal(*answers)
     call = calls[0]

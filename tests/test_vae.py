@@ -1,4 +1,4 @@
-"""vae.py: frames in, latents out and back, against diffusers and transformers called directly; the cache; the small ones made."""
+"""vae.py: the networks against diffusers and transformers called directly; the cache; the small networks it makes."""
 import sys
 from pathlib import Path
 
@@ -10,13 +10,19 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 import vae as vae_module
 from configs import Config
-from data import BucketSampler, CachedClips, ClipDataset, read_meta, shapes_clip, to_uint8, to_video, write_shapes, write_video
+from data import BucketSampler, CachedClips, ClipDataset, read_meta, shapes_clip, to_video, write_shapes, write_video
 from masks import RECIPE
 from model import TINY
 from vae import fit_vae, load_text_encoder, load_vae, make_text_encoder, psnr, write_cache
 
 ROOT = Path(__file__).parents[1]
 TINY_VAE, TINY_TEXT = str(ROOT / "assets/tiny/vae"), str(ROOT / "assets/tiny/text_encoder")
+
+
+def square_frames(seed, num_clips):
+    """uint8 [T 32 32 3]: the frames of those of the world's first clips that are not wide, end to end."""
+    clips = (shapes_clip(seed, i)[0] for i in range(num_clips))
+    return np.concatenate([frames for frames in clips if frames.shape[2] == 32])
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +32,7 @@ def vae():
 
 @pytest.fixture(scope="module")
 def video():
-    return to_video(np.concatenate([shapes_clip(7, i)[0] for i in range(8) if shapes_clip(7, i)[0].shape[2] == 32]))[None]
+    return to_video(square_frames(7, 8))[None]
 
 
 def test_frames_are_encoded_one_by_one_as_diffusers_does(vae, video):
@@ -55,8 +61,9 @@ def test_a_generator_draws_from_the_posterior(vae, video):
 
 
 def test_shipped_vae_reconstructs_clips_it_never_saw(vae):
-    """A viewer, and tests/reader.py, need about 30 dB.  It was fitted on H.264, whose colours are softer at edges than these."""
-    quality = [psnr(vae.decode(vae.encode(v)), v) for v in (to_video(shapes_clip(99, i)[0])[None] for i in range(30))]
+    """A viewer, and tests/reader.py, need about 30 dB.  It was fitted on H.264: colours softer at edges than these."""
+    videos = (to_video(shapes_clip(99, i)[0])[None] for i in range(30))
+    quality = [psnr(vae.decode(vae.encode(v)), v) for v in videos]
     assert np.median(quality) > 31 and min(quality) > 28
 
 
@@ -78,7 +85,8 @@ def test_wrong_shape_and_missing_folder(vae, tmp_path):
 def test_captions_are_encoded_as_transformers_does():
     captions = ["a red circle moves right", "a cyan square"]
     y, y_mask = load_text_encoder(TINY_TEXT, 16)(captions)
-    net, tokenizer = T5EncoderModel.from_pretrained(TINY_TEXT, dtype=torch.float32).eval(), AutoTokenizer.from_pretrained(TINY_TEXT)
+    net = T5EncoderModel.from_pretrained(TINY_TEXT, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(TINY_TEXT)
     assert y.shape == (2, 16, 64) and y_mask.sum(1).tolist() == [6, 4]        # words and </s>
     for row, mask, caption in zip(y, y_mask, captions):                       # padding does not reach the tokens
         with torch.no_grad():
@@ -100,19 +108,21 @@ def test_a_word_is_nearly_the_same_in_any_caption(tmp_path):
 # ---- the small VAE and the cache ----
 
 def test_fit_vae_learns(tmp_path):
-    frames = torch.from_numpy(np.concatenate([shapes_clip(0, i)[0] for i in range(40) if shapes_clip(0, i)[0].shape[2] == 32]))
+    frames = torch.from_numpy(square_frames(0, 40))
     early, late = (fit_vae([frames], steps=n, batch=16, widths=(8, 8, 8, 16)) for n in (2, 60))
     late.save_pretrained(tmp_path)
-    video, again = to_video(frames[:16])[None], load_vae(str(tmp_path))
-    assert psnr(again.decode(again.encode(video)), video) > psnr(early(video[0].transpose(0, 1)).sample, video[0].transpose(0, 1)) + 3
-    assert again.encode(video).std().item() == pytest.approx(1, abs=0.3)
+    video, loaded = to_video(frames[:16])[None], load_vae(str(tmp_path))
+    images = video[0].transpose(0, 1)                                         # [N 3 H W]
+    assert psnr(loaded.decode(loaded.encode(video)), video) > psnr(early(images).sample, images) + 3
+    assert loaded.encode(video).std().item() == pytest.approx(1, abs=0.3)
 
 
 @pytest.fixture
 def world(tmp_path):
     write_shapes(tmp_path / "clips", 24)
-    config = Config(model=TINY, vae=TINY_VAE, text_encoder=TINY_TEXT, data=str(tmp_path / "clips/meta.csv"), mask_ratios=RECIPE,
-                    buckets={"32": {1: (1.0, 2), 8: (1.0, 2), 16: (1.0, 1)}}, cache=str(tmp_path / "cache"), lr=1e-3, steps=1, out="-")
+    config = Config(model=TINY, vae=TINY_VAE, text_encoder=TINY_TEXT, data=str(tmp_path / "clips/meta.csv"),
+                    buckets={"32": {1: (1.0, 2), 8: (1.0, 2), 16: (1.0, 1)}}, cache=str(tmp_path / "cache"),
+                    mask_ratios=RECIPE, lr=1e-3, steps=1, out="-")
     return config, lambda: BucketSampler(read_meta(config.data), config.buckets)
 
 

@@ -1,4 +1,4 @@
-"""The shipped weights obey, and start from any frame given: pytest -m slow (some minutes).  The README states these figures."""
+"""The shipped weights obey, and go on from frames given: pytest -m slow (minutes).  The README states these figures."""
 import time
 
 import pytest
