@@ -144,8 +144,9 @@ def fingerprint(net):
 def write_cache(config, sampler, vae, text_encoder):
     """Latents and embeddings of every clip of the sampler, in files under config.cache, encoded where one is not there.
 
-    Returns {"text": path, bucket: path, ...}, for data.CachedClips.  The names hold a hash of the clips' paths, the
-    captions and the networks: after a change other files are written.  Inside: encode_captions and encode_clips."""
+    Returns {"text": path, bucket: path, ...}, for data.CachedClips.  The names hold a hash of the captions, the clips'
+    paths, sizes and times, and the networks: after a change other files are written.  Inside: encode_captions and
+    encode_clips."""
     if any(keep not in (0, 1) for lengths in config.buckets.values() for keep, _ in lengths.values()):
         raise ValueError("the cache holds each clip in one bucket: it needs keep probabilities of 0 or 1, or --cache=")
     meta, (_, pools) = sampler.meta, sampler.epoch(0)
@@ -157,11 +158,18 @@ def write_cache(config, sampler, vae, text_encoder):
         write_whole(files["text"], encode_captions(meta.texts, text_encoder))
     for number, clips in sorted(pools.items()):
         bucket, clips = sampler.numbered[number], np.sort(clips)
-        name = short_hash([meta.paths[clip] for clip in clips], config.frame_interval, vae.scale, fingerprint(vae.net))
+        name = short_hash([stamp(meta.paths[clip]) for clip in clips], config.frame_interval, vae.scale,
+                          fingerprint(vae.net))
         files[bucket] = folder / f"latents-{'-'.join(map(str, bucket))}-{name}.safetensors"
         if not files[bucket].is_file():
             write_whole(files[bucket], encode_clips(sampler, bucket, clips, vae))
     return files
+
+
+def stamp(path):
+    """A file's path, size and time of change; the path alone if it is not there."""
+    file = Path(path)
+    return (path, file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (path,)
 
 
 def short_hash(*what):
@@ -192,7 +200,7 @@ def encode_clips(sampler, bucket, clips, vae):
     for clip in tqdm(clips.tolist(), desc=f"caching bucket {'-'.join(map(str, bucket))}", unit="clip", mininterval=1):
         try:
             frames = read_window(sampler.meta.paths[clip], bucket.num_frames, sampler.frame_interval, None,
-                                 slot_generator(sampler.seed, 0, clip, "cached window"))
+                                 slot_generator(0, 0, clip, "cached window"))
         except UnreadableClip as error:
             print(f"skipped: {error}", file=sys.stderr)
             continue

@@ -156,6 +156,14 @@ def test_cache_is_written_once_and_never_stale(world, vae):
     assert changed["text"] == files["text"] and not set(changed.values()) - {changed["text"]} & set(files.values())
 
 
+def test_cache_notices_that_clips_were_rendered_anew(world, vae):
+    config, make = world
+    text_encoder = load_text_encoder(TINY_TEXT, 16)
+    files = write_cache(config, make(), vae, text_encoder)
+    write_shapes(Path(config.data).parent, 24, seed=1)
+    assert not set(write_cache(config, make(), vae, text_encoder).values()) & set(files.values())
+
+
 def test_unreadable_clips_are_replaced(world, vae, capfd):
     config, make = world
     sampler = make()
