@@ -20,6 +20,7 @@ class Seen(NamedTuple):
     shape: str | None
     direction: str | None
     centers: np.ndarray
+    steady: float               # share of the frames that show this colour
 
 
 def read_clip(frames):
@@ -31,7 +32,8 @@ def read_clip(frames):
     direction = None
     if np.isfinite(moved).all() and abs(moved).max() > 2:           # pixels; rendered 8-frame clips move 6 or more
         direction = max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], moved))
-    return Seen(color[0][0] if color else None, shape[0][0] if shape else None, direction, centers)
+    steady = color[0][1] / len(frames) if color else 0.0
+    return Seen(color[0][0] if color else None, shape[0][0] if shape else None, direction, centers, steady)
 
 
 def read_frame(frame):
@@ -73,23 +75,27 @@ def prompts(count, seed=0):
 
 
 def obey(names, videos):
-    """Per part of the prompt, the share of videos that show it; "all" at once, and that on unseen combinations."""
+    """Per part of the prompt, the share of videos that show it; "all" at once, and that on unseen combinations;
+    "steady", the share of frames in the colour of their video."""
+    looks = [read_clip(video) for video in videos]
     right = np.array([[getattr(seen, part) == name for part, name in zip(("color", "shape", "direction"), wanted)]
-                      for wanted, seen in zip(names, map(read_clip, videos))])
+                      for wanted, seen in zip(names, looks)])
     unseen = np.array([held_out(*wanted) for wanted in names])
     return dict(zip(("color", "shape", "direction"), right.mean(0))) | {
-        "all": right.all(1).mean(), "all, unseen": right[unseen].all(1).mean() if unseen.any() else float("nan")}
+        "all": right.all(1).mean(),
+        "all, unseen": right[unseen].all(1).mean() if unseen.any() else float("nan"),
+        "steady": np.mean([seen.steady for seen in looks])}
 
 
 class Judge:
     """A checkpoint and what it is asked to do; each method samples and returns shares or errors by name."""
 
     def __init__(self, ckpt, **settings):
-        from sample import generate, load_checkpoint
+        from sample import find, generate, load_checkpoint
         from vae import load_text_encoder, load_vae
         self.model, self.config = load_checkpoint(ckpt)
-        self.vae = load_vae(self.config.vae)
-        self.text_encoder = load_text_encoder(self.config.text_encoder, self.config.model.model_max_length)
+        self.vae = load_vae(find(self.config.vae))
+        self.text_encoder = load_text_encoder(find(self.config.text_encoder), self.config.model.model_max_length)
         self.settings = dict(height=32, width=32, fps=8, num_frames=8, batch_size=32, cfg_scale=self.config.cfg_scale,
                              prediction=self.config.prediction) | settings
         self.generate = generate
