@@ -35,7 +35,7 @@ from tqdm import tqdm
 import configs
 from data import (BucketSampler, CachedClips, ClipDataset, batches, fail, name_key, read_meta, slot_generator, uniform,
                   write_video)
-from masks import check_ratios, draw_mask
+from masks import draw_mask
 from model import STDiT
 from sample import default_bucket, find, generate, noise_schedule
 from vae import load_text_encoder, load_vae, write_cache
@@ -368,7 +368,6 @@ def main():
 
 
 def train(config):
-    check_ratios(config.mask_ratios)
     sampler = BucketSampler(read_meta(config.data), config.buckets, config.frame_interval, config.world, config.seed)
     rank, world, device, mesh = start_processes()
     folder = Path(config.out)

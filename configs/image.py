@@ -7,8 +7,7 @@ start     the weights of PixArt-alpha at 1024, whose spatial, cross-attention an
 From Open-Sora 1.1's report: start, steps, SpeeD. From its image config: buckets, lr, gradient clip, seed, workers.
 Ours: QK-norm from the start (upstream added it late in stage 1), previews.
 """
-from configs import Config
-from model import STDiTConfig
+from configs import Config, STDiTConfig
 
 config = Config(
     model=STDiTConfig(),  # XL/2 with QK-norm

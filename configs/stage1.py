@@ -8,8 +8,7 @@ start     stage 0's weights
 From Open-Sora 1.1's report: data, steps, times, masks. From its stage-1 config: buckets, interval, lr, clip, seed.
 Ours: one table for all 81,000 steps (upstream released only that of the last part), QK-norm throughout, previews.
 """
-from configs import Config
-from model import STDiTConfig
+from configs import RECIPE, Config, STDiTConfig
 
 config = Config(
     model=STDiTConfig(),  # XL/2 with QK-norm
@@ -26,12 +25,7 @@ config = Config(
     frame_interval=3,
     num_workers=8,
     world=64,
-    mask_ratios={
-        "mask_no": 0.75,
-        "mask_quarter_random": 0.025, "mask_quarter_head": 0.025, "mask_quarter_tail": 0.025,
-        "mask_image_random": 0.025, "mask_image_head": 0.025, "mask_image_tail": 0.025,
-        "mask_quarter_head_tail": 0.05, "mask_image_head_tail": 0.05,
-    },
+    mask_ratios=RECIPE,
     lr=2e-5,  # 1e-4 was too large (upstream's report); constant, no warm-up
     ema_decay=0.9999,
     steps=81_000,

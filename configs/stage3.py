@@ -6,8 +6,7 @@ steps     4,000, one day there by its report; the comment in its config says abo
 start     stage 2's weights (upstream also loaded stage 2's optimizer state)
 From Open-Sora 1.1's report: data, steps, time, masks. From its stage-3 config: buckets, interval, lr, clip, seed.
 """
-from configs import Config
-from model import STDiTConfig
+from configs import RECIPE, Config, STDiTConfig
 
 config = Config(
     model=STDiTConfig(),  # XL/2 with QK-norm
@@ -27,12 +26,7 @@ config = Config(
     frame_interval=3,
     num_workers=8,
     world=64,
-    mask_ratios={
-        "mask_no": 0.75,
-        "mask_quarter_random": 0.025, "mask_quarter_head": 0.025, "mask_quarter_tail": 0.025,
-        "mask_image_random": 0.025, "mask_image_head": 0.025, "mask_image_tail": 0.025,
-        "mask_quarter_head_tail": 0.05, "mask_image_head_tail": 0.05,
-    },
+    mask_ratios=RECIPE,
     lr=2e-5,  # constant, no warm-up
     ema_decay=0.9999,
     steps=4_000,

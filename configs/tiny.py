@@ -1,11 +1,9 @@
 """The shapes world, small enough for a laptop: the same classes and the same loop as stage 1, other numbers.
 
 data      python data.py shapes data/shapes: 2,000 clips of 1, 8 and 16 frames, 32x32 and 32x48 pixels, 6 MB
-hardware  2 CPU cores
+hardware  2 CPU cores: 9 minutes for 1,000 steps, the loss from 1.2 to 0.77; blobs of the right colour that move smoothly
 """
-from configs import Config
-from masks import RECIPE
-from model import TINY
+from configs import RECIPE, TINY, Config
 
 config = Config(
     model=TINY,

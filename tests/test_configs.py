@@ -71,7 +71,7 @@ def test_overrides():
     ("--ema_decay=1.0", "ema_decay=1.0: expected 0 or more and less than 1"),
     ("--prediction=x0", "prediction='x0': expected 'eps' or 'v'"),
     ("--dtype=fp16", "dtype='fp16': expected 'fp32' or 'bf16'"),
-    ("--mask_ratios={'mask_no': 0.5}", "expected shares that sum to 1, these sum to 0.5"),
+    ("--mask_ratios={'mask_no': 0.5}", "must sum to 1, got 0.5"),
     ("--buckets={'145p': {1: (1.0, 4)}}", "buckets: there is no resolution '145p', did you mean '144p'?"),
     ("--buckets={'144p': {1: (1.0, None)}}", r"buckets\['144p'\]\[1\] = \(1.0, None\): a bucket that keeps clips"),
     ("--buckets={'144p': {1: (0.1, 0)}}", "a bucket that keeps clips needs a batch size"),

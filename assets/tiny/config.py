@@ -1,5 +1,4 @@
-from configs import Config
-from model import STDiTConfig
+from configs import Config, STDiTConfig
 
 config = Config(
     model=STDiTConfig(depth=4,
