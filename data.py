@@ -669,6 +669,8 @@ def shapes_clip(seed, index, objects=1):
 
 def write_shapes(folder, num_clips=2000, seed=0, objects=1):
     """Renders the world into folder/*.mp4 and *.png (stills), and writes folder/meta.csv about them."""
+    if num_clips < 1 or objects < 1:
+        raise ValueError(f"--num-clips {num_clips} --objects {objects}: expected 1 or more of both")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []

@@ -528,6 +528,7 @@ def test_data_as_a_script(tmp_path, monkeypatch, capsys):
     assert run("shapes", tmp_path, "--num-clips", 40)[0] == 0
     assert "32 x 8" in "".join(run(tmp_path / "meta.csv", "configs/tiny.py")[1])
     for args, said in (((tmp_path / "none.csv", "configs/tiny.py"), "python data.py shapes"),
+                       (("shapes", tmp_path, "--objects", 0), "expected 1 or more of both"),
                        ((tmp_path / "meta.csv", "configs/tny.py"), "configs/tiny.py"),
                        ((tmp_path / "meta.csv", "configs/stage1.py"), "too small")):
         code, output = run(*args)
