@@ -1,11 +1,11 @@
-"""From meta.csv to batches: buckets, the sampler, decoding, the cache, writing video; and the shapes world.
+"""From meta.csv to batches: the index, buckets, the sampler, decoding, reading ahead; writing video; the shapes world.
 
 in    meta.csv with columns path,text,num_frames,height,width,fps and the files it names (mp4, mov, webm, png, jpg ...)
-out   per step a dict: video [B 3 T H W] in -1..1, text, and height, width, num_frames, fps, ar [B] as the network
-      is told; from a cache that vae.py wrote, latents and embeddings in place of video and text
+out   per step a dict: video uint8 [B T H W 3], text, and height, width, num_frames, fps, ar [B] as the network is told
 
-    python data.py shapes data/shapes                 renders clips of moving shapes: *.mp4, *.png and meta.csv
-    python data.py meta.csv configs/stage1.py         prints which clips train in which bucket, and why others do not
+    python data.py shapes data/shapes                      renders clips of moving shapes: *.mp4, *.png and meta.csv
+    python data.py meta.csv configs/stage1.py              prints which clips train in which bucket, and why others not
+    python data.py bench meta.csv configs/stage1.py        measures how many clips a second are read
 
 In an epoch a clip belongs to at most one bucket (resolution, frames, aspect ratio); a global batch is drawn from one.
 Which clips step n sees is a pure function of (seed, n); so are each clip's window and, by slot_generator, its noise,
@@ -14,11 +14,25 @@ t and mask.  Sizes and the bucket rule are those of Open-Sora 1.1 (arXiv 2412.20
 import argparse
 import csv
 import glob
+import hashlib
+import itertools
 import math
+import mmap
+import multiprocessing
+import os
+import shutil
+import signal
+import struct
 import sys
+import tempfile
+import threading
+import time
+import uuid
 import zlib
 from bisect import bisect_right
-from dataclasses import dataclass
+from codecs import BOM_UTF8
+from collections import deque
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -27,10 +41,11 @@ import av
 import numpy as np
 import torch
 import torch.nn.functional as F
+from av.video.reformatter import VideoReformatter
 from einops import rearrange, repeat
 from PIL import Image, ImageOps
-from safetensors.torch import load_file
 from tqdm import tqdm
+
 
 # ---- sizes: a resolution is a number of pixels and, for each aspect ratio height / width, a size of about as many ----
 
@@ -96,66 +111,208 @@ class Bucket(NamedTuple):
 # ---- meta.csv ----
 
 COLUMNS = ("path", "text", "num_frames", "height", "width", "fps")
+SCORES = ("aes", "flow", "ocr", "match")  # columns that a meta.csv may have; nan where a clip has no number
 IMAGE_FPS = 120.0  # what the network is told for an image (upstream's IMG_FPS)
+INDEX_VERSION = 1  # to be raised when the same csv is to give other rows
+INDEX_HEADER = 4096  # bytes before the rows of an index: its key and their number
+INDEX_BATCH = 512  # rows made at once: 65,536 take three times as long, their objects leave the processor's cache
 
 
-@dataclass(frozen=True)
 class Meta:
-    """The rows of meta.csv, one array per column.  An image has num_frames 1."""
-    paths: list[str]
-    texts: list[str]
-    num_frames: np.ndarray
-    height: np.ndarray
-    width: np.ndarray
-    fps: np.ndarray
+    """The rows of one or several meta.csv in their order: an index and the files' own bytes, all memory-mapped.
+
+    meta[name] is an array [N]: num_frames (1: an image), height, width, fps; key, the crc32 of the path as it stands in
+    the csv; repeated, True where an earlier row has the same path; and those of SCORES that one of the files has.
+    Forked workers share it; a pickle holds names only, and a spawned worker maps the same pages.
+    """
+    def __init__(self, files: tuple[str, ...], key: str, headers: list[list[str]], rows: np.ndarray):
+        self.files, self.key, self.headers, self.rows, self.contents = files, key, headers, rows, []
+        for file in files:
+            with open(file, "rb") as f:
+                self.contents.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.rows)
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.rows[name]
+
+    def __reduce__(self):
+        return reopen, (self.files, self.key)
+
+    def field(self, clip: int, name: str) -> str:
+        row = self.rows[clip]
+        line = self.contents[row["file"]][row["start"]:row["start"] + row["size"]].decode()
+        return dict(zip(self.headers[row["file"]], next(csv.reader([line]))))[name]
+
+    def text(self, clip: int) -> str:
+        return self.field(clip, "text")
+
+    def path(self, clip: int) -> str:
+        """Counts from the folder of its csv."""
+        return str(Path(self.files[self.rows[clip]["file"]]).parent / self.field(clip, "path"))
+
+    def where(self, clip: int) -> str:
+        """As "meta.csv row 17"; the header is row 1, as a spreadsheet counts."""
+        return f"{self.files[self.rows[clip]['file']]} row {self.rows[clip]['row']}"
 
 
-def read_meta(pattern: str) -> Meta:
-    """Reads meta.csv, or all files of a glob.  A path in it counts from the file's own folder."""
-    files = sorted(glob.glob(pattern)) or [pattern]
-    paths, texts, numbers, seen = [], [], [], {}
+def row_type(headers: list[list[str]]) -> np.dtype:
+    """A row of the index: 40 bytes, 56 with all scores.  Its csv's bytes start .. start + size are the row itself."""
+    scores = [score for score in SCORES if any(score in names for names in headers)]
+    kinds = {"start": "i8", "size": "i4", "row": "i4", "num_frames": "i4", "height": "i4", "width": "i4", "fps": "f4",
+             "key": "u4", **dict.fromkeys(scores, "f4"), "file": "u2", "repeated": "?"}
+    return np.dtype(list(kinds.items()), align=True)
+
+
+def read_meta(pattern: str | Sequence[str]) -> Meta:
+    """Opens a meta.csv, all files of a glob (sorted), or several of either; each file once.
+
+    The first time it writes an index beside the first of them, which holds until a file's size or time changes.
+    """
+    patterns = [pattern] if isinstance(pattern, str) else pattern
+    found = {os.path.abspath(file): file for one in patterns for file in sorted(glob.glob(one)) or [one]}
+    files = tuple(found.values())
     for file in files:
-        for where, row in read_rows(file):
-            path = str(Path(file).parent / row["path"])
-            if path in seen:
-                raise ValueError(f"{where}: path {row['path']!r} is also in {seen[path]}, expected each clip once")
-            seen[path] = where
-            paths.append(path)
-            texts.append(row["text"] or "")
-            numbers.append([read_number(row, column, where) for column in COLUMNS[2:]])
-    if not paths:
-        raise ValueError(f"{pattern} has no rows, expected one per clip - `python data.py shapes DIR` makes an example")
-    num_frames, height, width, fps = np.array(numbers).T
-    return Meta(paths, texts, num_frames.astype(np.int64), height.astype(np.int64), width.astype(np.int64), fps)
-
-
-def read_rows(file: str):
-    """Yields ("meta.csv row 2", {column: text}); the header is row 1, as a spreadsheet counts."""
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"no file {file} - `python data.py shapes DIR` makes one for an example set of clips")
-    with open(file, newline="", encoding="utf-8-sig") as f:
-        rows = csv.DictReader(f)
-        missing = [column for column in COLUMNS if column not in (rows.fieldnames or ())]
-        if missing:
-            raise ValueError(f"{file} lacks column {', '.join(missing)}: expected {','.join(COLUMNS)}, got "
-                             f"{','.join(rows.fieldnames or ()) or 'nothing'} - `python data.py shapes DIR` makes one")
-        yield from ((f"{file} row {number}", row) for number, row in enumerate(rows, start=2))
-
-
-def read_number(row: dict, column: str, where: str) -> float:
-    if column == "fps" and row["num_frames"] in ("1", "1.0"):
-        return IMAGE_FPS  # an image's own fps is empty or nan
+        if not Path(file).is_file():
+            raise FileNotFoundError(f"no file {file} - `python data.py shapes DIR` makes one for an example set")
+    index = Path(f"{files[0]}.{zlib.crc32(repr(list(found)).encode()):08x}.index")
+    key, elsewhere = index_key(files), Path(tempfile.gettempdir()) / index.name
+    for place in (index, elsewhere):
+        if meta := open_index(files, key, place):
+            return meta
     try:
-        value = float(row[column] or "nan")
+        return build_index(files, key, index)
+    except OSError as error:
+        print(f"{index} cannot be written, it becomes {elsewhere}: {error}", file=sys.stderr)
+        return build_index(files, key, elsewhere)
+
+
+def reopen(files: tuple[str, ...], key: str) -> Meta:
+    """The Meta that another process pickled."""
+    if index_key(files) != key:
+        raise ValueError(f"{', '.join(files)}: written to while in use, expected it as it was - start again")
+    return read_meta(files)
+
+
+def index_key(files: tuple[str, ...]) -> str:
+    """A hash of all that an index depends on."""
+    stats = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
+    return hashlib.sha256(repr((INDEX_VERSION, row_type([SCORES]), stats)).encode()).hexdigest()
+
+
+def open_index(files: tuple[str, ...], key: str, index: Path) -> Meta | None:
+    """None when there is no whole index of these files as they now are."""
+    if not index.is_file():
+        return None
+    headers = [read_header(file) for file in files]
+    dtype = row_type(headers)
+    count, rest = divmod(index.stat().st_size - INDEX_HEADER, dtype.itemsize)
+    with open(index, "rb") as f:
+        header = f.read(INDEX_HEADER).rstrip(b"\0")
+    if rest or header != f"{key} {count}".encode():
+        return None
+    return Meta(files, key, headers, np.memmap(index, dtype, "r", INDEX_HEADER, count).view(np.ndarray))
+
+
+def build_index(files: tuple[str, ...], key: str, index: Path) -> Meta:
+    """Writes under a name of its own and renames that: several processes may build, and none sees half an index."""
+    headers, size, hashes = [read_header(file) for file in files], sum(map(os.path.getsize, files)), []
+    dtype, part = row_type(headers), index.with_name(f"{index.name}.{uuid.uuid4().hex}.part")
+    try:
+        with open(part, "wb") as f, tqdm(desc=f"indexing {files[0]}", total=size, unit="B", unit_scale=True,
+                                         disable=size < 1e8) as bar:
+            f.write(bytes(INDEX_HEADER))
+            for number, (file, names) in enumerate(zip(files, headers)):
+                for rows, joined in read_rows(file, names, dtype):
+                    rows["file"] = number
+                    f.write(rows.tobytes())
+                    hashes.append(joined)
+                    bar.update(int(rows["size"].sum()))
+        if not hashes:
+            raise ValueError(f"{', '.join(files)} has no rows, expected one per clip - `python data.py shapes DIR` "
+                             "makes an example")
+        hashes = np.concatenate(hashes)
+        mark_repeated(np.memmap(part, dtype, "r+", INDEX_HEADER, len(hashes)), hashes)
+        with open(part, "r+b") as f:
+            f.write(f"{key} {len(hashes)}".encode())
+        part.replace(index)
+    finally:
+        part.unlink(missing_ok=True)
+    return open_index(files, key, index)
+
+
+def mark_repeated(rows: np.ndarray, hashes: np.ndarray):
+    """Sets "repeated" of all rows of a path but the first.  hashes int64 [N]: of the paths.
+
+    Of 12 M different paths two have the same hash with a probability of 4e-6.
+    """
+    order = np.argsort(hashes, kind="stable")
+    rows["repeated"][order[1:][hashes[order[1:]] == hashes[order[:-1]]]] = True
+
+
+def read_header(file: str) -> list[str]:
+    _, _, _, names = next(read_records(file), (0, 0, 0, []))
+    missing = [column for column in COLUMNS if column not in names]
+    if missing:
+        raise ValueError(f"{file} lacks column {', '.join(missing)}: expected {','.join(COLUMNS)}, got "
+                         f"{','.join(names) or 'nothing'} - `python data.py shapes DIR` makes one")
+    return names
+
+
+def read_records(file: str):
+    """Yields (row, offset in bytes, size in bytes, fields) of the header, row 1, and of every row that is not blank."""
+    with open(file, "rb") as f:
+        start = end = 3 * (f.read(3) == BOM_UTF8)
+        f.seek(start)
+
+        def lines():
+            nonlocal end
+            for line in f:
+                end += len(line)
+                yield line.decode()
+        row = width = 0
+        try:
+            for row, fields in enumerate(csv.reader(lines(), strict=True), start=1):  # strict: a quote has to close
+                width = width or len(fields)
+                if fields and len(fields) != width:
+                    raise ValueError(f"{file} row {row}: {len(fields)} fields, expected {width} as in the header")
+                if fields:
+                    yield row, start, end - start, fields
+                start = end
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise ValueError(f"{file} row {row + 1}: {error}, expected csv in UTF-8 - correct the row") from None
+
+
+def read_rows(file: str, names: list[str], dtype: np.dtype):
+    """Yields some rows of the index, and hashes of their paths joined with the file's folder (both [n])."""
+    folder = os.path.join(os.path.abspath(Path(file).parent), "")
+    records = itertools.islice(read_records(file), 1, None)
+    while batch := list(itertools.islice(records, INDEX_BATCH)):
+        numbers, starts, sizes, fields = zip(*batch)
+        column, rows = dict(zip(names, zip(*fields))), np.zeros(len(batch), dtype)
+        rows["row"], rows["start"], rows["size"] = numbers, starts, sizes
+        for name in ("num_frames", "height", "width", "fps"):
+            values = np.array([read_number(text) for text in column[name]])
+            if name == "fps":
+                values[rows["num_frames"] == 1] = IMAGE_FPS  # an image's own is empty or nan
+            good = (values > 0) & (values < 1e9) & ((name == "fps") | (values == np.floor(values)))
+            if not good.all():
+                bad, kind = np.argmin(good), "number" if name == "fps" else "whole number"
+                raise ValueError(f"{file} row {numbers[bad]}: {name}={column[name][bad]!r}, expected a {kind} above 0 "
+                                 "- correct or drop the row")
+            rows[name] = values
+        for name in set(SCORES) & set(dtype.names):
+            rows[name] = [read_number(text) for text in column[name]] if name in names else np.nan
+        rows["key"] = [zlib.crc32(path.encode()) for path in column["path"]]
+        yield rows, np.array([hash(path if os.path.isabs(path) else folder + path) for path in column["path"]])
+
+
+def read_number(text: str) -> float:
+    try:
+        return float(text or "nan")  # a column of empty scores would raise 12 M times
     except ValueError:
-        value = float("nan")
-    if not 0 < value < 1e9 or (column != "fps" and value % 1):
-        kind = "number" if column == "fps" else "whole number"
-        raise ValueError(f"{where}: {column}={row[column]!r}, expected a {kind} above 0 - correct or drop the row")
-    return value
+        return np.nan
 
 
 # ---- chance: every draw is a hash of what it is for, so any rank, worker or resumed run draws the same ----
@@ -186,8 +343,9 @@ def slot_generator(seed: int, step: int, slot: int, purpose: str) -> torch.Gener
 
 # ---- buckets ----
 
-REASONS = ("too small", "no bucket of its kind", "too short", "keep draw")  # why a clip is left out, least far first
-KEPT = -1
+REASONS = ("too small", "no bucket of its kind", "too short", "keep draw",  # why a clip is left out, least far first
+           "its path stands in an earlier row", "held out for validation")
+CHUNK = 1 << 18  # clips looked at together: bounds the memory for 12 million
 
 
 def bucket_list(buckets: dict) -> list[Bucket]:
@@ -202,116 +360,205 @@ def nearest_aspect(level: str, height, width) -> np.ndarray:
     return np.abs(ratios - (np.asarray(height) / np.asarray(width))[..., None]).argmin(-1)
 
 
-def assign(meta: Meta, buckets: dict, frame_interval: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """Each clip's number in bucket_list(buckets), or -1, and the index of its REASONS, or KEPT.
-
-    Open-Sora 1.1's rule: from the largest resolution down, a clip needs 0.8 of its pixels; of its frame counts only the
-    largest that the clip fills (images: 1) is tried; a clip that loses the keep draw goes on to the next resolution.
-    Ours: num_frames * frame_interval frames are enough (upstream wants one more), and the draws are hashes.
-    """
-    number = {}
-    for i, bucket in enumerate(bucket_list(buckets)):
-        number.setdefault(bucket[:2], i)
-    found = np.full(len(meta), -1)
-    reason = np.zeros(len(meta), np.int8)
-    for level in sorted(buckets, key=PIXELS.get, reverse=True):
-        rows = np.flatnonzero((found < 0) & (meta.height * meta.width >= 0.8 * PIXELS[level]))
-        is_image = meta.num_frames[rows] == 1
-        has_kind = np.where(is_image, 1 in buckets[level], max(buckets[level]) > 1)
-        length = np.zeros(len(rows), int)
-        for t in sorted(buckets[level]):  # ascending: the largest that fits stays
-            length[is_image if t == 1 else ~is_image & (meta.num_frames[rows] >= t * frame_interval)] = t
-        reason[rows] = np.maximum(reason[rows], np.where(length > 0, 3, np.where(has_kind, 2, 1)))
-        for t, (keep, _) in buckets[level].items():
-            kept = rows[length == t]
-            kept = kept[uniform(seed, epoch, kept, name_key(f"{level} {t}")) < keep]
-            found[kept] = number[level, t] + nearest_aspect(level, meta.height[kept], meta.width[kept])
-            reason[kept] = KEPT
-    return found, reason
+def stride(fps, config) -> np.ndarray:
+    """Of how many source frames one is taken: config.frame_interval, or what comes nearest to config.target_fps."""
+    if config.target_fps:
+        return np.maximum(1, np.rint(np.asarray(fps) / config.target_fps)).astype(int)
+    return np.full(np.shape(fps), config.frame_interval)
 
 
-def bucket_table(meta: Meta, buckets: dict, world: int, found: np.ndarray, reason: np.ndarray) -> str:
+def offers(rows: np.ndarray, config):
+    """Yields (resolution, length [n]) for clips, the largest resolution first, by Open-Sora 1.1's rule.
+
+    length: the most frames of a bucket there that the clip fills (an image: 1); or minus the index of the reason why
+    there is none.  A clip needs 0.8 of the resolution's pixels and num_frames * stride frames (upstream: one more)."""
+    is_image, strides = rows["num_frames"] == 1, stride(rows["fps"], config)
+    area = rows["height"].astype(np.int64) * rows["width"]
+    for level in sorted(config.buckets, key=PIXELS.get, reverse=True):
+        lengths = sorted(config.buckets[level])
+        length = np.where(np.where(is_image, 1 in lengths, lengths[-1] > 1), -2, -1)
+        for t in lengths:  # ascending: the largest that fits stays
+            length[is_image if t == 1 else ~is_image & (rows["num_frames"] >= t * strides)] = t
+        yield level, np.where(area >= 0.8 * PIXELS[level], length, 0)
+
+
+def in_use(rows: np.ndarray, config, validation: bool) -> np.ndarray:
+    """True for clips of the asked share, training or validation; a path's second row is of neither.
+
+    Which share a clip belongs to hangs on its path alone, not on its row or a seed."""
+    return ~rows["repeated"] & ((uniform(rows["key"], name_key("validation")) < config.holdout) == validation)
+
+
+def kinds(config):
+    """{(resolution, T): number of the first of its buckets}"""
+    numbers = {}
+    for i, bucket in enumerate(bucket_list(config.buckets)):
+        numbers.setdefault(bucket[:2], i)
+    return numbers
+
+
+def assign(meta, config, epoch: int, validation: bool = False) -> np.ndarray:
+    """Each clip's number in bucket_list(config.buckets), or -1: int16 [N].
+
+    A clip that loses the keep draw of a resolution's bucket goes on to the next smaller resolution."""
+    found, first_of = np.full(len(meta), -1, np.int16), kinds(config)
+    for start in range(0, len(meta), CHUNK):
+        rows, into = meta.rows[start:start + CHUNK], found[start:start + CHUNK]
+        waiting = in_use(rows, config, validation)
+        for level, length in offers(rows, config):
+            for t, (keep, _) in config.buckets[level].items():
+                clips = np.flatnonzero(waiting & (length == t))
+                clips = clips[uniform(config.seed, epoch, start + clips, name_key(f"{level} {t}")) < keep]
+                into[clips] = first_of[level, t] + nearest_aspect(level, rows["height"][clips], rows["width"][clips])
+                waiting[clips] = False
+    return found
+
+
+def reachable(meta, config) -> dict[int, np.ndarray]:
+    """Bucket number -> ids of all clips that it can get in some epoch, ascending."""
+    clips_of, first_of = {}, kinds(config)
+    for start in range(0, len(meta), CHUNK):
+        rows = meta.rows[start:start + CHUNK]
+        waiting = in_use(rows, config, False)
+        for level, length in offers(rows, config):
+            for t, (keep, _) in config.buckets[level].items():
+                clips = np.flatnonzero(waiting & (length == t) & (keep > 0))
+                numbers = first_of[level, t] + nearest_aspect(level, rows["height"][clips], rows["width"][clips])
+                for number in np.unique(numbers):
+                    clips_of.setdefault(int(number), []).append(start + clips[numbers == number].astype(np.int32))
+                waiting[clips] = keep < 1
+    return {number: np.concatenate(parts) for number, parts in sorted(clips_of.items())}
+
+
+def left_out(meta, config, found: np.ndarray, validation: bool):
+    """Yields (reason, how many clips, the first of them) of the clips that `assign` gave no bucket."""
+    count, first = np.zeros(len(REASONS), int), np.full(len(REASONS), -1)
+    for start in range(0, len(meta), CHUNK):
+        rows = meta.rows[start:start + CHUNK]
+        reason = np.max([np.where(length > 0, 3, -length) for _, length in offers(rows, config)], axis=0)
+        reason[~in_use(rows, config, validation)] = 5
+        reason[rows["repeated"]] = 4
+        for i in np.unique(reason[found[start:start + CHUNK] < 0]):
+            clips = start + np.flatnonzero((reason == i) & (found[start:start + CHUNK] < 0))
+            count[i], first[i] = count[i] + len(clips), clips[0] if first[i] < 0 else first[i]
+    names = REASONS[:5] + (("not held out",) if validation else REASONS[5:])
+    yield from ((name, n, clip) for name, n, clip in zip(names, count, first) if n)
+
+
+def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> str:
     """What `assign` made of the clips: a line per resolution and length, then what is left out, and why."""
-    rows, starved, numbered = {}, 0, bucket_list(buckets)
+    kind, numbered = {}, bucket_list(config.buckets)
+    starved = 0
     for number, clips in zip(*np.unique(found[found >= 0], return_counts=True)):
-        size = buckets[numbered[number].resolution][numbered[number].num_frames][1] * world
-        row = rows.setdefault(numbered[number][:2], np.zeros(4, int))
-        row += 1, clips, clips // size, clips % size
+        bucket = numbered[number]
+        size = config.buckets[bucket.resolution][bucket.num_frames][1] * config.world
+        tokens, flop = config.cost(bucket)
+        row = kind.setdefault(bucket[:2], np.zeros(6))
+        row += 1, clips, clips // size, clips % size, clips * tokens, clips // size * size * flop
         starved += clips < size
-    lines = ["      bucket  aspects    clips  clips/GPU  batches  left over"]
-    for (level, t), (aspects, clips, count, rest) in rows.items():
-        lines.append(f"{level:>6} x {t:<3} {aspects:8} {clips:8} {buckets[level][t][1]:10} {count:8} {rest:10}")
-    lines.append(f"{(found >= 0).sum()} of {len(meta)} clips are in a bucket; batch = clips/GPU * {world} of an aspect")
+    total = sum(row[5] for row in kind.values()) or 1
+    lines = ["      bucket  aspects      clips  clips/GPU   batches  left over  tokens/GPU  compute"]
+    for (level, t), (aspects, clips, batches, rest, tokens, flop) in kind.items():
+        size = config.buckets[level][t][1]
+        lines.append(f"{level:>6} x {t:<3} {aspects:8.0f} {clips:10.0f} {size:10} {batches:9.0f} {rest:10.0f} "
+                     f"{tokens / clips * size:11,.0f} {flop / total:8.1%}")
+    lines.append(f"{(found >= 0).sum()} of {len(meta)} clips are in a bucket; a batch is clips/GPU * {config.world} "
+                 "clips of one aspect, clips left over come first in the next epoch")
     if starved:
-        lines.append(f"{starved} aspects have fewer clips than one batch: these clips are never trained on")
-    for i, name in enumerate(REASONS):
-        dropped = np.flatnonzero(reason == i)
-        if len(dropped):
-            first = dropped[0]
-            lines.append(f"{len(dropped)} left out: {name}, as {meta.paths[first]} ({meta.num_frames[first]} frames, "
-                         f"{meta.height[first]}x{meta.width[first]})")
+        lines.append(f"{starved} aspects have fewer clips than one batch: these train only if later epochs draw more")
+    for name, n, clip in left_out(meta, config, found, validation):
+        row = meta.rows[clip]
+        lines.append(f"{n} left out: {name}, as {meta.path(clip)} ({row['num_frames']} frames, "
+                     f"{row['height']}x{row['width']}, {row['fps']:g} fps)")
     return "\n".join(lines)
 
 
+# ---- the sampler ----
+
+MAX_TRIES = 20  # clips tried for one slot before training stops
+
+
+class Plan(NamedTuple):
+    """What one rank reads for one step."""
+    step: int
+    bucket: Bucket
+    slots: list[int]    # places in the global batch
+    clips: np.ndarray   # int [slots MAX_TRIES]: each slot's clip, then those that take its place if it cannot be read
+
+
+class Epoch(NamedTuple):
+    number: int
+    clips: np.ndarray   # int32, ordered by bucket, in a bucket at random
+    starts: np.ndarray  # [batches]: where in clips a batch starts
+    buckets: np.ndarray  # [batches]: its bucket's number
+    pools: dict         # bucket number -> slice of clips
+
+
 class BucketSampler:
-    """Which clips step n trains on: a pure function of (seed, n), whatever the ranks, workers or restarts.
+    """Which clips step n trains on: a pure function of (config.seed, n), whatever the ranks, workers or restarts.
 
-    An epoch is all full global batches (clips per GPU * world) of all buckets, shuffled; no clip is in it twice.
+    An epoch is all full global batches (clips per GPU * config.world) of all buckets, shuffled; no clip is in it twice.
+    Clips that a bucket has left over come first in the same bucket of the next epoch.
     """
-    def __init__(self, meta: Meta, buckets: dict, frame_interval: int = 1, world: int = 1, seed: int = 0):
-        self.meta, self.buckets, self.frame_interval, self.world, self.seed = meta, buckets, frame_interval, world, seed
-        self.numbered = bucket_list(buckets)
-        self.starts = [0]  # first step of each epoch so far; epochs differ in length, their keep draws differ
-        self.cached = None, None
-        self.epoch(0)  # fails now rather than in a worker
+    def __init__(self, meta, config, validation: bool = False):
+        self.meta, self.config, self.validation = meta, config, validation
+        self.numbered = bucket_list(config.buckets)
+        self.starts = [0]  # the first step of each epoch so far: they differ in length, as their keep draws do
+        self.left_over = [(np.zeros(0, int), np.zeros(0, int))]  # and what it inherits: clips, their buckets' numbers
+        self.current = None
+        self.epoch(0)  # fails now rather than in training
 
-    def table(self, epoch: int = 0) -> str:
-        found, reason = assign(self.meta, self.buckets, self.frame_interval, self.seed, epoch)
-        return bucket_table(self.meta, self.buckets, self.world, found, reason)
+    def table(self) -> str:
+        """Of epoch 0."""
+        found = assign(self.meta, self.config, 0, self.validation)
+        return bucket_table(self.meta, self.config, found, self.validation)
 
-    def epoch(self, epoch: int) -> tuple[list[tuple[int, np.ndarray]], dict[int, np.ndarray]]:
-        """Its batches [(bucket number, clip ids)], and all clip ids of each bucket."""
-        if self.cached[0] == epoch:
-            return self.cached[1]
-        found, _ = assign(self.meta, self.buckets, self.frame_interval, self.seed, epoch)
-        order = np.lexsort((mix(self.seed, epoch, np.arange(len(found)), name_key("clips")), found))
-        order = order[found[order] >= 0]  # by bucket, shuffled within each
-        parts = np.split(order, np.flatnonzero(np.diff(found[order])) + 1)
-        pools = {int(found[ids[0]]): ids for ids in parts if len(ids)}
-        batches = []
-        for number, ids in pools.items():
-            size = self.batch_size(self.numbered[number])
-            batches += [(number, ids[i:i + size]) for i in range(0, len(ids) - size + 1, size)]
-        if not batches:
+    def epoch(self, number: int) -> Epoch:
+        for i in (*range(len(self.starts) - 1, number), number):
+            if self.current is None or self.current.number != i:
+                self.current = self.make_epoch(i)
+        return self.current
+
+    def make_epoch(self, number: int) -> Epoch:
+        found = assign(self.meta, self.config, number, self.validation)
+        inherited, their_buckets = self.left_over[number]
+        found[inherited] = their_buckets
+        clips = np.flatnonzero(found >= 0).astype(np.int32)
+        order = mix(self.config.seed, number, clips, name_key("clips")) >> 16
+        order[np.isin(clips, inherited)] = 0
+        clips = clips[np.argsort(order | found[clips].astype(np.uint64) << 48)]  # by bucket, then at random
+
+        ends = np.flatnonzero(np.diff(found[clips], append=-1)) + 1
+        starts, buckets, rest, pools = [inherited[:0]], [inherited[:0]], [inherited[:0]], {}
+        for start, end in zip([0, *ends[:-1]], ends):
+            pools[bucket := int(found[clips[start]])] = slice(start, end)
+            first = np.arange(start, end - (size := self.batch_size(self.numbered[bucket])) + 1, size)
+            starts.append(first)
+            buckets.append(np.full(len(first), bucket))
+            rest.append(clips[start + len(first) * size:end])
+        if number == 0 and not sum(map(len, starts)):
             why = "no bucket has the clips of one batch" if pools else "no clip fits any bucket"
-            raise ValueError(f"{why} (epoch {epoch}):\n{self.table(epoch)}")
-        shuffled = np.argsort(mix(self.seed, epoch, np.arange(len(batches)), name_key("batches")))
-        self.cached = epoch, ([batches[i] for i in shuffled], pools)
-        return self.cached[1]
+            raise ValueError(f"{why}:\n{self.table()}")
+        starts, buckets, rest = map(np.concatenate, (starts, buckets, rest))
+        if len(self.starts) == number + 1:
+            self.starts.append(self.starts[-1] + len(starts))
+            self.left_over.append((rest, found[rest]))
+        shuffled = np.argsort(mix(self.config.seed, number, np.arange(len(starts)), name_key("batches")))
+        return Epoch(number, clips, starts[shuffled], buckets[shuffled], pools)
 
     def batch_size(self, bucket: Bucket) -> int:
         """Clips of a global batch."""
-        return self.buckets[bucket.resolution][bucket.num_frames][1] * self.world
+        return self.config.buckets[bucket.resolution][bucket.num_frames][1] * self.config.world
 
-    def locate(self, step: int) -> tuple[int, int]:
-        """(epoch, batch within it) of a step."""
+    def plan(self, step: int, rank: int = 0, world: int = 1) -> Plan:
         while step >= self.starts[-1]:
-            self.starts.append(self.starts[-1] + len(self.epoch(len(self.starts) - 1)[0]))
-        epoch = bisect_right(self.starts, step) - 1
-        return epoch, step - self.starts[epoch]
-
-    def batch(self, step: int) -> tuple[Bucket, list[int]]:
-        """The bucket and the clip ids of step's global batch; a clip's place in the list is its slot."""
-        epoch, i = self.locate(step)
-        number, ids = self.epoch(epoch)[0][i]
-        return self.numbered[number], ids.tolist()
-
-    def stand_in(self, step: int, slot: int, attempt: int) -> int:
-        """Another clip of the step's bucket, for a slot whose clip cannot be read."""
-        epoch, i = self.locate(step)
-        batches, pools = self.epoch(epoch)
-        ids = pools[batches[i][0]]
-        return int(ids[mix(self.seed, step, slot, attempt, name_key("stand-in"))[0] % len(ids)])
+            self.epoch(len(self.starts) - 1)
+        number = bisect_right(self.starts, step) - 1
+        epoch, i = self.epoch(number), step - self.starts[number]
+        bucket, pool = self.numbered[epoch.buckets[i]], epoch.clips[epoch.pools[int(epoch.buckets[i])]]
+        mine = np.array(slots(self.batch_size(bucket), rank, world))
+        others = mix(self.config.seed, step, mine[:, None], np.arange(1, MAX_TRIES), name_key("stand-in")) % len(pool)
+        return Plan(step, bucket, mine.tolist(), np.column_stack([epoch.clips[epoch.starts[i] + mine], pool[others]]))
 
 
 def slots(batch_size: int, rank: int, world: int) -> range:
@@ -324,97 +571,132 @@ def slots(batch_size: int, rank: int, world: int) -> range:
 # ---- reading ----
 
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+SKIPPING = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4")  # decoders that leave out one frame and no other
+MAX_PIXELS = 2 ** 26  # of a frame, twice 8K: more is a damaged header, and would take all memory
 
 
 class UnreadableClip(ValueError):
     """The message says which file, why, and how many frames there were."""
 
 
-def read_window(path: str, num_frames: int | None = None, frame_interval: int = 1, start: int | None = 0,
-                generator: torch.Generator | None = None) -> torch.Tensor:
-    """uint8 [T H W 3]: every frame_interval-th frame from `start` in order of presentation, as displayed.
+def read_window(path: str, num_frames: int | None = None, stride: int = 1, start: int | None = None,
+                generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
+    """(uint8 [T H W 3] as displayed, number of frames decoded): moments start, start + stride, ... of `even_grid`.
 
-    start None = drawn with generator; num_frames None = to the end.  Decodes from the key frame before the window only.
+    start None = drawn with generator, or the middle without; num_frames None = as many as there are.
     """
     if not Path(path).is_file():
         raise UnreadableClip(f"{path}: no such file")
+    if path.lower().endswith(IMAGES):
+        choose(path, [0], num_frames, stride, start, generator)
+        return torch.from_numpy(read_image(path))[None], 1
+    packets, limit = [], {"max_pixels": str(MAX_PIXELS)}
+    try:  # skip_frame: opening would decode a frame, to learn what decoding tells anyway
+        with av.open(path, options=limit | {"skip_frame": "all"}, metadata_errors="ignore") as container:
+            stream = container.streams.best("video")
+            if stream is None or stream.codec_context is None:
+                raise UnreadableClip(f"{path}: has no video stream of a known codec")
+            stream.codec_context.options, stream.codec_context.thread_count = limit, 1  # workers are the parallelism
+            packets += (packet for packet in container.demux(stream) if packet.size)
+            wanted = choose(path, frame_times(path, stream, packets), num_frames, stride, start, generator)
+            return decode(path, stream, packets, wanted)
+    except (av.FFmpegError, OSError) as error:
+        raise UnreadableClip(f"{path}: {error.strerror}, {len(packets)} frames found") from error
+
+
+def read_image(path: str) -> np.ndarray:
+    """[H W 3], turned as its EXIF entry says.  The errors caught are those that fuzzing saw."""
     try:
-        if path.lower().endswith(IMAGES):
-            times, wanted = [0], [0][:num_frames]
-            frames = [np.asarray(ImageOps.exif_transpose(Image.open(path)).convert("RGB"))]
-        else:
-            times = frame_times(path)
-            span = 1 if num_frames is None else (num_frames - 1) * frame_interval + 1
-            if start is None:
-                start = int(torch.randint(max(1, len(times) - span + 1), (), generator=generator))
-            wanted = times[start:][::frame_interval][:num_frames]
-            frames = decode(path, wanted) if wanted and len(wanted) == (num_frames or len(wanted)) else []
-    except (av.FFmpegError, OSError, SyntaxError) as error:  # PIL reports a broken png as SyntaxError
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at white, not scale them
+                image = image.point(lambda level: level / 256, "L")
+            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
         raise UnreadableClip(f"{path}: {error}") from error
-    if not frames or len(frames) != (num_frames or len(wanted)):
-        raise UnreadableClip(f"{path}: has {len(times)} frames and {len(frames)} could be read, expected "
-                             f"{num_frames or 'one or more'} at interval {frame_interval} from frame {start}")
-    return torch.from_numpy(np.stack(frames))
 
 
-def frame_times(path: str) -> list[int]:
-    """When each frame is shown, sorted, in the stream's time base.  Reads the file's packets, decodes nothing."""
-    with av.open(path) as container:
-        if not container.streams.video:
-            raise UnreadableClip(f"{path}: has no video stream")
-        expected = container.streams.video[0].frames  # 0 where the header does not tell
-        packets = [(p.pts, p.size, p.is_discard, p.is_corrupt) for p in container.demux(video=0)]
-    packets = packets[:-1]  # the last only tells the decoder to flush
-    if len(packets) < expected or any(is_corrupt for *_, is_corrupt in packets):
-        raise UnreadableClip(f"{path}: is cut off after {len(packets)} frames, its header says {expected or 'nothing'}")
-    times = {pts for pts, size, is_discard, _ in packets if size and not is_discard}
-    if None in times:
-        raise UnreadableClip(f"{path}: has frames without a time, `ffmpeg -fflags +genpts -c copy` gives them one")
-    return sorted(times)
+def frame_times(path: str, stream: av.VideoStream, packets: list[av.Packet]) -> list[int]:
+    """When each frame is shown, ascending, in the stream's time base."""
+    expected = len(stream.index_entries) if "mp4" in stream.container.format.name else 0  # what its edit list leaves
+    if len(packets) < expected or any(packet.is_corrupt for packet in packets):
+        raise UnreadableClip(f"{path}: is cut off or holed, has {len(packets)} of {expected or '?'} frames")
+    if any(packet.pts is None for packet in packets):
+        raise UnreadableClip(f"{path}: of {len(packets)} frames some have no time, `ffmpeg -fflags +genpts` gives it")
+    return sorted({packet.pts for packet in packets if not packet.is_discard})
 
 
-def decode(path: str, wanted: list[int]) -> list[np.ndarray]:
-    """The frames [H W 3] shown at the times `wanted`, which ascend; fewer where the file ends early."""
-    for seek in (True, False):  # again without, where the seek ends behind the first frame (.ts files)
-        frames = []
-        with av.open(path) as container:
-            stream = container.streams.video[0]
-            if seek:
-                container.seek(wanted[0], stream=stream)
-            for frame in container.decode(stream):
-                if frame.is_corrupt or frame.pts is None:
-                    raise UnreadableClip(f"{path}: the frame at {frame.time} s is damaged")
-                if frame.pts in wanted:
-                    frames.append(to_rgb(frame, stream.sample_aspect_ratio))
-                if frame.pts >= wanted[-1]:
-                    break
-        if len(frames) == len(wanted):
-            break
-    return frames
+def choose(path: str, times: list[int], num_frames, stride, start, generator) -> list[int]:
+    """The times of the window's frames, ascending."""
+    num_frames = num_frames or max(1, math.ceil((len(times) - (start or 0)) / stride))
+    starts = max(1, len(times) - (num_frames - 1) * stride)  # where a window can begin
+    if start is None:
+        start = (starts - 1) // 2 if generator is None else int(torch.randint(starts, (), generator=generator))
+    if start + (num_frames - 1) * stride >= len(times):
+        raise UnreadableClip(f"{path}: has {len(times)} frames, expected {num_frames} at stride {stride} from {start}")
+    return [times[i] for i in even_grid(np.array(times))[start::stride][:num_frames]]
 
 
-def to_rgb(frame: av.VideoFrame, pixel_aspect) -> np.ndarray:
+def even_grid(times: np.ndarray) -> np.ndarray:
+    """Of n frames the nearest in time to each of n moments, spread evenly from the first to the last: int [n].
+
+    A constant rate gives each frame once, also where up to three are missing, mostly at the end of a stream copy: a
+    grid that spread this gap over the clip would leave out frames elsewhere, and show the last one twice.
+    """
+    n, since, gaps = len(times), times[1:] - times[0], np.diff(times)
+    ticks = np.rint(gaps / np.median(gaps)).cumsum() if n > 1 else np.ones(1)  # of a constant rate, if it is one
+    interval = (times[-1] - times[0]) / ticks[-1]
+    if ticks[-1] <= n + 2 and (np.abs(since - ticks * interval) <= interval / 2).all():
+        return np.arange(n)
+    return np.searchsorted(since - gaps / 2, np.linspace(0, since[-1], n))
+
+
+def decode(path: str, stream: av.VideoStream, packets: list[av.Packet], wanted: list[int]):
+    """(uint8 [T H W 3] as shown at the times `wanted`, which ascend; number of frames the decoder gave to get them)."""
+    context, reformatter, shown = stream.codec_context, VideoReformatter(), set(wanted)
+    last = max(i for i, packet in enumerate(packets) if packet.pts in shown)
+    key = max((i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= wanted[0]), default=0)
+    for first, skip in ((key, context.name in SKIPPING), (0, False)):  # again in full, as `key` may need those before
+        context.flush_buffers()
+        frames, given = {}, []
+        for packet in [*packets[first:last + 1], None]:  # None: give what is held back
+            if packet:
+                context.skip_frame = "NONREF" if skip and packet.pts not in shown else "DEFAULT"
+            for frame in context.decode(packet):
+                given.append(None if frame.is_corrupt else frame.pts)
+                if given[-1] in shown:
+                    frames[frame.pts] = to_rgb(path, frame, stream, reformatter)
+        whole = None not in given and given == sorted(given) and len(frames) == len(shown)
+        if whole and len({frame.shape for frame in frames.values()}) == 1:
+            return torch.from_numpy(np.stack([frames[time] for time in wanted])), len(given)
+    raise UnreadableClip(f"{path}: has damaged frames, an order that is not that of their times, or several sizes: "
+                         f"of {len(packets)} frames {len(given)} were decoded, {given.count(None)} of them damaged")
+
+
+def to_rgb(path: str, frame: av.VideoFrame, stream: av.VideoStream, reformatter: VideoReformatter) -> np.ndarray:
     """[H W 3] as displayed: pixels made square, then turned."""
-    width = round(frame.width * (pixel_aspect or 1))
-    rgb = frame.to_ndarray(format="rgb24", width=width, height=frame.height)
-    return np.ascontiguousarray(np.rot90(rgb, k=round(frame.rotation / 90)))  # both counter-clockwise
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+    width = round(frame.width * aspect)
+    if not 0 < width * frame.height <= MAX_PIXELS:
+        raise UnreadableClip(f"{path}: its pixels are {aspect} times as wide as high")
+    rgb = reformatter.reformat(frame, width, frame.height, "rgb24", threads=1).to_ndarray()
+    return np.rot90(rgb, k=round(frame.rotation / 90))  # both counter-clockwise
 
 
 def resize_crop(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """uint8 [T H W 3] -> float [3 T height width] in [-1, 1]: shrunk or grown until it covers, the middle cut out."""
+    """uint8 [T H W 3] -> uint8 [T height width 3]: shrunk or grown until it covers, the middle cut out."""
     _, H, W, _ = video.shape
     scale = max(height / H, width / W)
     size = max(height, round(H * scale)), max(width, round(W * scale))
-    x = rearrange(video, "t h w c -> t c h w").float()
-    if size != (H, W):
-        x = F.interpolate(x, size, mode="bilinear", antialias=True, align_corners=False)
+    if size != (H, W):  # in uint8: a seventeenth of float's time, at most one level off
+        x = F.interpolate(rearrange(video, "t h w c -> t c h w"), size, mode="bilinear", antialias=True)
+        video = rearrange(x, "t c h w -> t h w c")
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    return to_video(rearrange(x[:, :, top:top + height, left:left + width], "t c h w -> t h w c"))
+    return video[:, top:top + height, left:left + width].contiguous()
 
 
 def to_video(frames):
-    """uint8, or float in 0..255, [T H W 3] -> float [3 T H W] in -1..1."""
-    return rearrange(torch.as_tensor(frames).float() / 127.5 - 1, "t h w c -> c t h w").contiguous()
+    """uint8, or float in 0..255, [... T H W 3] -> float [... 3 T H W] in -1..1."""
+    return rearrange(torch.as_tensor(frames).float() / 127.5 - 1, "... t h w c -> ... c t h w").contiguous()
 
 
 def to_uint8(video):
@@ -424,109 +706,230 @@ def to_uint8(video):
 
 # ---- batches ----
 
-MAX_TRIES = 20  # clips tried for one slot before training stops
+class Fault(NamedTuple):
+    """A clip that could not be read: a line of bad_clips.csv."""
+    step: int
+    slot: int
+    attempt: int  # 0 the slot's own clip, then its stand-ins
+    path: str
+    reason: str
 
 
-def told(sampler: BucketSampler, bucket: Bucket, clips: list[int]) -> dict[str, torch.Tensor]:
+class ClipDataset:
+    """Reads clips from their files; vae.CachedClips does the same from a cache.
+
+    Windows are drawn anew at each use; or config.windows of them are fixed for each clip; for validation they are the
+    middle ones."""
+    def __init__(self, meta, config, validation: bool = False):
+        self.meta, self.config, self.validation = meta, config, validation
+
+    def read(self, clip: int, bucket: Bucket, step: int, slot: int) -> dict:
+        """{"video": uint8 [T H W 3], "text", "decoded": how many frames that took}; raises UnreadableClip."""
+        row, config = self.meta.rows[clip], self.config
+        generator = None
+        if not self.validation:
+            generator = (window_generator(row["key"], window_number(config, bucket, step, slot)) if config.windows else
+                         slot_generator(config.seed, step, slot, "window"))
+        frames, decoded = read_window(self.meta.path(clip), bucket.num_frames, int(stride(row["fps"], config)), None,
+                                      generator)
+        return {"video": resize_crop(frames, bucket.height, bucket.width), "text": self.meta.text(clip),
+                "decoded": decoded}
+
+
+def window_number(config, bucket: Bucket, step: int, slot: int) -> int:
+    """Which of a clip's fixed windows a slot takes; an image has one."""
+    return 0 if bucket.num_frames == 1 else int(mix(config.seed, step, slot, name_key("window"))[0] % config.windows)
+
+
+def window_generator(key: int, window: int) -> torch.Generator:
+    """The random stream that places a fixed window; key: meta's, a hash of the clip's path."""
+    return slot_generator(0, key, window, "fixed window")
+
+
+def fill(dataset, plan: Plan, known: dict, note=lambda slot, attempt: None) -> dict:
+    """The batch of a plan: what dataset.read gives, stacked, and what the network is told; "slots", "bucket", "faults".
+
+    An attempt in `known` {(step, slot, attempt): reason} is not made again.  note(slot, attempt) goes before each."""
+    clips, read, faults = [], [], []
+    for slot, candidates in zip(plan.slots, plan.clips):
+        for attempt, clip in enumerate(candidates):
+            try:
+                if reason := known.get((plan.step, slot, attempt)):
+                    raise UnreadableClip(reason)
+                note(slot, attempt)
+                read.append(dataset.read(clip, plan.bucket, plan.step, slot))
+                clips.append(clip)
+                break
+            except UnreadableClip as error:
+                faults.append(Fault(plan.step, slot, attempt, dataset.meta.path(clip), str(error)))
+        else:
+            raise ValueError(f"step {plan.step}: none of {MAX_TRIES} clips drawn from {tuple(plan.bucket)} can be "
+                             "read:\n  " + "\n  ".join(fault.reason for fault in faults))
+    columns = {name: [item[name] for item in read] for name in read[0]}
+    batch = {name: torch.stack(column) if torch.is_tensor(column[0]) else column for name, column in columns.items()}
+    return batch | told(dataset, plan.bucket, np.array(clips)) | {
+        "decoded": sum(batch["decoded"]), "slots": torch.tensor(plan.slots), "bucket": plan.bucket, "faults": faults}
+
+
+def told(dataset, bucket: Bucket, clips: np.ndarray) -> dict[str, torch.Tensor]:
     """What the network is told beside the caption, [B] fp32 each.
 
-    ar is width / height, as upstream trains (its samplers say the inverse); fps that of the frames taken.
-    """
-    meta, height, width = sampler.meta, bucket.height, bucket.width
-    fps = [IMAGE_FPS if meta.num_frames[clip] == 1 else meta.fps[clip] / sampler.frame_interval for clip in clips]
-    shared = {"height": height, "width": width, "num_frames": bucket.num_frames, "ar": width / height}
+    ar is width / height, as upstream trains (its samplers say the inverse); fps that of the frames taken, or with
+    config.raw_fps that of the file, as upstream."""
+    fps, config = dataset.meta.rows["fps"][clips], dataset.config
+    if bucket.num_frames > 1 and not config.raw_fps:
+        fps = fps / stride(fps, config)
+    shared = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames,
+              "ar": bucket.width / bucket.height}
     return {name: torch.full((len(clips),), float(value)) for name, value in shared.items()} | {
-        "fps": torch.tensor(fps, dtype=torch.float32)}
+        "fps": torch.from_numpy(np.asarray(fps, np.float32))}
 
 
-class ClipDataset(torch.utils.data.Dataset):
-    """dataset[step] = this rank's part of the step's global batch.
+def batches(sampler: BucketSampler, dataset, first: int, last: int, rank: int = 0, world: int = 1, known=None):
+    """Yields this rank's batches of steps first .. last - 1, read ahead by config.num_workers processes.
 
-    video [B 3 T H W] in [-1, 1]; text list; height, width, num_frames, fps, ar [B] fp32, as the network is told them;
-    slots [B]: places in the global batch; bucket; skipped {path: reason} of clips that could not be read.
-    """
-    def __init__(self, sampler: BucketSampler, rank: int = 0, world: int = 1):
-        self.sampler, self.rank, self.world = sampler, rank, world
-        self.unreadable = {}  # path -> reason, filled by `batches`
+    "waited" in a batch: seconds until it was there.  known: as for `fill`."""
+    plans, known = (sampler.plan(step, rank, world) for step in range(first, last)), known or {}
+    made = read_parallel(dataset, plans, known) if dataset.config.num_workers else (
+        fill(dataset, plan, known) for plan in plans)
+    while True:
+        start = time.perf_counter()
+        if (batch := next(made, None)) is None:
+            return
+        yield batch | {"waited": time.perf_counter() - start}
 
-    def __getitem__(self, step: int) -> dict:
-        bucket, clips = self.sampler.batch(step)
-        mine, skipped = slots(len(clips), self.rank, self.world), {}
-        read = [self.read(step, slot, clips[slot], bucket, skipped) for slot in mine]
-        videos, clips = zip(*read)
-        return told(self.sampler, bucket, clips) | {
-            "video": torch.stack(videos), "text": [self.sampler.meta.texts[clip] for clip in clips],
-            "slots": torch.tensor(mine), "bucket": bucket, "skipped": skipped}
 
-    def read(self, step: int, slot: int, clip: int, bucket: Bucket, skipped: dict) -> tuple[torch.Tensor, int]:
-        """The slot's video and clip id; another of the bucket takes the place of an unreadable one, see `skipped`."""
-        for attempt in range(MAX_TRIES):
-            path = self.sampler.meta.paths[clip]
+def read_parallel(dataset, plans, known: dict):
+    """Yields the batches of plans in their order; each reader is given two plans at a time."""
+    readers = [Reader(dataset, known) for _ in range(dataset.config.num_workers)]
+    ahead = deque()
+    try:
+        for i, plan in enumerate(plans):
+            ahead.append(readers[i % len(readers)])
+            ahead[-1].give(plan)
+            if len(ahead) == 2 * len(readers):
+                yield ahead.popleft().take()
+        while ahead:
+            yield ahead.popleft().take()
+    finally:
+        for reader in readers:
+            reader.process.kill()
+            reader.process.join()
+
+
+class Reader:
+    """A process that reads batches ahead.  One that hangs on a clip or dies of it is replaced, the clip a fault.
+
+    (A DataLoader's worker that dies ends the training.)  Batches come through a pipe, not through shared memory, of
+    which a container has 64 MB."""
+    def __init__(self, dataset, known: dict):
+        self.dataset, self.known, self.timeout = dataset, dict(known), dataset.config.read_timeout
+        self.plans = deque()
+        self.start()
+
+    def start(self):
+        self.pipe, theirs = multiprocessing.Pipe()
+        self.process = multiprocessing.Process(target=read_ahead, args=(self.dataset, theirs, os.getpid()), daemon=True)
+        self.process.start()
+        theirs.close()
+        for plan in self.plans:
+            self.pipe.send((plan, self.known))
+
+    def give(self, plan: Plan):
+        self.plans.append(plan)
+        self.pipe.send((plan, self.known))
+
+    def take(self) -> dict:
+        """The batch of the oldest plan given."""
+        at = None
+        while True:
             try:
-                generator = slot_generator(self.sampler.seed, step, slot, f"window {attempt}")
-                video = read_window(path, bucket.num_frames, self.sampler.frame_interval, None, generator)
-                return resize_crop(video, bucket.height, bucket.width), clip
-            except UnreadableClip as error:
-                skipped[path] = str(error)
-            clip = self.sampler.stand_in(step, slot, attempt)
-        raise ValueError(f"step {step}: none of {MAX_TRIES} clips drawn from {tuple(bucket)} can be read:\n  "
-                         + "\n  ".join(skipped.values()))
+                message = self.pipe.recv() if self.pipe.poll(self.timeout) else "hang"
+            except (EOFError, ConnectionResetError):
+                message = "death"
+            if isinstance(message, tuple):
+                at = message
+            elif isinstance(message, str):
+                self.replace(message, at)
+                at = None
+            elif isinstance(message, ValueError):
+                raise message
+            else:
+                self.plans.popleft()
+                return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in message.items()}
+
+    def replace(self, what: str, at):
+        self.process.join(1 if what == "death" else 0)
+        status = self.process.exitcode
+        self.process.kill()
+        plan = self.plans[0]
+        if at is None or (status or 0) > 0:
+            raise ValueError(f"step {plan.step}: a reading process ended with status {status}, see above" if status else
+                             f"step {plan.step}: a reading process did not start within {self.timeout} s")
+        path = self.dataset.meta.path(plan.clips[plan.slots.index(at[0])][at[1]])
+        reason = f"took more than {self.timeout} s" if what == "hang" else f"ended its reader with signal {-status}"
+        self.known[plan.step, *at] = f"{path}: {reason}"
+        self.start()
 
 
-class CachedClips(torch.utils.data.Dataset):
-    """The batches of ClipDataset with what vae.write_cache wrote in place of video and text.
-
-    mean, std [B C T h w] of the latents; y [B L C], y_mask [B L] of the captions.  Keeps all files in memory.
-    """
-    def __init__(self, sampler: BucketSampler, files: dict, rank: int = 0, world: int = 1):
-        self.sampler, self.rank, self.world = sampler, rank, world
-        self.unreadable = {}  # stays empty: write_cache named them
-        self.latents = {bucket: load_file(file) for bucket, file in files.items() if bucket != "text"}
-        self.rows = {bucket: {clip: row for row, clip in enumerate(tensors["clip"].tolist())}
-                     for bucket, tensors in self.latents.items()}
-        text = load_file(files["text"])
-        self.caption = text["caption"]  # [clips]: a row of y and y_mask
-        captions, L = text["y"].tensor_split(text["ends"][:-1]), int(text["max_length"])
-        self.y = torch.stack([F.pad(tokens, (0, 0, 0, L - len(tokens))) for tokens in captions])  # [captions L C]
-        self.y_mask = torch.arange(L) < torch.tensor([len(tokens) for tokens in captions])[:, None]
-
-    def __getitem__(self, step: int) -> dict:
-        bucket, clips = self.sampler.batch(step)
-        mine = slots(len(clips), self.rank, self.world)
-        clips = [self.present(step, slot, clips[slot], self.rows[bucket]) for slot in mine]
-        rows = torch.tensor([self.rows[bucket][clip] for clip in clips])
-        caption = self.caption[torch.tensor(clips)]
-        latents = self.latents[bucket]
-        return told(self.sampler, bucket, clips) | {
-            "mean": latents["mean"][rows].float(), "std": latents["std"][rows].float(),
-            "y": self.y[caption].float(), "y_mask": self.y_mask[caption],
-            "slots": torch.tensor(mine), "bucket": bucket, "skipped": {}}
-
-    def present(self, step: int, slot: int, clip: int, rows: dict) -> int:
-        """The clip, or another of its bucket in place of one that has no latents, as it could not be read."""
-        for attempt in range(MAX_TRIES):
-            if clip in rows:
-                return clip
-            clip = self.sampler.stand_in(step, slot, attempt)
-        raise ValueError(f"step {step}: the cache lacks {MAX_TRIES} clips drawn one after the other, delete its files")
+def read_ahead(dataset, pipe, parent: int):
+    """A reader's life: (plan, known) comes in; (slot, attempt) of each clip tried goes out, then the batch."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    torch.set_num_threads(1)
+    while True:
+        try:
+            plan, known = pipe.recv()
+            batch = fill(dataset, plan, known, lambda *at: pipe.send(at))
+            pipe.send({name: v.numpy() if torch.is_tensor(v) else v for name, v in batch.items()})
+        except EOFError:
+            return
+        except ValueError as error:
+            pipe.send(error)
 
 
-def batches(dataset: ClipDataset | CachedClips, first: int, last: int, num_workers: int = 0):
-    """Yields dataset[first] .. dataset[last - 1], read ahead by workers; fills dataset.unreadable."""
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=range(first, last), num_workers=num_workers,
-                                         generator=torch.Generator())  # its own: the global stream stays as it was
-    for batch in loader:
-        for path, reason in batch.pop("skipped").items():
-            if path not in dataset.unreadable:
-                dataset.unreadable[path] = reason
-                print(f"skipped, {len(dataset.unreadable)} so far: {reason}", file=sys.stderr)
-        yield batch
+def end_with(parent: int):
+    """Ends this process when its parent is gone: a killed one does not say so, and a pipe's other end may have been
+    inherited by the next reader."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+class BadClips:
+    """<run>/bad_clips.csv, a line per fault.  known: what it held at the start, so that a resumed run does the same."""
+    def __init__(self, path, max_share: float, writes: bool = True):
+        self.path, self.max_share, self.writes, self.tried, self.faults = Path(path), max_share, writes, 0, 0
+        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+        if lines and not lines[-1].endswith("\n"):  # of a run that was killed
+            half = lines.pop()
+            if writes:
+                os.truncate(self.path, self.path.stat().st_size - len(half.encode()))
+        self.known = {(int(row["step"]), int(row["slot"]), int(row["attempt"])): row["reason"]
+                      for row in csv.DictReader(lines)}
+
+    def add(self, faults: list[Fault], num_clips: int):
+        """faults of all ranks since the last call, beside num_clips that were read; raises when they are too many."""
+        self.tried, self.faults = self.tried + num_clips + len(faults), self.faults + len(faults)
+        new = [fault for fault in sorted(faults) if fault[:3] not in self.known]
+        self.known |= {fault[:3]: fault.reason for fault in new}
+        if new and self.writes:
+            print(f"{self.faults} of {self.tried} clips could not be read, see {self.path}: {new[-1].reason}",
+                  file=sys.stderr)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.path, "a", newline="") as f:
+                lines = [(*fault[:4], " ".join(fault.reason.split())) for fault in new]
+                csv.writer(f, lineterminator="\n").writerows(lines if f.tell() else [Fault._fields, *lines])
+        if self.tried >= 200 and self.faults > self.max_share * self.tried:
+            raise ValueError(f"{self.faults} of {self.tried} clips could not be read, more than max_bad="
+                             f"{self.max_share:g} of them: mend or drop those in {self.path}, or raise max_bad")
 
 
 # ---- writing video ----
 
 def write_video(path, frames, fps=24):
-    """Writes frames uint8 [T H W 3] as .mp4 (H.264), .gif or .png (a contact sheet, at most 8 frames a row).
+    """Writes frames uint8 [T H W 3] as .mp4 (H.264), .gif, .png (a contact sheet, at most 8 frames a row), or for a
+    name without suffix a folder of 00000.png, 00001.png, ...
 
     Written beside its place and renamed, so that a file that is there is whole.
     """
@@ -542,8 +945,15 @@ def write_video(path, frames, fps=24):
         first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     elif path.suffix == ".mp4":
         write_mp4(part, frames, fps)
+    elif not path.suffix:
+        for folder in (part, path):
+            shutil.rmtree(folder, ignore_errors=True)
+        part.mkdir()
+        for i, frame in enumerate(progress(frames, path)):
+            Image.fromarray(frame).save(part / f"{i:05d}.png")
     else:
-        raise ValueError(f"{path}: video is written as .mp4, .gif or .png (a contact sheet), not {path.suffix!r}")
+        raise ValueError(f"{path}: video is written as .mp4, .gif, .png (a contact sheet) or, without a suffix, as a "
+                         f"folder of frames, not as {path.suffix!r}")
     part.replace(path)
 
 
@@ -556,9 +966,13 @@ def write_mp4(path, frames, fps):
         options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}
         stream = out.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = H + H % 2, W + W % 2, "yuv420p"
-        for frame in frames:
+        for frame in progress(frames, path):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         out.mux(stream.encode())
+
+
+def progress(frames, path):
+    return tqdm(frames, desc=f"writing {path.name}", unit="frame", leave=False, disable=len(frames) < 200)
 
 
 def enlarge(frames):
@@ -689,27 +1103,54 @@ def write_shapes(folder, num_clips=2000, seed=0, objects=1):
     print(f"{folder / 'meta.csv'}: {num_clips} clips")
 
 
+def bench(meta, config, seconds: float):
+    """Prints how fast batches are read, with nothing else to do: clips/s, frames/s by bucket and in all."""
+    sampler, rows = BucketSampler(meta, config), {}
+    start, reasons = time.perf_counter(), {}
+    for batch in batches(sampler, ClipDataset(meta, config), 0, config.steps):
+        clips, row = len(batch["slots"]), rows.setdefault(batch["bucket"][:2], np.zeros(5))
+        row += 1, clips, clips * batch["bucket"].num_frames, batch["decoded"], batch["waited"]
+        reasons |= {fault.path: fault.reason for fault in batch["faults"]}
+        if time.perf_counter() - start > seconds:
+            break
+    print("      bucket  batches  clips  frames  decoded  seconds  clips/s  decoded/s")
+    rows["in", "all"] = sum(rows.values())
+    for (level, t), (count, clips, frames, decoded, waited) in rows.items():
+        print(f"{level:>6} x {t:<3} {count:8.0f} {clips:6.0f} {frames:7.0f} {decoded:8.0f} {waited:8.1f} "
+              f"{clips / waited:8.1f} {decoded / waited:10.1f}")
+    print(f"{config.num_workers} reading processes; {len(reasons)} clips could not be read")
+    print("".join(f"  {reason}\n" for reason in reasons.values()), end="")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", help='"shapes", or a meta.csv')
-    parser.add_argument("where", help="the folder to render into, or the config whose buckets the clips are to fill")
-    parser.add_argument("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
-    parser.add_argument("--objects", type=int, default=1, help="things in a clip")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("what", nargs="+", help="shapes FOLDER | META CONFIG | bench META CONFIG; a --field=value "
+                        "replaces a field of the config")
+    parser.add_argument("--num-clips", type=int, default=2000, help="of shapes to render (default: %(default)s)")
+    parser.add_argument("--objects", type=int, default=1, help="things in a rendered clip")
+    parser.add_argument("--seed", type=int, default=0, help="of the shapes")
+    parser.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
-    args = parser.parse_args()
+    args, overrides = parser.parse_known_args()
     try:
-        if args.what == "shapes":
-            write_shapes(args.where, args.num_clips, args.seed, args.objects)
-        else:
+        if args.what[0] == "shapes" and len(args.what) == 2:
+            write_shapes(args.what[1], args.num_clips, args.seed, args.objects)
+        elif len(args.what) == 2 + (args.what[0] == "bench"):
             import configs
-            config = configs.load(args.where)
-            meta = read_meta(args.what)
-            print(BucketSampler(meta, config.buckets, config.frame_interval, config.world, config.seed).table())
+            config = configs.load(args.what[-1], overrides)
+            meta = read_meta(args.what[-2])
+            if args.what[0] == "bench":
+                bench(meta, config, args.seconds)
+            else:
+                print(BucketSampler(meta, config).table())
+        else:
+            raise ValueError(f"{' '.join(args.what)}: expected shapes FOLDER, META CONFIG, or bench META CONFIG")
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
             raise
         sys.exit(fail(error))
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 def fail(error):

@@ -31,7 +31,8 @@ from safetensors.torch import load_file
 from tqdm import tqdm
 
 import configs
-from data import ASPECT, IMAGE_FPS, Bucket, fail, read_window, resize_crop, slot_generator, to_uint8, write_video
+from data import (ASPECT, IMAGE_FPS, Bucket, fail, read_window, resize_crop, slot_generator, stride, to_uint8, to_video,
+                  write_video)
 from model import STDiT
 from vae import load_text_encoder, load_vae
 
@@ -193,7 +194,7 @@ def encode_references(vae, references, z):
     known, x_mask = torch.zeros_like(z), torch.ones(B, T, dtype=torch.bool, device=z.device)
     for b, frames in enumerate(references):
         if frames is not None:
-            video = resize_crop(torch.as_tensor(frames), h * vae.down, w * vae.down)                   # [3 K H W]
+            video = to_video(resize_crop(torch.as_tensor(frames), h * vae.down, w * vae.down))         # [3 K H W]
             known[b, :, : len(frames)] = vae.encode(video[None].to(z.device))[0].to(z)
             x_mask[b, : len(frames)] = False
     return known, x_mask
@@ -226,7 +227,7 @@ def read_references(paths, num_prompts, num_frames, frame_interval):
     """Per prompt None or uint8 [K H W 3]; one path serves all prompts."""
     if len(paths) not in (0, 1, num_prompts):
         raise ValueError(f"{len(paths)} --reference files for {num_prompts} prompts: expected one, or one per prompt")
-    clips = [read_window(path, num_frames, frame_interval) for path in paths] or [None]
+    clips = [read_window(path, num_frames, frame_interval, start=0)[0] for path in paths] or [None]
     return clips if len(clips) == num_prompts else clips * num_prompts
 
 
@@ -262,7 +263,7 @@ def parse_args(argv=None):
     add("--out", default="samples", help="folder for videos and contact sheets (default: %(default)s)")
     add("--num-frames", type=int, help="default: of the shortest videos that the checkpoint was trained on")
     add("--size", help="HxW in pixels, as in 240x426; default: the largest trained at that length")
-    add("--fps", type=float, help="of the source; the video plays at fps / frame_interval; default: the config's")
+    add("--fps", type=float, help="of the source; the video plays at fps / frame interval; default: the config's")
     add("--seed", type=int, default=0)
     add("--sampler", choices=SAMPLERS, default="iddpm")
     add("--steps", type=int, help=f"default: {DEFAULT_STEPS}")
@@ -279,11 +280,12 @@ def parse_args(argv=None):
 def run(args):
     start = time.perf_counter()
     model, config = load_checkpoint(args.ckpt, args.device)
-    references = read_references(args.reference, len(args.prompt), args.reference_frames, config.frame_interval)
     num_frames, height, width = default_bucket(config.buckets)
     num_frames = num_frames if args.num_frames is None else args.num_frames
     height, width = parse_size(args.size) if args.size else (height, width)
     fps = config.fps if args.fps is None else args.fps
+    interval = int(stride(fps, config))
+    references = read_references(args.reference, len(args.prompt), args.reference_frames, interval)
     steps = DEFAULT_STEPS[args.sampler] if args.steps is None else args.steps
     cfg_scale = config.cfg_scale if args.cfg_scale is None else args.cfg_scale
     vae = load_vae(find(config.vae), device=args.device)
@@ -293,11 +295,12 @@ def run(args):
         if unknown := text_encoder.unknown(prompt):
             print(f"warning: the text encoder of {args.ckpt} does not know: {', '.join(unknown)}", file=sys.stderr)
     videos = generate(model, vae, text_encoder, args.prompt, num_frames=num_frames, height=height, width=width,
-                      fps=fps, frame_interval=config.frame_interval, steps=steps, sampler=args.sampler,
+                      fps=fps, frame_interval=interval, steps=steps, sampler=args.sampler,
                       prediction=config.prediction, cfg_scale=cfg_scale, seed=args.seed, references=references,
-                      batch_size=args.batch_size, quirks=RELEASED if args.quirks else SampleQuirks())
+                      batch_size=args.batch_size,
+                      quirks=RELEASED if args.quirks else SampleQuirks(raw_fps=config.raw_fps))
     for i, (prompt, frames) in enumerate(zip(args.prompt, videos, strict=True)):
-        save(Path(args.out) / f"{i:02d}-{slug(prompt)}", frames, fps / config.frame_interval)
+        save(Path(args.out) / f"{i:02d}-{slug(prompt)}", frames, fps / interval)
     seconds = time.perf_counter() - start
     print(f"{len(videos)} x {num_frames} frames, {steps} {args.sampler} steps: {seconds:.1f} s, with loading")
 

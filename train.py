@@ -18,6 +18,7 @@ import shutil
 import sys
 import time
 from dataclasses import fields
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -33,12 +34,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 import configs
-from data import (BucketSampler, CachedClips, ClipDataset, batches, fail, name_key, read_meta, slot_generator, uniform,
-                  write_video)
+from data import (BadClips, BucketSampler, ClipDataset, batches, fail, name_key, read_meta, slot_generator, stride,
+                  to_video, uniform, write_video)
 from masks import draw_mask
 from model import STDiT
-from sample import default_bucket, find, generate, noise_schedule
-from vae import load_text_encoder, load_vae, write_cache
+from sample import SampleQuirks, default_bucket, find, generate, noise_schedule
+from vae import DTYPES, CachedClips, load_text_encoder, load_vae, write_cache
 
 LOG_EVERY = 10
 
@@ -127,10 +128,12 @@ def draw_t(config, vectors, step, slots):
 
 # ---------------------------------------------------------------- one batch
 def to_latents(batch, vae, text_encoder):
-    """Adds mean, std [B C T h w] and y, y_mask to a batch of videos, as batches from the cache have them already."""
+    """Adds mean, std [B C T h w], y and y_mask to a batch of videos, as batches from the cache have them already."""
     if "video" in batch:
-        batch["mean"], batch["std"] = vae.moments(batch.pop("video").to(vae.device))
+        cut = text_encoder.cut
+        batch["mean"], batch["std"] = vae.moments(to_video(batch.pop("video").to(vae.device)))
         batch["y"], batch["y_mask"] = text_encoder(batch.pop("text"))
+        batch["cut"] = text_encoder.cut - cut
     return batch
 
 
@@ -177,8 +180,7 @@ def build_model(config, mesh):
     """The STDiT, sharded block by block over the mesh (FSDP2), fp32 weights, computing in config.dtype."""
     with torch.device("meta"):
         model = STDiT(config.model)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[config.dtype]
-    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    policy = MixedPrecisionPolicy(DTYPES[config.dtype], reduce_dtype=torch.float32, cast_forward_inputs=False)
     for module in (*model.blocks, model):
         fully_shard(module, mesh=mesh, mp_policy=policy)
     model.to_empty(device=mesh.device_type)
@@ -287,35 +289,51 @@ def write_text(path, text):
 
 # ---------------------------------------------------------------- seeing
 class Log:
-    """Averages since the last line over all ranks: loss, mse, vb, loss by quarter of t, clips/s."""
+    """Averages since the last line over all ranks: loss, mse, vb, loss by quarter of t; clips/s, decoded frames/s, the
+    share of the time that was spent waiting for data; and bad_clips.csv."""
 
-    def __init__(self, folder, first, steps, rank):
+    def __init__(self, folder, first, config, rank):
         self.file = open_log(folder / "log.jsonl", first) if rank == 0 else None
-        self.bar = tqdm(total=steps, initial=first, desc=str(folder), unit="step", disable=rank > 0)
-        self.sums, self.start = torch.zeros(12, dtype=torch.float64), time.perf_counter()
+        self.bad = BadClips(folder / "bad_clips.csv", config.max_bad, writes=rank == 0)
+        self.bar = tqdm(total=config.steps, initial=first, desc=str(folder), unit="step", disable=rank > 0)
+        self.sums, self.faults, self.start = torch.zeros(16, dtype=torch.float64), [], time.perf_counter()
 
-    def add(self, terms, t):
+    def add(self, terms, t, batch):
         """terms: [B] each.  A sync."""
         loss, mse, vb = (terms[name].detach().double() for name in ("loss", "mse", "vb"))
         quarter = torch.nn.functional.one_hot(t // 250, 4).double()         # [B 4]
         totals = torch.stack([torch.ones_like(loss), loss, mse, vb]).sum(1)
-        self.sums += torch.cat([totals, loss @ quarter, quarter.sum(0)]).cpu()
+        self.faults += batch["faults"]
+        data = [batch["decoded"], batch["waited"], len(batch["faults"]), batch.get("cut", 0)]
+        sums = torch.cat([totals, loss @ quarter, quarter.sum(0)]).cpu()
+        self.sums += torch.cat([sums, sums.new_tensor(data)])
 
     def line(self, step, **more):
         dist.all_reduce(self.sums)
-        count, loss, mse, vb, *by_quarter = self.sums.tolist()
+        count, loss, mse, vb, *by_quarter, decoded, waited, num_faults, cut = self.sums.tolist()
         quarters = [s / n if n else None for s, n in zip(by_quarter[:4], by_quarter[4:])]
         now = time.perf_counter()
+        seconds = now - self.start
         row = dict(step=step, loss=loss / count, mse=mse / count, vb=vb / count, loss_by_t=quarters,
-                   clips_per_s=count / (now - self.start), **more)
+                   clips_per_s=count / seconds, decoded_per_s=decoded / seconds,
+                   data_wait=waited / seconds / dist.get_world_size(), captions_cut=int(cut), **more)
+        self.bad.add(gather(self.faults) if num_faults else [], int(count))   # the same on all ranks, as is its error
         self.sums.zero_()
-        self.start = now
+        self.faults, self.start = [], now
         self.bar.update(step - self.bar.n)
         by_t = " ".join("-" if q is None else f"{q:.3f}" for q in quarters)
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f} | by t {by_t} | {row['clips_per_s']:.0f} clips/s")
+        self.bar.set_postfix_str(f"loss {row['loss']:.4f} | by t {by_t} | {row['clips_per_s']:.0f} clips/s | "
+                                 f"waiting for data {row['data_wait']:.0%}")
         if self.file:
-            self.file.write(json.dumps(row) + "\n")
+            self.file.write(json.dumps(row | {"faults": self.bad.faults}) + "\n")
             self.file.flush()
+
+
+def gather(items):
+    """The items of all ranks, in one list: a collective."""
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, items)
+    return sum(parts, [])
 
 
 def open_log(path, first):
@@ -330,8 +348,9 @@ def preview(folder, step, model, ema, vae, text_encoder, config, rank):
     num_frames, height, width = default_bucket(config.buckets)
     ema.swap()
     videos = generate(model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height, width=width,
-                      fps=config.fps, frame_interval=config.frame_interval, steps=50, prediction=config.prediction,
-                      cfg_scale=config.cfg_scale, seed=config.seed)
+                      fps=config.fps, frame_interval=int(stride(config.fps, config)), steps=50,
+                      prediction=config.prediction, cfg_scale=config.cfg_scale, seed=config.seed,
+                      quirks=SampleQuirks(raw_fps=config.raw_fps))
     ema.swap()
     if rank == 0:
         write_video(folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))
@@ -368,25 +387,26 @@ def main():
 
 
 def train(config):
-    sampler = BucketSampler(read_meta(config.data), config.buckets, config.frame_interval, config.world, config.seed)
     rank, world, device, mesh = start_processes()
-    folder = Path(config.out)
+    meta = rank0_first(lambda: read_meta(config.data))                      # which builds the index
+    sampler, folder = BucketSampler(meta, config), Path(config.out)
     say = print if rank == 0 else (lambda *_: None)
     say(sampler.table())
     model = build_model(config, mesh)
     if config.init and not (folder / "latest").is_file():
         load_weights(model, config.init)
-    vae = load_vae(find(config.vae), device=device)
-    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, device=device)
+    dtype = DTYPES[config.dtype]
+    vae = load_vae(find(config.vae), dtype, device)
+    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, dtype, device)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
     ema = Average(model, config.ema_decay)
     first = resume(folder, config, model, optimizer, ema, say)
     if config.cache:
-        files = rank0_first(lambda: write_cache(config, sampler, vae, text_encoder))
-        dataset = CachedClips(sampler, files, rank, world)
+        patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))   # ranks end writing hours apart
+        dataset = CachedClips(meta, config, write_cache(meta, config, vae, text_encoder, rank, world, patient))
     else:
-        dataset = ClipDataset(sampler, rank, world)
+        dataset = ClipDataset(meta, config)
 
     vectors = {n: v.to(device) for n, v in diffusion_vectors(noise_schedule().alphas_cumprod).items()}
     say(f"{sum(p.numel() for p in trained):,} parameters, {world} x {device.type}, {config.dtype}, "
@@ -394,10 +414,10 @@ def train(config):
     if rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.py", configs.dump(config))
-    log = Log(folder, first, config.steps, rank)
+    log = Log(folder, first, config, rank)
 
-    num_workers = 0 if config.cache else config.num_workers
-    for step, batch in enumerate(batches(dataset, first, config.steps, num_workers), start=first):
+    clips = batches(sampler, dataset, first, config.steps, rank, world, log.bad.known)
+    for step, batch in enumerate(clips, start=first):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
         terms, t = loss_of(model, to_latents(batch, vae, text_encoder), config, vectors, step, device)
@@ -414,9 +434,9 @@ def train(config):
 
         done = step + 1
         saves = done % config.save_every == 0 or done == config.steps
-        log.add(terms, t)                                                   # sync
+        log.add(terms, t, batch)                                            # sync
         if done % LOG_EVERY == 0 or saves:                                  # resumed, its lines average the same steps
-            log.line(done, grad_norm=norm, lr=group["lr"], bucket=batch["bucket"], skipped=len(dataset.unreadable))
+            log.line(done, grad_norm=norm, lr=group["lr"], bucket=batch["bucket"])
         if saves:
             save(folder, done, model, optimizer, ema, rank)
         if config.prompts and config.sample_every and done % config.sample_every == 0:

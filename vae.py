@@ -6,14 +6,25 @@ out   z [B C T h w], h = H // 8, scaled to about unit variance; y [B L C], y_mas
     python vae.py clip.mp4 --vae assets/tiny/vae            encode, decode, print the PSNR (--out pair.png shows both)
     python vae.py train data/shapes/meta.csv --out DIR      fit a small AutoencoderKL on the frames of these clips
     python vae.py text data/shapes/meta.csv --out DIR       make a small random T5 that knows these captions' words
+    python vae.py cache configs/tiny.py                     write what training reads; also under torchrun
 
 Papers: latent diffusion (arXiv 2112.10752) for the autoencoder, T5 (arXiv 1910.10683) for the text encoder.
 """
 import argparse
+import csv
 import hashlib
+import json
 import math
+import os
+import shutil
 import sys
+import time
+from bisect import bisect_right
+from collections import defaultdict
+from datetime import timedelta
+from itertools import accumulate
 from pathlib import Path
+from typing import NamedTuple
 
 import transformers.utils.import_utils
 for module in (transformers.utils, transformers.utils.import_utils):
@@ -21,19 +32,22 @@ for module in (transformers.utils, transformers.utils.import_utils):
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from einops import rearrange
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import (UnreadableClip, fail, read_meta, read_window, resize_crop, slot_generator, to_uint8, to_video,
-                  write_video)
+from data import (Bucket, Plan, UnreadableClip, batches, bucket_list, fail, reachable, read_meta, read_window,
+                  resize_crop, stride, to_uint8, to_video, window_generator, window_number, write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
 FRAMES_AT_ONCE = 16         # the decoder of sd-vae-ft-ema peaks near 1 GiB per 512 x 512 frame; small ones lose nothing
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------- pixels <-> latents
@@ -90,18 +104,24 @@ def psnr(a, b):
 
 # ---------------------------------------------------------------- captions -> embeddings
 class TextEncoder:
-    """transformers' T5EncoderModel with its tokenizer, frozen."""
+    """transformers' T5EncoderModel with its tokenizer, frozen.  cut: how many captions were longer than max_length."""
 
     def __init__(self, net, tokenizer, max_length):
         self.net, self.tokenizer, self.max_length = net.eval().requires_grad_(False), tokenizer, max_length
+        self.cut = 0
 
     @torch.no_grad()
     def __call__(self, captions):
         """y [B L C], fp32, and y_mask [B L] (True = a token, not padding) of a list of captions; L = max_length."""
         tokens = self.tokenizer(captions, max_length=self.max_length, padding="max_length", truncation=True,
                                 return_tensors="pt").to(self.net.device)
+        self.cut += sum(length > self.max_length for length in self.lengths(captions))
         y = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return y.float(), tokens.attention_mask.bool()
+
+    def lengths(self, captions):
+        """How many tokens each caption has, before it is cut at max_length."""
+        return [len(tokens) for tokens in self.tokenizer(captions, verbose=False).input_ids]
 
     def unknown(self, caption):
         """The words of a caption that the tokenizer does not know."""
@@ -133,6 +153,266 @@ def make_text_encoder(captions, folder, width=64, seed=0):
 
 
 # ---------------------------------------------------------------- the cache
+SHARD_BYTES = 256e6         # what a rank of a killed run makes again, at most: 1,000 clips of 16 frames of 256 x 256
+NO_CLIP = -1                # the second choice of a plan whose clip cannot be read
+
+
+def write_cache(meta, config, vae, text_encoder, rank=0, world=1, group=None, recheck=False):
+    """Encodes all clips for all buckets that they can reach, and their captions; the Path of an index for CachedClips.
+
+    The folder config.cache then holds, floats in config.dtype:
+      32-8-1.00-<hash>.safetensors  "moments" [N K 2 C T h w]: scaled mean and std of N clips of a bucket, at each of
+                                    their K = config.windows fixed windows (images: 1)
+      text-<hash>.safetensors       "y" [tokens width]: distinct captions end to end, unpadded; "ends" [captions + 1]
+      index-<hash>.safetensors      of each bucket and of "text": "ids" [all N], the clips or the captions' hashes,
+                                    ascending; "first" [shards + 1], where in ids each shard begins; the shards' names
+      bad_clips.csv                 path and reason of the clips that could not be read: they are in no shard
+    A shard has up to 256 MB and is there whole or not at all.  Its hash is of all that it depends on, files' sizes and
+    times among it: it is never stale, and configs that share a bucket share its shards.  The index's hash is of what
+    that comes to without a look at each clip: the csv files' sizes and times.  It is taken as it is but for `recheck`.
+
+    Rank r of world makes shards r, r + world, ...: collective on `group`, whose timeout has to outlast the slowest.
+    Raises ValueError where the disk has no room, too many clips cannot be read (config.max_bad), or none of a bucket.
+    """
+    writer = CacheWriter(meta, config, vae, text_encoder, rank, world, group)
+    if recheck or not all(writer.exchange(is_whole(writer.index))):
+        writer.plan()
+        writer.announce()
+        writer.make()
+        writer.finish()
+    return writer.index
+
+
+class Shard(NamedTuple):
+    bucket: Bucket | None   # None: captions
+    ids: np.ndarray         # clips, or captions' hashes; ascending
+    clips: np.ndarray       # the same clips, or for each caption one that has it
+
+
+class CacheWriter:
+    """The steps of write_cache, as one rank takes them."""
+
+    def __init__(self, meta, config, vae, text_encoder, rank, world, group):
+        self.meta, self.config, self.vae, self.text_encoder = meta, config, vae, text_encoder
+        self.rank, self.world, self.group = rank, world, group
+        self.folder, self.dtype, self.width = Path(config.cache), DTYPES[config.dtype], text_encoder.net.config.d_model
+        assert vae.net.dtype == text_encoder.net.dtype == self.dtype, "a cache is kept in the dtype it is computed in"
+        vocabulary = sorted(text_encoder.tokenizer.get_vocab().items())
+        self.vae_key = short_hash(fingerprint(vae.net), vae.scale, config.dtype)
+        self.text_key = short_hash(fingerprint(text_encoder.net), vocabulary, text_encoder.max_length, config.dtype)
+        key = short_hash(meta.key, config.buckets, config.frame_interval, config.target_fps, config.holdout,
+                         config.windows, self.vae_key, self.text_key)
+        self.index = self.folder / f"index-{key}.safetensors"
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+    def exchange(self, mine):
+        """[world]: what each rank gives."""
+        given = [mine] * self.world
+        if self.world > 1:
+            dist.all_gather_object(given, mine, self.group)
+        return given
+
+    def plan(self):
+        """shards: all, the captions' last; names {number: name} of this rank's; missing: the numbers not yet there."""
+        buckets, reached = bucket_list(self.config.buckets), reachable(self.meta, self.config)
+        if not reached:
+            raise ValueError(f"{self.config.data}: no clip fits any bucket - `python data.py META CONFIG` says why")
+        self.shards = [shard for number, clips in reached.items() for shard in self.cut(buckets[number], clips, clips)]
+        clips = np.unique(np.concatenate(list(reached.values())))
+        hashes = np.fromiter((caption_hash(self.meta.text(clip)) for clip in clips), np.int64, len(clips))
+        hashes, first = np.unique(hashes, return_index=True)
+        self.shards += self.cut(None, hashes, clips[first])
+        self.names = {n: self.name(self.shards[n]) for n in range(self.rank, len(self.shards), self.world)}
+        self.missing = [n for n, name in self.names.items() if not (self.folder / name).is_file()]
+
+    def cut(self, bucket, ids, clips):
+        values = math.prod(self.shape(bucket)) if bucket else self.text_encoder.max_length * self.width
+        size = max(1, int(SHARD_BYTES / values / self.dtype.itemsize))
+        return [Shard(bucket, ids[i:i + size], clips[i:i + size]) for i in range(0, len(ids), size)]
+
+    def shape(self, bucket):
+        """[K 2 C T h w] of a clip's moments."""
+        h, w = bucket.height // self.vae.down, bucket.width // self.vae.down
+        return num_windows(self.config, bucket), 2, self.vae.channels, bucket.num_frames, h, w
+
+    def texts(self, shard):
+        return [self.meta.text(clip) for clip in shard.clips]
+
+    def name(self, shard):
+        if shard.bucket is None:
+            return f"text-{short_hash(self.texts(shard), self.text_key)}.safetensors"
+        files, keys = [stamp(self.meta.path(clip)) for clip in shard.clips], self.meta["key"][shard.clips].tolist()
+        strides = stride(self.meta["fps"][shard.clips], self.config).tolist()
+        size = self.shape(shard.bucket), shard.bucket.height, shard.bucket.width
+        return f"{kind(shard.bucket)}-{short_hash(files, keys, strides, size, self.vae_key)}.safetensors"
+
+    def num_bytes(self, shard):
+        if shard.bucket:
+            return len(shard.ids) * math.prod(self.shape(shard.bucket)) * self.dtype.itemsize
+        lengths = np.minimum(self.text_encoder.lengths(self.texts(shard)), self.text_encoder.max_length)
+        return int(lengths.sum()) * self.width * self.dtype.itemsize
+
+    def announce(self):
+        """Prints what will be written; raises ValueError if there is no room for it."""
+        needed = sum(self.num_bytes(self.shards[n]) for n in self.missing)
+        needed, missing, free = zip(*self.exchange((needed, len(self.missing), shutil.disk_usage(self.folder).free)))
+        needed, free, cached = sum(needed), free[0], [shard for shard in self.shards if shard.bucket]
+        if self.rank == 0:
+            clips = len(np.unique(np.concatenate([shard.ids for shard in cached])))
+            windows = sum(len(shard.ids) * num_windows(self.config, shard.bucket) for shard in cached)
+            captions = sum(len(shard.ids) for shard in self.shards if not shard.bucket)
+            buckets = len({shard.bucket for shard in cached})
+            print(f"{self.folder}: {clips:,} clips, {windows:,} windows in {buckets} buckets, {captions:,} captions; "
+                  f"{sum(missing):,} of {len(self.shards):,} files to write, {needed / 1e6:,.1f} MB of "
+                  f"{free / 1e6:,.1f} MB free")
+        if needed > free:
+            raise ValueError(f"{self.folder} has {free / 1e6:,.1f} MB free, expected {needed / 1e6:,.1f} MB for the "
+                             "cache: make room or pass another --cache=DIR")
+
+    def make(self):
+        """Writes the missing shards."""
+        windows = Windows(self.meta, self.config, [self.shards[n] for n in self.missing if self.shards[n].bucket])
+        read, self.tried, self.bad = batches(windows, windows, 0, windows.starts[-1]), 0, set()
+        self.bar = tqdm(desc=f"writing {self.folder}", total=sum(len(self.shards[n].ids) for n in self.missing),
+                        unit="clip", disable=self.rank > 0)         # of the first rank's; a caption counts as a clip
+        for n in self.missing:
+            shard, path = self.shards[n], self.folder / self.names[n]
+            tensors, note = self.encode_clips(shard, read) if shard.bucket else self.encode_captions(shard)
+            if self.tried >= 200 and len(self.bad) > self.config.max_bad * self.tried:
+                raise ValueError(f"{len(self.bad)} of {self.tried} clips could not be read, more than max_bad="
+                                 f"{self.config.max_bad:g} of them, see above: mend or drop them, or raise max_bad")
+            if self.name(shard) != path.name:
+                raise ValueError(f"{path}: its clips' files changed while they were read - start again")
+            write_whole(path, tensors, note)
+
+    def encode_clips(self, shard, read):
+        """A shard's tensors and note; `read` gives its clips' batches next."""
+        moments, unreadable = torch.empty(len(shard.ids), *self.shape(shard.bucket), dtype=self.dtype), {}
+        self.tried += len(shard.ids)
+        for place, batch in zip(range(len(shard.ids)), read):
+            self.bar.update()
+            for fault in batch["faults"]:
+                unreadable[place] = fault.reason
+                if fault.path not in self.bad:
+                    print(f"skipped, {len(self.bad)} before it: {fault.reason}", file=sys.stderr)
+                self.bad.add(fault.path)
+            if not batch["faults"]:
+                video = to_video(batch["video"][0].to(self.vae.device))                         # [K 3 T H W]
+                moments[place - len(unreadable)] = torch.stack(self.vae.moments(video), dim=1)  # [K 2 C T h w]
+        return {"moments": moments[:len(shard.ids) - len(unreadable)]}, {"unreadable": unreadable, "cut": 0}
+
+    def encode_captions(self, shard):
+        parts, lengths, cut, texts = [], [0], self.text_encoder.cut, self.texts(shard)
+        for i in range(0, len(texts), 64):
+            y, y_mask = self.text_encoder(texts[i:i + 64])
+            parts.append(y[y_mask].to("cpu", self.dtype))
+            lengths += y_mask.sum(1).tolist()
+            self.bar.update(len(y))
+        note = {"unreadable": {}, "cut": self.text_encoder.cut - cut}
+        return {"y": torch.cat(parts), "ends": torch.tensor(lengths).cumsum(0)}, note
+
+    def finish(self):
+        """Rank 0 writes bad_clips.csv and the index from what all shards say."""
+        told, names, ids, bad, cut = {}, defaultdict(list), defaultdict(list), {}, 0
+        for part in self.exchange({n: (name, read_note(self.folder / name)) for n, name in self.names.items()}):
+            told |= part
+        for n, shard in enumerate(self.shards):
+            name, note = told[n]
+            places = [int(place) for place in note["unreadable"]]
+            names[kind(shard.bucket)].append(name)
+            ids[kind(shard.bucket)].append(np.delete(shard.ids, places))
+            bad |= zip([self.meta.path(clip) for clip in shard.ids[places]], note["unreadable"].values())
+            cut += note["cut"]
+        arrays = {f"{part}.ids": torch.from_numpy(np.concatenate(of)) for part, of in ids.items()}
+        arrays |= {f"{part}.first": torch.tensor([0, *map(len, of)]).cumsum(0) for part, of in ids.items()}
+        empty = [part for part in ids if not len(arrays[f"{part}.ids"])]
+        if self.rank == 0:
+            with open(self.folder / "bad_clips.csv", "w", newline="") as f:
+                csv.writer(f, lineterminator="\n").writerows([("path", "reason"), *bad.items()])
+            if not empty:
+                write_whole(self.index, arrays, names)
+                print(f"{self.index}: {cut:,} captions were cut at {self.text_encoder.max_length} tokens, {len(bad):,} "
+                      "clips could not be read" + f", see {self.folder}/bad_clips.csv" * bool(bad))
+        self.exchange(None)     # both are there
+        if empty:
+            raise ValueError(f"none of the clips of bucket {empty[0]} could be read: mend or drop those in "
+                             f"{self.folder}/bad_clips.csv")
+
+
+class Windows:
+    """The clips of shards, each with its fixed windows: for data.batches both sampler and dataset, a clip a step."""
+
+    def __init__(self, meta, config, shards):
+        self.meta, self.config, self.shards = meta, config, shards
+        self.starts = [0, *accumulate(len(shard.ids) for shard in shards)]
+
+    def plan(self, step, rank, world):
+        i = bisect_right(self.starts, step) - 1
+        return Plan(step, self.shards[i].bucket, [0], np.array([[self.shards[i].ids[step - self.starts[i]], NO_CLIP]]))
+
+    def read(self, clip, bucket, step, slot):
+        """{"video": uint8 [K T H W 3], "decoded"}; raises UnreadableClip."""
+        if clip == NO_CLIP:
+            return {"video": torch.zeros(0), "decoded": 0}
+        key, interval = self.meta["key"][clip], int(stride(self.meta["fps"][clip], self.config))
+        frames, decoded = zip(*[
+            read_window(self.meta.path(clip), bucket.num_frames, interval, None, window_generator(key, window))
+            for window in range(num_windows(self.config, bucket))])
+        return {"video": torch.stack([resize_crop(f, bucket.height, bucket.width) for f in frames]),
+                "decoded": sum(decoded)}
+
+
+class CachedClips:
+    """Reads what write_cache wrote, as data.ClipDataset does clips: of a shard no more than the rows asked for.
+
+    The index is memory-mapped.  A shard is opened for each read, in 0.03 ms, and none stays open."""
+
+    def __init__(self, meta, config, index):
+        self.meta, self.config, self.index, self.names = meta, config, Path(index), read_note(index)
+        with safe_open(index, "pt") as f:
+            self.arrays = {name: f.get_tensor(name).numpy() for name in f.keys()}
+
+    def __reduce__(self):
+        return CachedClips, (self.meta, self.config, self.index)
+
+    def read(self, clip, bucket, step, slot):
+        """{"mean", "std" [C T h w], "y" [L width] in fp32, "y_mask" [L], "decoded"}; raises UnreadableClip."""
+        path, row = self.locate(kind(bucket), clip)
+        if path is None:
+            raise UnreadableClip(f"{self.meta.path(clip)}: is not in the cache (could not be read when it was written)")
+        with safe_open(path, "pt") as f:
+            mean, std = f.get_slice("moments")[row, window_number(self.config, bucket, step, slot)].float()
+        path, row = self.locate("text", caption_hash(self.meta.text(clip)))
+        with safe_open(path, "pt") as f:
+            start, end = f.get_slice("ends")[row:row + 2].tolist()
+            y = f.get_slice("y")[start:end].float()
+        L = self.config.model.model_max_length
+        return {"mean": mean, "std": std, "y": F.pad(y, (0, 0, 0, L - len(y))), "y_mask": torch.arange(L) < len(y),
+                "decoded": 0}
+
+    def locate(self, part, number):
+        """(path of its shard, row there) of a clip or a caption's hash; (None, None) where there is none."""
+        ids, first = self.arrays[f"{part}.ids"], self.arrays[f"{part}.first"]
+        at = np.searchsorted(ids, ids.dtype.type(number))
+        if at == len(ids) or ids[at] != number:
+            return None, None
+        shard = np.searchsorted(first, at, "right") - 1
+        return self.index.parent / self.names[part][shard], int(at - first[shard])
+
+
+def kind(bucket):
+    return "-".join(map(str, bucket)) if bucket else "text"
+
+
+def num_windows(config, bucket):
+    return 1 if bucket.num_frames == 1 else config.windows
+
+
+def caption_hash(text):
+    """64 bits: that any two of 12 million captions share one has a probability of 4e-6."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+
+
 def fingerprint(net):
     """A name for these weights: the first 64 values of every tensor, hashed."""
     sha = hashlib.sha1()
@@ -141,76 +421,44 @@ def fingerprint(net):
     return sha.hexdigest()
 
 
-def write_cache(config, sampler, vae, text_encoder):
-    """Latents and embeddings of every clip of the sampler, in files under config.cache, encoded where one is not there.
-
-    Returns {"text": path, bucket: path, ...}, for data.CachedClips.  The names hold a hash of the captions, the clips'
-    paths, sizes and times, and the networks: after a change other files are written.  Inside: encode_captions and
-    encode_clips."""
-    if any(keep not in (0, 1) for lengths in config.buckets.values() for keep, _ in lengths.values()):
-        raise ValueError("the cache holds each clip in one bucket: it needs keep probabilities of 0 or 1, or --cache=")
-    meta, (_, pools) = sampler.meta, sampler.epoch(0)
-    folder = Path(config.cache)
-    folder.mkdir(parents=True, exist_ok=True)
-    name = short_hash(meta.texts, text_encoder.max_length, fingerprint(text_encoder.net))
-    files = {"text": folder / f"text-{name}.safetensors"}
-    if not files["text"].is_file():
-        write_whole(files["text"], encode_captions(meta.texts, text_encoder))
-    for number, clips in sorted(pools.items()):
-        bucket, clips = sampler.numbered[number], np.sort(clips)
-        name = short_hash([stamp(meta.paths[clip]) for clip in clips], config.frame_interval, vae.scale,
-                          fingerprint(vae.net))
-        files[bucket] = folder / f"latents-{'-'.join(map(str, bucket))}-{name}.safetensors"
-        if not files[bucket].is_file():
-            write_whole(files[bucket], encode_clips(sampler, bucket, clips, vae))
-    return files
-
-
 def stamp(path):
     """A file's path, size and time of change; the path alone if it is not there."""
-    file = Path(path)
-    return (path, file.stat().st_size, file.stat().st_mtime_ns) if file.is_file() else (path,)
+    status = os.stat(path) if os.path.isfile(path) else None
+    return path, status and (status.st_size, status.st_mtime_ns)
 
 
 def short_hash(*what):
     return hashlib.sha1(repr(what).encode()).hexdigest()[:12]
 
 
-def write_whole(path, tensors):
+def write_whole(path, tensors, note):
     """Written beside its place and renamed, so that a file that is there is whole."""
     part = path.with_suffix(".part")
-    save_file(tensors, part)
+    save_file(tensors, part, {"note": json.dumps(note)})    # one piece of metadata: the order of several is random
     part.replace(path)
 
 
-def encode_captions(texts, text_encoder):
-    """{"y" [tokens C] in bf16, the distinct captions end to end; "ends" [captions] of each in y; "caption" [clips],
-    which of them is a clip's; "max_length", the L to pad to}."""
-    captions = sorted(set(texts))
-    y, y_mask = map(torch.cat, zip(*[text_encoder(captions[i:i + 64]) for i in range(0, len(captions), 64)]))
-    number = {caption: i for i, caption in enumerate(captions)}
-    return {"y": y[y_mask].bfloat16(), "ends": y_mask.sum(1).cumsum(0), "max_length": torch.tensor(y.shape[1]),
-            "caption": torch.tensor([number[text] for text in texts])}
+def read_note(path):
+    with safe_open(path, "pt") as f:
+        return json.loads(f.metadata()["note"])
 
 
-def encode_clips(sampler, bucket, clips, vae):
-    """{"clip" [N], "mean", "std" [N C T h w] in bf16} of the N clips that can be read, one window of each, drawn by its
-    number."""
-    kept, means, stds = [], [], []
-    for clip in tqdm(clips.tolist(), desc=f"caching bucket {'-'.join(map(str, bucket))}", unit="clip", mininterval=1):
-        try:
-            frames = read_window(sampler.meta.paths[clip], bucket.num_frames, sampler.frame_interval, None,
-                                 slot_generator(0, 0, clip, "cached window"))
-        except UnreadableClip as error:
-            print(f"skipped: {error}", file=sys.stderr)
-            continue
-        mean, std = vae.moments(resize_crop(frames, bucket.height, bucket.width)[None].to(vae.device))
-        kept.append(clip)
-        means.append(mean.bfloat16().cpu())
-        stds.append(std.bfloat16().cpu())
-    if not kept:
-        raise ValueError(f"none of the {len(clips)} clips of bucket {tuple(bucket)} could be read, see above")
-    return {"clip": torch.tensor(kept), "mean": torch.cat(means).contiguous(), "std": torch.cat(stds).contiguous()}
+def is_whole(index):
+    """True where an index is there, and all shards that it names."""
+    return index.is_file() and set().union(*read_note(index).values()) <= set(os.listdir(index.parent))
+
+
+def cache(config, vae, text_encoder):
+    """Writes the cache of a config, alone or as one of torchrun's processes."""
+    if not config.cache:
+        raise ValueError("cache='': expected a folder to write it to - pass --cache=DIR")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(weeks=4))     # ranks end hours apart
+    vae = load_vae(vae, DTYPES[config.dtype], device)
+    text_encoder = load_text_encoder(text_encoder, config.model.model_max_length, DTYPES[config.dtype], device)
+    write_cache(read_meta(config.data), config, vae, text_encoder, rank, world, recheck=True)
 
 
 # ---------------------------------------------------------------- fitting a small VAE
@@ -254,9 +502,9 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
 def train(args):
     meta = read_meta(args.path)
     by_size, skipped = {}, 0
-    for path in tqdm(meta.paths[:args.num_clips], desc="reading clips"):
+    for clip in tqdm(range(min(args.num_clips, len(meta))), desc="reading clips"):
         try:
-            frames = read_window(path)
+            frames, _ = read_window(meta.path(clip))
         except UnreadableClip as error:
             skipped += 1
             print(f"skipped, {skipped} so far: {error}", file=sys.stderr)
@@ -272,8 +520,8 @@ def train(args):
 
 def reconstruct(args):
     vae = load_vae(args.vae)
-    frames = read_window(args.path, start=0)[:args.num_frames]
-    T, H, W, _ = frames.shape
+    frames, _ = read_window(args.path, start=0)
+    T, H, W, _ = (frames := frames[:args.num_frames]).shape
     video = to_video(frames[:, :H // vae.down * vae.down, :W // vae.down * vae.down])[None]
     again = vae.decode(vae.encode(video))
     print(f"{args.path}: {T} frames of {video.shape[3]}x{video.shape[4]}, PSNR {psnr(again, video):.2f} dB")
@@ -284,8 +532,8 @@ def reconstruct(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", help='"train", "text", or a video or image to reconstruct')
-    parser.add_argument("path", nargs="?", help="meta.csv of the clips")
+    parser.add_argument("command", help='"train", "text", "cache", or a video or image to reconstruct')
+    parser.add_argument("path", nargs="?", help="meta.csv of the clips; of cache: a config, and --field=value after it")
     parser.add_argument("--vae", default="assets/tiny/vae", help="folder or hub name")
     parser.add_argument("--out", help="folder or, for a reconstruction, a .mp4, .gif or .png")
     parser.add_argument("--steps", type=int, default=6000)
@@ -294,22 +542,40 @@ def main():
     parser.add_argument("--num-frames", type=int, default=16, help="of a clip to reconstruct")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
-    args = parser.parse_args()
+    args, unknown = parser.parse_known_args()
+    rank = int(os.environ.get("RANK", 0))
     try:
-        if args.command in ("train", "text"):
+        if args.command == "cache" and args.path:
+            import configs
+            from sample import find
+            overrides = sys.argv[sys.argv.index(args.path) + 1:]    # --vae and --seed are the config's here
+            config = configs.load(args.path, [text for text in overrides if text != "--debug"])
+            cache(config, find(config.vae), find(config.text_encoder))
+        elif unknown:
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        elif args.command == "cache":
+            raise ValueError("python vae.py cache needs a config, as in configs/tiny.py")
+        elif args.command in ("train", "text"):
             if not (args.path and args.out):
                 raise ValueError(f"python vae.py {args.command} needs a meta.csv and --out DIR")
             if args.command == "train":
                 train(args)
             else:
-                make_text_encoder(read_meta(args.path).texts, args.out, seed=args.seed)
+                meta = read_meta(args.path)
+                make_text_encoder([meta.text(clip) for clip in range(len(meta))], args.out, seed=args.seed)
         else:
             args.path = args.command
             reconstruct(args)
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
             raise
-        sys.exit(fail(error))
+        time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
+        sys.exit(fail(f"rank {rank}: {error}" if rank else error))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

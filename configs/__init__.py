@@ -7,6 +7,7 @@ Unknown keys, wrong types and tables that cannot work are errors here, before a 
 """
 import ast
 import difflib
+import math
 import re
 import runpy
 import types
@@ -15,9 +16,9 @@ from pathlib import Path
 from pprint import pformat
 from typing import get_args, get_origin, get_type_hints
 
-from data import ASPECT
+from data import ASPECT, Bucket
 from masks import RECIPE, check_ratios  # noqa: F401  config files take their names from here
-from model import TINY, STDiTConfig  # noqa: F401
+from model import TINY, STDiTConfig, flops  # noqa: F401
 
 Buckets = dict[str, dict[int, tuple[float, int | None]]]  # resolution -> frames -> (keep probability, clips per GPU)
 
@@ -27,12 +28,18 @@ class Config:
     model: STDiTConfig = STDiTConfig()              # the network; the default is XL/2
     vae: str                                        # folder or hub name of the AutoencoderKL
     text_encoder: str                               # folder or hub name of the T5 encoder and its tokenizer
-    data: str                                       # meta.csv: a path, or a glob over several
+    data: str | tuple[str, ...]                     # meta.csv: a path, or a glob over several, or several of either
     buckets: Buckets                                # which clips are trained at which size (data.assign)
-    frame_interval: int = 1                         # every n-th source frame is taken
+    frame_interval: int = 1                         # every n-th source frame is taken (data.stride), unless target_fps
+    target_fps: float = 0.0                         # says how many a second there should be, about; 0 = it does not
+    raw_fps: bool = False                           # tell the network the source's fps, whatever is taken of it (Q7)
     fps: float = 24.0                               # of the source that samples imitate; theirs is fps / frame_interval
+    holdout: float = 0.0                            # share of the clips, by a hash of the path, kept for validation
+    windows: int = 0                                # fixed windows of a clip, as a cache needs; 0 = a new one each time
     cache: str = ""                                 # folder of cached latents and text embeddings; "" = none
-    num_workers: int = 2                            # decoding processes per GPU; 0 = decode in the training process
+    num_workers: int = 2                            # reading processes per GPU; 0 = read in the training process
+    read_timeout: float = 60.0                      # seconds for one clip, after which its reader is replaced
+    max_bad: float = 0.05                           # share of clips that cannot be read at which training stops
     world: int = 1                                  # GPUs of the batch sizes: a global batch is clips per GPU * world
     mask_ratios: dict[str, float]                   # masking strategy (masks.py) -> share of the samples
     prediction: str = "eps"                         # the network's target: "eps" (the noise) or "v" (velocity)
@@ -55,10 +62,15 @@ class Config:
 
     def __post_init__(self):
         check_types(self)
-        positive = ("frame_interval", "fps", "world", "lr", "grad_clip", "steps", "save_every")
+        positive = ("frame_interval", "fps", "world", "lr", "grad_clip", "steps", "save_every",
+                    "read_timeout")
         for name, ok, expected in (
             *((n, getattr(self, n) > 0, "more than 0") for n in positive),
-            *((n, getattr(self, n) >= 0, "0 or more") for n in ("num_workers", "warmup_steps", "sample_every")),
+            *((n, getattr(self, n) >= 0, "0 or more")
+              for n in ("num_workers", "warmup_steps", "sample_every", "windows", "target_fps")),
+            *((n, 0 <= getattr(self, n) <= 1, "a share from 0 to 1") for n in ("holdout", "max_bad")),
+            ("target_fps", not self.target_fps or self.frame_interval == 1, "0 beside a frame_interval: one decides"),
+            ("windows", self.windows or not self.cache, "1 or more with a cache: it holds fixed windows of a clip"),
             ("prediction", self.prediction in ("eps", "v"), "'eps' or 'v'"),
             ("dtype", self.dtype in ("fp32", "bf16"), "'fp32' or 'bf16'"),
             ("ema_decay", 0 <= self.ema_decay < 1, "0 or more and less than 1"),
@@ -67,6 +79,11 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
         check_ratios(self.mask_ratios)
         check_buckets(self.buckets)
+
+    def cost(self, bucket: Bucket) -> tuple[int, int]:
+        """(tokens, FLOP of forward and backward) of one clip; the VAE makes a latent cell of 8 x 8 pixels."""
+        latents = bucket.num_frames, bucket.height // 8, bucket.width // 8
+        return math.prod(self.model.grid(*latents)), 3 * flops(self.model, *latents, self.model.model_max_length)
 
 
 def check_buckets(buckets: Buckets):

@@ -13,6 +13,7 @@ config = Config(
     data="data/shapes/meta.csv",
     buckets={"32": {1: (1.0, 64), 8: (1.0, 32), 16: (1.0, 16)}},
     fps=8.0,
+    windows=1,
     cache="data/shapes/cache",
     num_workers=0,
     mask_ratios=RECIPE,

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import configs
 import sample
-from data import read_window, resize_crop, slot_generator, to_uint8
+from data import read_window, resize_crop, slot_generator, to_uint8, to_video
 from model import STDiT, STDiTConfig
 from sample import SampleQuirks, generate, guide, noise_schedule, sample_latents, step_back, timesteps
 from vae import load_vae, make_text_encoder
@@ -395,7 +395,7 @@ def test_command_line_writes_videos_and_sheets(checkpoint, tmp_path, monkeypatch
     out, err = capsys.readouterr()
     for stem in ("00-a-red-circle-moves-right", "01-a-dog"):
         assert f"{stem}.mp4  8 frames of 32x32, 8 per second" in out and (tmp_path / f"new/{stem}.png").stat().st_size
-        assert read_window(str(tmp_path / f"new/{stem}.mp4")).shape == (8, 32, 32, 3)
+        assert read_window(str(tmp_path / f"new/{stem}.mp4"))[0].shape == (8, 32, 32, 3)
     assert "2 x 8 frames, 2 iddpm steps" in out and "does not know: dog!" in err
 
 
@@ -409,7 +409,7 @@ def test_command_line_takes_references(checkpoint, tmp_path, monkeypatch, capsys
     command(monkeypatch, "--prompt", "one", "two", "--reference", tmp_path / "red.png", "--size", "16x24", "--fps", 12,
             *common)
     vae = load_vae(str(checkpoint / "vae"))
-    expected = to_uint8(vae.decode(vae.encode(resize_crop(torch.from_numpy(red), 16, 24)[None]))[0])[0]
+    expected = to_uint8(vae.decode(vae.encode(to_video(resize_crop(torch.from_numpy(red), 16, 24))[None]))[0])[0]
     for frames, fps in seen:
         assert frames.shape == (3, 16, 24, 3) and fps == 12
         assert np.abs(frames[0].astype(int) - expected).max() <= 1

@@ -1,5 +1,12 @@
 """vae.py: the networks against diffusers and transformers called directly; the cache; the small networks it makes."""
+import csv
+import os
+import pickle
+import re
+import shutil
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +16,12 @@ from diffusers import AutoencoderKL
 from transformers import AutoTokenizer, T5EncoderModel
 
 import vae as vae_module
-from configs import Config
-from data import BucketSampler, CachedClips, ClipDataset, read_meta, shapes_clip, to_video, write_shapes, write_video
+from configs import Config, dump
+from data import (BucketSampler, ClipDataset, UnreadableClip, batches, bucket_list, reachable, read_meta, shapes_clip,
+                  to_video, window_number, write_shapes, write_video)
 from masks import RECIPE
 from model import TINY
-from vae import fit_vae, load_text_encoder, load_vae, make_text_encoder, psnr, write_cache
+from vae import CachedClips, fit_vae, load_text_encoder, load_vae, make_text_encoder, psnr, write_cache
 
 ROOT = Path(__file__).parents[1]
 TINY_VAE, TINY_TEXT = str(ROOT / "assets/tiny/vae"), str(ROOT / "assets/tiny/text_encoder")
@@ -105,7 +113,7 @@ def test_a_word_is_nearly_the_same_in_any_caption(tmp_path):
     assert like[1, 1] > 0.9 and like[2, 2] < 0.5                              # red, red; circle, square
 
 
-# ---- the small VAE and the cache ----
+# ---- the small VAE ----
 
 def test_fit_vae_learns(tmp_path):
     frames = torch.from_numpy(square_frames(0, 40))
@@ -117,62 +125,338 @@ def test_fit_vae_learns(tmp_path):
     assert loaded.encode(video).std().item() == pytest.approx(1, abs=0.3)
 
 
+# ---- the cache ----
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """A folder of 24 of the world's clips, stills, 8 and 16 frames, and 2 larger ones of twice the frame rate."""
+    folder = tmp_path_factory.mktemp("clips")
+    write_shapes(folder, 24)
+    rows = []
+    for i in range(2):
+        frames = np.random.default_rng(i).integers(0, 256, (18, 9, 16, 3), np.uint8)
+        write_video(folder / f"large{i}.mp4", frames.repeat(16, axis=1).repeat(16, axis=2), 16)
+        rows.append(f"large{i}.mp4,a red circle moves fast,18,144,256,16\n")
+    with open(folder / "meta.csv", "a") as f:
+        f.writelines(rows)
+    return folder
+
+
 @pytest.fixture
-def world(tmp_path):
-    write_shapes(tmp_path / "clips", 24)
-    config = Config(model=TINY, vae=TINY_VAE, text_encoder=TINY_TEXT, data=str(tmp_path / "clips/meta.csv"),
-                    buckets={"32": {1: (1.0, 2), 8: (1.0, 2), 16: (1.0, 1)}}, cache=str(tmp_path / "cache"),
-                    mask_ratios=RECIPE, lr=1e-3, steps=1, out="-")
-    return config, lambda: BucketSampler(read_meta(config.data), config.buckets)
+def config(clips, tmp_path, monkeypatch):
+    """Of a folder of its own; two windows; with shards of 3 clips of 8 frames."""
+    shutil.copytree(clips, tmp_path / "clips")
+    monkeypatch.setattr(vae_module, "SHARD_BYTES", 100_000)
+    return Config(model=TINY, vae=TINY_VAE, text_encoder=TINY_TEXT, data=str(tmp_path / "clips/meta.csv"),
+                  buckets={"144p": {8: (0.5, 1)}, "32": {1: (1.0, 2), 8: (1.0, 2)}}, target_fps=8.0, windows=2,
+                  num_workers=0, cache=str(tmp_path / "cache"), mask_ratios=RECIPE, lr=1e-3, steps=1,
+                  dtype="fp32", out="-")
 
 
-def test_cache_holds_what_the_networks_give(world, vae):
-    config, make = world
-    sampler, text_encoder = make(), load_text_encoder(TINY_TEXT, 16)
-    cached = CachedClips(sampler, write_cache(config, sampler, vae, text_encoder))
-    plain = ClipDataset(sampler)
-    for step in range(6):
-        ours, theirs = cached[step], plain[step]
-        mean, std = vae.moments(theirs["video"])
-        y, y_mask = text_encoder(theirs["text"])
-        torch.testing.assert_close(ours["mean"], mean, rtol=1e-2, atol=1e-2)  # kept in bf16
-        torch.testing.assert_close(ours["std"], std, rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(ours["y"] * y_mask[..., None], y * y_mask[..., None], rtol=1e-2, atol=1e-2)
-        assert torch.equal(ours["y_mask"], y_mask)
-        for name in ("height", "width", "num_frames", "fps", "ar", "slots"):
-            assert torch.equal(ours[name], theirs[name]), name
+@pytest.fixture(scope="module")
+def text_encoder():
+    return load_text_encoder(TINY_TEXT, 16)
 
 
-def test_cache_is_written_once_and_never_stale(world, vae):
-    config, make = world
-    text_encoder = load_text_encoder(TINY_TEXT, 16)
-    files = write_cache(config, make(), vae, text_encoder)
-    times = {file: file.stat().st_mtime_ns for file in files.values()}
-    assert write_cache(config, make(), vae, text_encoder) == files
-    assert times == {file: file.stat().st_mtime_ns for file in files.values()}
-    other = load_vae(TINY_VAE)
-    other.net.encoder.conv_in.weight.add_(0.01)
-    changed = write_cache(config, make(), other, text_encoder)
-    assert changed["text"] == files["text"] and not set(changed.values()) - {changed["text"]} & set(files.values())
+@pytest.fixture
+def write(vae, text_encoder):
+    """write(config, ...) -> index"""
+    return lambda config, vae=vae, **more: write_cache(read_meta(config.data), config, vae, text_encoder, **more)
 
 
-def test_cache_notices_that_clips_were_rendered_anew(world, vae):
-    config, make = world
-    text_encoder = load_text_encoder(TINY_TEXT, 16)
-    files = write_cache(config, make(), vae, text_encoder)
-    write_shapes(Path(config.data).parent, 24, seed=1)
-    assert not set(write_cache(config, make(), vae, text_encoder).values()) & set(files.values())
+def shards(config):
+    """{name: (time of change, bytes)} of a cache's files that hold latents or embeddings."""
+    files = [file for file in Path(config.cache).iterdir() if not file.name.startswith(("index", "bad", "."))]
+    return {file.name: (file.stat().st_mtime_ns, file.read_bytes()) for file in files}
 
 
-def test_unreadable_clips_are_replaced(world, vae, capfd):
-    config, make = world
-    sampler = make()
-    victim = next(path for path, frames in zip(sampler.meta.paths, sampler.meta.num_frames) if frames == 8)
-    Path(victim).write_bytes(b"")
-    cached = CachedClips(sampler, write_cache(config, sampler, vae, load_text_encoder(TINY_TEXT, 16)))
-    assert victim in capfd.readouterr().err
-    steps = sampler.locate(0)[0] + len(sampler.epoch(0)[0])
-    assert all(len(cached[step]["mean"]) == sampler.batch_size(cached[step]["bucket"]) for step in range(steps))
+def contents(config):
+    return {name: held for name, (_, held) in shards(config).items()}
+
+
+def every_clip(config, meta):
+    """(clip, bucket) of all that the cache is to hold."""
+    buckets = bucket_list(config.buckets)
+    return [(int(clip), buckets[number]) for number, clips in reachable(meta, config).items() for clip in clips]
+
+
+def assert_same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-5, atol=1e-5)
+
+
+def encoded(config, vae, text_encoder, clip, bucket, step, slot):
+    """What CachedClips is to give, from the clip's file and the networks."""
+    item = ClipDataset(read_meta(config.data), config).read(clip, bucket, step, slot)
+    mean, std = vae.moments(to_video(item["video"])[None])
+    y, y_mask = text_encoder([item["text"]])
+    return {"mean": mean[0], "std": std[0], "y": y[0] * y_mask[0][:, None], "y_mask": y_mask[0], "decoded": 0}
+
+
+def test_cache_holds_what_the_networks_give(config, write, vae, text_encoder):
+    """Every clip in every bucket that it can reach, with a keep probability of 0.5 two; both windows."""
+    meta = read_meta(config.data)
+    cached = CachedClips(meta, config, write(config))
+    where = every_clip(config, meta)
+    assert len(where) == 28 and len({clip for clip, _ in where}) == 26 and len({bucket for _, bucket in where}) == 5
+    for clip, bucket in where:
+        for slot in range(3):
+            assert_same(cached.read(clip, bucket, 7, slot), encoded(config, vae, text_encoder, clip, bucket, 7, slot))
+
+
+def test_windows_are_the_slots(config, write):
+    meta = read_meta(config.data)
+    cached, clip = CachedClips(meta, config, write(config)), int(np.flatnonzero(meta["num_frames"] == 16)[0])
+    bucket = next(bucket for c, bucket in every_clip(config, meta) if c == clip)
+    window = [window_number(config, bucket, 3, slot) for slot in range(20)]
+    means = [cached.read(clip, bucket, 3, slot)["mean"] for slot in range(20)]
+    for i in range(20):
+        assert torch.equal(means[i], means[0]) == (window[i] == window[0])
+    assert set(window) == {0, 1}
+
+
+def test_cache_in_bf16(config, write, text_encoder):
+    """Half the size, computed in bf16, and told apart from that in fp32."""
+    config = replace(config, buckets={"32": {1: (1.0, 2)}})
+    write(config)
+    before, meta = contents(config), read_meta(config.data)
+    config = replace(config, dtype="bf16")
+    nets = load_vae(TINY_VAE, torch.bfloat16), load_text_encoder(TINY_TEXT, 16, torch.bfloat16)
+    cached = CachedClips(meta, config, write_cache(meta, config, *nets))
+    half = {name: held for name, held in contents(config).items() if name not in before}
+    assert sum(map(len, half.values())) == pytest.approx(sum(map(len, before.values())) / 2, rel=0.05)
+    clip, bucket = every_clip(config, meta)[0]
+    ours, theirs = cached.read(clip, bucket, 0, 0), encoded(config, *nets, clip, bucket, 0, 0)
+    assert ours["mean"].dtype == ours["y"].dtype == torch.float32
+    for name in ("mean", "std", "y"):
+        torch.testing.assert_close(ours[name], theirs[name], rtol=0.01, atol=1e-3)
+
+
+def test_cache_is_written_once(config, write, monkeypatch):
+    index = write(config)
+    before = shards(config)
+    looked = []
+    monkeypatch.setattr(vae_module, "stamp", lambda path, stamp=vae_module.stamp: looked.append(path) or stamp(path))
+    assert write(config) == index and not looked
+    assert write(config, recheck=True) == index and len(looked) > 26
+    assert shards(config) == before
+
+
+def test_a_killed_run_goes_on(config, write, monkeypatch):
+    """Killed in its fourth shard, which stays behind half written; then one that was whole is lost."""
+    index = write(config)
+    undisturbed, config = contents(config) | {index.name: index.read_bytes()}, replace(config, cache=config.cache + "2")
+    save, saved = vae_module.save_file, []
+
+    def killed(tensors, path, note):
+        saved.append(path)
+        if len(saved) == 4:
+            path.write_bytes(b"half")
+            raise KeyboardInterrupt
+        save(tensors, path, note)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(vae_module, "save_file", killed)
+        write(config)
+    assert len(list(Path(config.cache).glob("*.safetensors"))) == 3 and not list(Path(config.cache).glob("index*"))
+    before = shards(config)
+    again = write(config)
+    now = shards(config)
+    assert contents(config) | {again.name: again.read_bytes()} == undisturbed
+    assert all(now[name] == held for name, held in before.items() if name in now)
+    lost = Path(config.cache) / next(iter(now))
+    lost.unlink()
+    assert write(config) == again and contents(config) | {again.name: again.read_bytes()} == undisturbed
+
+
+def test_two_processes_write_what_one_does(config, write, tmp_path, monkeypatch):
+    monkeypatch.undo()                                                        # SHARD_BYTES, as in the others
+    index, two = write(config), replace(config, cache=str(tmp_path / "two"), num_workers=1)
+    (tmp_path / "config.py").write_text(dump(two))
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+                           str(ROOT / "vae.py"), "cache", str(tmp_path / "config.py")], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    half = (len(shards(config)) + 1) // 2
+    assert f" {half}/{half} " in done.stderr                                  # rank 0's share
+    assert done.stdout.count("files to write") == done.stdout.count("captions were cut") == 1
+    assert contents(two) == contents(config) and (tmp_path / "two" / index.name).read_bytes() == index.read_bytes()
+
+
+def test_a_cache_is_read_by_other_processes(config, write):
+    """Forked or spawned; a pickle holds no rows, and a read leaves no file open."""
+    meta = read_meta(config.data)
+    cached = CachedClips(meta, config, write(config))
+    sampler, many = BucketSampler(meta, config), CachedClips(meta, replace(config, num_workers=2), cached.index)
+    for ours, theirs in zip(batches(sampler, cached, 0, 6), batches(sampler, many, 0, 6), strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ("mean", "std", "y", "y_mask", "slots", "fps"))
+    again, (clip, bucket) = pickle.loads(pickle.dumps(cached)), every_clip(config, meta)[0]
+    assert_same(again.read(clip, bucket, 0, 0), cached.read(clip, bucket, 0, 0))
+    assert len(pickle.dumps(cached)) < len(pickle.dumps((meta, config))) + 1000
+    if sys.platform == "linux":
+        files = os.listdir("/proc/self/fd")
+        cached.read(clip, bucket, 0, 0)
+        assert len(os.listdir("/proc/self/fd")) == len(files)
+
+
+def test_stages_share_a_folder(config, write):
+    """A bucket of two configs is there once, with other batch sizes, seeds and buckets beside it."""
+    write(replace(config, buckets={"32": {8: (1.0, 2)}}))
+    before = shards(config)
+    write(replace(config, buckets={"32": {1: (0.5, 2), 8: (0.7, 1)}}, seed=3))
+    now = shards(config)
+    assert {name: now[name] for name in before} == before
+    assert {name.split("-")[1] for name in now.keys() - before.keys()} == {"1"} | {
+        name.split("-")[1] for name in now if name.startswith("text")} - {name.split("-")[1] for name in before}
+
+
+CHANGES = {     # what changes -> kinds of files that are written anew, of "text" and "32"; whether the csv tells
+    "caption": ({"text"}, True), "clip": ({"32"}, False), "rendered": ({"32"}, True), "fps": ({"32"}, True),
+    "vae": ({"32"}, True), "scale": ({"32"}, True), "windows": ({"32"}, True), "text_encoder": ({"text"}, True),
+    "tokenizer": ({"text"}, True), "max_length": ({"text"}, True), "target_fps": ({"32", "text"}, True),
+    "holdout": ({"32", "text"}, True), "elsewhere": ({"32"}, True)}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_are_noticed(config, write, change):
+    """Only what hangs on them is written anew."""
+    config = replace(config, buckets={"32": {8: (1.0, 2)}})
+    index, before = write(config), shards(config)
+    csv, vae, text_encoder = Path(config.data), load_vae(TINY_VAE), load_text_encoder(TINY_TEXT, 16)
+    clip = next(csv.parent.glob("*[0-9].mp4"))
+    if change == "caption":
+        csv.write_text(csv.read_text().replace("moves right", "moves quickly"))
+    if change in ("clip", "rendered"):
+        clip.write_bytes(clip.read_bytes() + bytes(8))
+    if change == "rendered":
+        os.utime(csv, ns=(0, 0))
+    if change == "fps":                                                       # the stride of clips with 16 frames
+        csv.write_text(csv.read_text().replace(",16,32,32,8", ",16,32,32,16"))
+    if change == "vae":
+        vae.net.encoder.conv_in.weight.add_(0.01)
+    if change == "scale":
+        vae.scale *= 2
+    if change == "windows":
+        config = replace(config, windows=3)
+    if change == "text_encoder":
+        text_encoder.net.shared.weight.add_(0.01)
+    if change == "tokenizer":
+        text_encoder.tokenizer.add_tokens(["sideways"])
+    if change == "max_length":
+        text_encoder.max_length = 5
+    if change == "target_fps":
+        config = replace(config, target_fps=4.0)
+    if change == "holdout":
+        config = replace(config, holdout=0.5)
+    if change == "elsewhere":                                                 # clips' names in it place their windows
+        config = replace(config, data=str(csv.parents[1] / "meta.csv"))
+        Path(config.data).write_text(re.sub("(?m)^(?=.*mp4|.*png)", "clips/", csv.read_text()))
+    kinds, told = CHANGES[change]
+    assert (write_cache(read_meta(config.data), config, vae, text_encoder) != index) == told
+    write_cache(read_meta(config.data), config, vae, text_encoder, recheck=True)
+    now = shards(config)
+    assert {name.split("-")[0] for name in now.keys() - before.keys()} == kinds
+    assert {name: now[name] for name in before} == before
+
+
+# ---- clips that cannot be read ----
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_unreadable_clips_are_left_out(config, write, vae, text_encoder, capfd, num_workers):
+    """One of two buckets; it is named once, and its shards' other clips are found."""
+    config = replace(config, num_workers=num_workers)
+    victim = Path(config.data).with_name("large0.mp4")
+    victim.write_bytes(b"")
+    meta = read_meta(config.data)
+    cached = CachedClips(meta, config, write(config))
+    assert capfd.readouterr().err.count(f"{victim}: ") == 1
+    (header, row) = csv.reader(open(Path(config.cache) / "bad_clips.csv"))
+    assert header == ["path", "reason"] and row[0] == str(victim) and row[1].startswith(f"{victim}: ")
+    missing = [clip for clip, _ in every_clip(config, meta) if meta.path(clip) == str(victim)]
+    assert len(missing) == 2
+    for clip, bucket in every_clip(config, meta):
+        if clip in missing:
+            with pytest.raises(UnreadableClip, match="large0.mp4: is not in the cache"):
+                cached.read(clip, bucket, 0, 0)
+        else:
+            assert_same(cached.read(clip, bucket, 0, 0), encoded(config, vae, text_encoder, clip, bucket, 0, 0))
+    write(config, recheck=True)                                               # of shards that were there, too
+    assert len(list(csv.reader(open(Path(config.cache) / "bad_clips.csv")))) == 2
+    shutil.copy(victim.with_name("large1.mp4"), victim)
+    cached = CachedClips(meta, config, write(config, recheck=True))
+    assert cached.read(missing[0], bucket_list(config.buckets)[0]._replace(ar="0.56"), 0, 0)["mean"].any()
+
+
+def test_a_bucket_of_unreadable_clips_is_an_error(config, write):
+    for victim in Path(config.data).parent.glob("large*.mp4"):
+        victim.write_bytes(b"")
+    with pytest.raises(ValueError, match=f"bucket 144p-8-0.56 could be read: .*{config.cache}/bad_clips.csv"):
+        write(config)
+    assert len((Path(config.cache) / "bad_clips.csv").read_text().splitlines()) == 3
+
+
+def test_too_many_unreadable_clips_are_an_error(config, write, tmp_path):
+    write_shapes(tmp_path / "many", 240)
+    config = replace(config, data=str(tmp_path / "many/meta.csv"), buckets={"32": {1: (1.0, 2), 8: (1.0, 2)}})
+    for victim in sorted((tmp_path / "many").glob("*.png"))[::5]:
+        victim.unlink()
+    with pytest.raises(ValueError, match="more than max_bad=0.05 of them"):
+        write(config)
+    write(replace(config, max_bad=0.2))
+
+
+def test_files_that_change_while_they_are_read_are_an_error(config, write, vae, monkeypatch):
+    clip = next(Path(config.data).parent.glob("*[0-9].mp4"))
+    moments = vae.moments
+    monkeypatch.setattr(vae, "moments", lambda video: clip.write_bytes(b"gone") and moments(video))
+    with pytest.raises(ValueError, match="files changed while they were read"):
+        write(config)
+
+
+# ---- what it says ----
+
+def test_cut_captions_are_counted(config, vae, capsys):
+    text_encoder = load_text_encoder(TINY_TEXT, 6)                            # "a red circle moves right" and </s>
+    assert text_encoder(["a red circle", "a red circle moves right", "a red circle moves right now"]) and (
+        text_encoder.cut == 1)
+    config = replace(config, buckets={"32": {8: (1.0, 2)}}, model=replace(TINY, model_max_length=6))
+    csv = Path(config.data)
+    csv.write_text(csv.read_text().replace("moves fast", "moves very fast"))
+    meta = read_meta(config.data)
+    for recheck in (False, True):                                             # made now, or there
+        cached = CachedClips(meta, config, write_cache(meta, config, vae, text_encoder, recheck=recheck))
+        assert ": 1 captions were cut at 6 tokens, 0 clips could not be read\n" in capsys.readouterr().out
+    clip, bucket = every_clip(config, meta)[-1]
+    assert cached.read(clip, bucket, 0, 0)["y_mask"].sum() == 6
+
+
+def test_the_size_is_announced(config, write, tmp_path, capsys):
+    write_shapes(tmp_path / "many", 240)
+    config = replace(config, data=str(tmp_path / "many/meta.csv"), buckets={"32": {1: (1.0, 2), 8: (1.0, 2)}})
+    pattern = r"240 clips, (\d+) windows in 4 buckets, (\d+) captions; (\d+) of (\d+) files to write, ([\d.]+) MB of"
+    write(config)
+    said = re.search(pattern, capsys.readouterr().out)
+    meta = read_meta(config.data)
+    still, texts = int((meta["num_frames"] == 1).sum()), {meta.text(clip) for clip in range(len(meta))}
+    assert [int(said[i]) for i in (1, 2)] == [still + 2 * (240 - still), len(texts)]
+    assert int(said[3]) == int(said[4]) == len(shards(config))
+    assert float(said[5]) == pytest.approx(sum(map(len, contents(config).values())) / 1e6, rel=0.05)
+    captions = list(Path(config.cache).glob("text*"))                         # padded they take 2.5 times as much
+    size = sum(file.stat().st_size for file in captions)
+    for file in captions:
+        file.unlink()
+    write(config)
+    said = re.search(pattern, capsys.readouterr().out)
+    assert int(said[3]) == len(captions) and float(said[5]) == pytest.approx(size / 1e6, abs=0.06)
+
+
+def test_too_small_a_disk_is_an_error(config, write, monkeypatch):
+    full = shutil.disk_usage("/")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: full._replace(free=300_000))
+    with pytest.raises(ValueError, match=r"cache has 0.3 MB free, expected \d.\d MB"):
+        write(config)
+    assert not shards(config)
 
 
 # ---- as a script ----
@@ -183,6 +467,11 @@ def run(monkeypatch, capsys, *args):
         vae_module.main()
         sys.exit(0)
     return ended.value.code, capsys.readouterr()
+
+
+def test_unknown_options_are_named(monkeypatch, capsys):
+    code, output = run(monkeypatch, capsys, "train", "meta.csv", "--stps=3")
+    assert code == 2 and "unrecognized arguments: --stps=3" in output.err
 
 
 def test_reconstructs_a_clip(tmp_path, monkeypatch, capsys):
@@ -197,8 +486,22 @@ def test_makes_a_text_encoder(tmp_path, monkeypatch, capsys):
     assert load_text_encoder(str(tmp_path / "t5"), 8)(["a thing"])[0].shape == (1, 8, 64)
 
 
+def test_writes_a_cache(config, write, monkeypatch, capsys):
+    path = Path(config.cache).with_name("config.py")
+    path.write_text(dump(config))
+    code, said = run(monkeypatch, capsys, "cache", path, "--windows=3", "--seed=7", "--debug")
+    assert code == 0 and "26 clips, 72 windows in 5 buckets" in said.out
+    write(replace(config, windows=3))
+    assert not capsys.readouterr().out                                        # it was there
+
+
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
     for args, said in (((tmp_path / "no.mp4",), "no such file"), (("train",), "needs a meta.csv and --out"),
-                       (("train", tmp_path / "meta.csv", "--out", tmp_path), "python data.py shapes")):
+                       (("train", tmp_path / "meta.csv", "--out", tmp_path), "python data.py shapes"),
+                       (("cache",), "needs a config"), (("cache", "nowhere.py"), "no config file nowhere.py"),
+                       (("cache", "configs/tiny.py", "--cache="), "cache='': expected a folder"),
+                       (("cache", "configs/tiny.py", "--vae=/no/such/vae"), "AutoencoderKL '/no/such/vae' is neither"),
+                       (("cache", "configs/tiny.py", "--windows=0"), "windows=0: expected 1 or more"),
+                       (("cache", "configs/tiny.py", "--windos=1"), "did you mean 'windows'")):
         code, output = run(monkeypatch, capsys, *args)
-        assert code == 2 and said in output.err.splitlines()[-1]
+        assert code == 2 and output.err.startswith("error: ") and said in output.err.splitlines()[-1]

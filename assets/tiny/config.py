@@ -23,6 +23,7 @@ config = Config(
     buckets={'32': {1: (1.0, 64), 8: (1.0, 32), 16: (1.0, 16)}},
     frame_interval=1,
     fps=8.0,
+    windows=1,
     cache='data/shapes/cache',
     num_workers=0,
     world=1,
