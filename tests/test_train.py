@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import configs
 import train
-from data import slot_generator, write_shapes
+from data import BucketSampler, read_meta, slot_generator, write_shapes
 from masks import RECIPE
 from model import STDiT
 from sample import noise_schedule
@@ -374,6 +374,26 @@ def test_without_a_cache(world, tmp_path):
     for ours, cached in zip(rows(config), world[1], strict=True):
         for name in ("loss", "mse", "vb"):
             assert ours[name] == pytest.approx(cached[name], rel=1e-5), (ours["step"], name)
+
+
+def test_unreadable_clips_are_replaced_and_listed_the_same_when_resumed(world, tmp_path):
+    """In a run from pixels by two readers, that is stopped after a checkpoint, while one clip is mended."""
+    shutil.copytree(Path(world[0].data).parent, tmp_path / "clips")
+    meta = read_meta(str(tmp_path / "clips/meta.csv"))
+    victim = Path(meta.path(BucketSampler(meta, world[0]).plan(10).clips[0, 0]))
+    whole, _ = victim.read_bytes(), victim.write_bytes(b"")
+    config = replace(world[0], data=str(tmp_path / "clips/meta.csv"), cache="", num_workers=2, steps=12,
+                     out=str(tmp_path / "undisturbed"))
+    run(config)
+    faults = (tmp_path / "undisturbed/bad_clips.csv").read_text()
+    assert [line.split(",")[0] for line in faults.splitlines()[1:]].count("10") == 1 and str(victim) in faults
+    again = replace(config, out=str(tmp_path / "again"))
+    run(replace(again, steps=8))
+    shutil.copy(tmp_path / "undisturbed/bad_clips.csv", tmp_path / "again")      # a killed run had come so far
+    victim.write_bytes(whole)
+    run(again)
+    assert rows(again)[8:] == rows(config)[8:] and (tmp_path / "again/bad_clips.csv").read_text() == faults
+    assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(config).values(), strict=True))
 
 
 # ---------------------------------------------------------------- errors
