@@ -389,7 +389,7 @@ def in_use(rows: np.ndarray, config, validation: bool) -> np.ndarray:
     return ~rows["repeated"] & ((uniform(rows["key"], name_key("validation")) < config.holdout) == validation)
 
 
-def kinds(config):
+def first_numbers(config):
     """{(resolution, T): number of the first of its buckets}"""
     numbers = {}
     for i, bucket in enumerate(bucket_list(config.buckets)):
@@ -401,7 +401,7 @@ def assign(meta, config, epoch: int, validation: bool = False) -> np.ndarray:
     """Each clip's number in bucket_list(config.buckets), or -1: int16 [N].
 
     A clip that loses the keep draw of a resolution's bucket goes on to the next smaller resolution."""
-    found, first_of = np.full(len(meta), -1, np.int16), kinds(config)
+    found, first_of = np.full(len(meta), -1, np.int16), first_numbers(config)
     for start in range(0, len(meta), CHUNK):
         rows, into = meta.rows[start:start + CHUNK], found[start:start + CHUNK]
         waiting = in_use(rows, config, validation)
@@ -416,7 +416,7 @@ def assign(meta, config, epoch: int, validation: bool = False) -> np.ndarray:
 
 def reachable(meta, config) -> dict[int, np.ndarray]:
     """Bucket number -> ids of all clips that it can get in some epoch, ascending."""
-    clips_of, first_of = {}, kinds(config)
+    clips_of, first_of = {}, first_numbers(config)
     for start in range(0, len(meta), CHUNK):
         rows = meta.rows[start:start + CHUNK]
         waiting = in_use(rows, config, False)
@@ -526,7 +526,8 @@ class BucketSampler:
         clips = np.flatnonzero(found >= 0).astype(np.int32)
         order = mix(self.config.seed, number, clips, name_key("clips")) >> 16
         order[np.isin(clips, inherited)] = 0
-        clips = clips[np.argsort(order | found[clips].astype(np.uint64) << 48)]  # by bucket, then at random
+        order |= found[clips].astype(np.uint64) << 48  # by bucket, then at random; equal ones alike on every machine:
+        clips = clips[np.argsort(order, kind="stable")]
 
         ends = np.flatnonzero(np.diff(found[clips], append=-1)) + 1
         starts, buckets, rest, pools = [inherited[:0]], [inherited[:0]], [inherited[:0]], {}

@@ -143,9 +143,11 @@ def override(config, key: str, text: str, prefix: str = ""):
 
 
 def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Runs the Python file `path` (or configs/<path>), which defines `config`, and applies `--key=value` overrides."""
+    """Runs the Python file `path` (from here, the repository or its configs), which defines `config`, and applies
+    `--key=value` overrides."""
     folder = Path(__file__).parent
-    file = next((p for p in (Path(path), folder / path, folder / f"{path}.py") if p.is_file()), None)
+    places = (Path(path), folder.parent / path, folder / path, folder / f"{path}.py")
+    file = next((place for place in places if place.is_file()), None)
     if file is None:
         known = ", ".join(f"configs/{p.name}" for p in sorted(folder.glob("*.py")) if p.name != "__init__.py")
         raise FileNotFoundError(f"no config file {path}, there are: {known}")
