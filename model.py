@@ -12,13 +12,17 @@ Quirks that the published weights were trained with are fields of STDiTConfig, o
   Q3 final_twice        the final layer modulates given frames twice: by time t as if noised, then by time 0 + size
 Kept in every model: positions are scaled by clip 0's size (a batch shares one); the final layer sees time but not size.
 """
+import json
 import math
+import re
 import time
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -406,6 +410,80 @@ def from_upstream(config: dict, state_dict: dict) -> STDiT:
     if not torch.allclose(model.rope.freqs.float(), exact, rtol=2 ** -8):   # 2^-8: they may have been in bf16
         raise ValueError("rope.freqs are not 10000^(-2i/D): this model computes them and cannot use others")
     return model
+
+
+# PixArt-alpha's parameters: its own .pth names them as we do (left); diffusers' folder as on the right, where some that
+# we keep stacked lie apart. Of a block without "blocks.N."; weight and bias alike. The rest of STDiT is time's.
+PIXART_NAMES = {
+    "x_embedder.proj": "pos_embed.proj", "t_block.1": "adaln_single.linear",
+    "t_embedder.mlp.0": "adaln_single.emb.timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "adaln_single.emb.timestep_embedder.linear_2",
+    "csize_embedder.mlp.0": "adaln_single.emb.resolution_embedder.linear_1",
+    "csize_embedder.mlp.2": "adaln_single.emb.resolution_embedder.linear_2",
+    "ar_embedder.mlp.0": "adaln_single.emb.aspect_ratio_embedder.linear_1",
+    "ar_embedder.mlp.2": "adaln_single.emb.aspect_ratio_embedder.linear_2",
+    "y_embedder.y_embedding": "caption_projection.y_embedding",
+    "y_embedder.y_proj.fc1": "caption_projection.linear_1", "y_embedder.y_proj.fc2": "caption_projection.linear_2",
+    "scale_shift_table": "scale_shift_table",
+    "attn.qkv": "attn1.to_q attn1.to_k attn1.to_v", "attn.proj": "attn1.to_out.0",
+    "cross_attn.q_linear": "attn2.to_q", "cross_attn.kv_linear": "attn2.to_k attn2.to_v",
+    "cross_attn.proj": "attn2.to_out.0", "mlp.fc1": "ff.net.0.proj", "mlp.fc2": "ff.net.2",
+    "final_layer.linear": "proj_out", "final_layer.scale_shift_table": "scale_shift_table",
+}
+# What else may be there: position tables (position_table computes them for any size).
+PIXART_UNUSED = {"pos_embed", "pos_embed.pos_embed"}
+
+
+@torch.no_grad()
+def from_pixart(path, config: STDiTConfig, seed: int = 0) -> dict:
+    """The image model PixArt-alpha-XL-2-1024-MS -> a whole state dict of STDiT(config), the start of stage 0.
+
+    path: its .pth, or diffusers' folder (config.json in it or in transformer/). What PixArt lacks is that of
+    STDiT(config, seed), where temporal attention adds nothing: without QK-norm each frame of 1024 x 1024 pixels comes
+    out as PixArt's image would. PixArt was told height / width as ar, and its final layer sees the size too: other
+    shapes start further off.  ValueError names what is missing, unknown or misshapen.
+    """
+    path, heads = Path(path), config.num_heads      # a .pth does not tell how many heads
+    if path.is_dir():
+        folder = path / "transformer" if (path / "transformer").is_dir() else path
+        heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
+        source = load_file(folder / "diffusion_pytorch_model.safetensors")
+    else:
+        source = torch.load(path, map_location="cpu", weights_only=True)
+        source = source.get("state_dict", source)
+    for key, value in {"num_heads": heads, "input_sq_size": 512, "temporal_pos": False}.items():
+        if getattr(config, key) != value:           # shapes do not tell; its position scale is 2 at 1024 pixels
+            raise ValueError(f"{key}={getattr(config, key)} does not suit {path}, expected {key}={value}")
+    model, left = STDiT(config, seed), set(source) - PIXART_UNUSED
+    state = model.state_dict()      # its tensors are the model's: what is copied here is in the model too
+    for name, value in state.items():
+        block, part, leaf = re.fullmatch(r"(blocks\.\d+\.)?(.+?)(\.weight|\.bias)?", name).groups(default="")
+        if part not in PIXART_NAMES:
+            continue
+        theirs = [block + part + leaf]
+        if path.is_dir():
+            theirs = ["transformer_" * bool(block) + block + key + leaf for key in PIXART_NAMES[part].split()]
+        if part == "y_embedder.y_embedding" and path.is_dir() and theirs[0] not in source:
+            continue                # diffusers' class has none; the published folder has
+        missing = [key for key in theirs if key not in source]
+        if missing:
+            raise ValueError(f"{path} has no {missing[0]}, expected the weights of PixArt-alpha at 1024 with {config}")
+        new = torch.cat([source[key] for key in theirs])
+        if part == "y_embedder.y_embedding":    # 120 tokens -> 200: the last one again, as upstream starts
+            new = torch.cat([new, new[-1:].expand(len(value), -1)])[:len(value)]
+        if name == "x_embedder.proj.weight":
+            new = new.unsqueeze(2)              # a patch of one frame
+        if new.shape != value.shape:
+            raise ValueError(f"{path}: {theirs[0]} gives {name} {list(new.shape)}, expected {list(value.shape)}")
+        value.copy_(new)
+        left -= set(theirs)
+    if left:
+        raise ValueError(f"{path}: unknown weights {sorted(left)}, expected PixArt-alpha's with {config.depth} blocks")
+    # PixArt's final layer sees time + size, ours time alone: its table takes the size vector of 1024 x 1024 pixels.
+    size_vec = torch.cat([model.csize_embedder(torch.tensor([1024.0, 1024.0])).flatten(),
+                          model.ar_embedder(torch.tensor(1.0))])
+    state["final_layer.scale_shift_table"] += size_vec
+    return state
 
 
 # ---- what it costs ----

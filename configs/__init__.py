@@ -53,21 +53,28 @@ class Config:
     ema_decay: float = 0.9999                       # of the averaged weights, per step
     steps: int                                      # optimizer steps of the run
     dtype: str = "bf16"                             # "fp32" or "bf16": of the activations; weights are kept in fp32
+    checkpointing: int = 0                          # every n-th block keeps its input only, 1 = all, 0 = none
+    compile: bool = False                           # torch.compile each block
+    shard: int = 0                                  # GPUs that share the weights and have replicas; 0 = all
+    accumulation: int = 1                           # parts into which a GPU's clips of a step are cut
     seed: int = 0                                   # decides clips, windows, noise, t, masks and the first weights
     out: str                                        # folder of the run: checkpoints, log.jsonl, config.py
     init: str = ""                                  # weights to start from; "" = fresh ones
     save_every: int = 500                           # steps between checkpoints
+    keep_last: int = 2                              # checkpoints that stay
+    keep_every: int = 0                             # and those of every n-th step; 0 = no more
     sample_every: int = 500                         # steps between previews; 0 = none
     prompts: tuple[str, ...] = ()                   # captions of the previews
 
     def __post_init__(self):
         check_types(self)
         positive = ("frame_interval", "fps", "world", "lr", "grad_clip", "steps", "save_every",
-                    "read_timeout")
+                    "read_timeout", "accumulation", "keep_last")
         for name, ok, expected in (
             *((n, getattr(self, n) > 0, "more than 0") for n in positive),
             *((n, getattr(self, n) >= 0, "0 or more")
-              for n in ("num_workers", "warmup_steps", "sample_every", "windows", "target_fps")),
+              for n in ("num_workers", "warmup_steps", "sample_every", "windows", "target_fps", "checkpointing",
+                        "shard", "keep_every")),
             *((n, 0 <= getattr(self, n) <= 1, "a share from 0 to 1") for n in ("holdout", "max_bad")),
             ("target_fps", not self.target_fps or self.frame_interval == 1, "0 beside a frame_interval: one decides"),
             ("windows", self.windows or not self.cache, "1 or more with a cache: it holds fixed windows of a clip"),

@@ -3,17 +3,19 @@
 The a_* cases share two state dicts, a_weights_*; a_stdit2_<case> holds the arguments and results of a case.
 """
 import json
+import re
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import kernels
 import model as stdit
-from model import TINY, XL_2, STDiT, STDiTConfig, flops, from_upstream, num_params
+from model import TINY, XL_2, STDiT, STDiTConfig, flops, from_pixart, from_upstream, num_params
 
 GOLDEN = Path(__file__).parent / "golden"
 CASES = ["i_nomask", "i_textmask_none", "ii_xmask", "iv_image", "iv_image_xmask", "vi_sq512_noqknorm"]
@@ -221,6 +223,146 @@ def test_a_fresh_model_outputs_exactly_0(T):
     out = STDiT(SMALL)(**inputs(SMALL, T=T))
     assert out.shape == (2, 8, T, 4, 6)
     assert not out.any()
+
+
+# ---- PixArt-alpha's weights ----
+
+FROM_PIXART = replace(XL_2, depth=2, hidden_size=48, num_heads=4, caption_channels=8, model_max_length=9, qk_norm=False)
+
+
+@pytest.fixture(scope="module")
+def pixart(tmp_path_factory):
+    """diffusers' model with size conditions, as at 1024, no weight zero; its folder; the same weights as a .pth."""
+    from diffusers import PixArtTransformer2DModel
+    torch.manual_seed(0)
+    net = PixArtTransformer2DModel(num_attention_heads=4, attention_head_dim=12, cross_attention_dim=48, num_layers=2,
+                                   caption_channels=8, sample_size=128).eval()
+    with torch.no_grad():
+        for p in net.parameters():      # no bias starts as 0, and no two tensors are alike
+            p.add_(0.1 * torch.randn(p.shape))
+    folder = tmp_path_factory.mktemp("pixart")
+    net.save_pretrained(folder / "transformer")
+    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file) | {"caption_projection.y_embedding": torch.randn(6, 8)}   # published, not in the class
+    save_file(weights, file)
+
+    own = {"pos_embed": torch.zeros(1, 4096, 48)}       # the original names, written out in full: a second opinion
+    def take(ours, *theirs):
+        for leaf in ("weight", "bias"):
+            own[f"{ours}.{leaf}"] = torch.cat([weights[f"{key}.{leaf}"] for key in theirs])
+    take("x_embedder.proj", "pos_embed.proj")
+    for ours, theirs in {"t": "timestep", "csize": "resolution", "ar": "aspect_ratio"}.items():
+        take(f"{ours}_embedder.mlp.0", f"adaln_single.emb.{theirs}_embedder.linear_1")
+        take(f"{ours}_embedder.mlp.2", f"adaln_single.emb.{theirs}_embedder.linear_2")
+    take("t_block.1", "adaln_single.linear")
+    take("y_embedder.y_proj.fc1", "caption_projection.linear_1")
+    take("y_embedder.y_proj.fc2", "caption_projection.linear_2")
+    own["y_embedder.y_embedding"] = torch.nn.Parameter(weights["caption_projection.y_embedding"])
+    for n in range(2):
+        block, theirs = f"blocks.{n}", f"transformer_blocks.{n}"
+        own[f"{block}.scale_shift_table"] = weights[f"{theirs}.scale_shift_table"]
+        take(f"{block}.attn.qkv", *(f"{theirs}.attn1.to_{x}" for x in "qkv"))
+        take(f"{block}.attn.proj", f"{theirs}.attn1.to_out.0")
+        take(f"{block}.cross_attn.q_linear", f"{theirs}.attn2.to_q")
+        take(f"{block}.cross_attn.kv_linear", f"{theirs}.attn2.to_k", f"{theirs}.attn2.to_v")
+        take(f"{block}.cross_attn.proj", f"{theirs}.attn2.to_out.0")
+        take(f"{block}.mlp.fc1", f"{theirs}.ff.net.0.proj")
+        take(f"{block}.mlp.fc2", f"{theirs}.ff.net.2")
+    take("final_layer.linear", "proj_out")
+    own["final_layer.scale_shift_table"] = weights["scale_shift_table"]
+    torch.save({"state_dict": own}, folder / "pixart.pth")
+    return net, folder, weights, own
+
+
+def loaded(state):
+    net = STDiT(FROM_PIXART, seed=7)
+    net.load_state_dict(state, strict=True)
+    return net
+
+
+@pytest.mark.parametrize("height, width", [(1024, 1024), (64, 144)])
+def test_an_image_is_pixarts(pixart, height, width):
+    """PixArt is told height / width as ar.  Its final layer sees the size, ours that of 1024 x 1024: swapped here."""
+    theirs, folder, *_ = pixart
+    net, args = loaded(from_pixart(folder, FROM_PIXART)), inputs(FROM_PIXART, 2, 1, height // 8, width // 8, L=6)
+    args |= {"t": torch.tensor([7.0, 950.0]), "height": torch.full((2,), float(height)),
+             "width": torch.full((2,), float(width)), "ar": torch.full((2,), height / width)}
+    y_mask = torch.tensor([[1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1]])
+    size_vec = lambda h, w: torch.cat([net.csize_embedder(torch.tensor([h, w])).flatten(),
+                                       net.ar_embedder(torch.tensor(h / w))])
+    with torch.no_grad():
+        want = theirs(args["x"][:, :, 0], args["y"], args["t"], encoder_attention_mask=y_mask, added_cond_kwargs={
+            "resolution": torch.stack([args["height"], args["width"]], 1), "aspect_ratio": args["ar"]}).sample
+        if (height, width) != (1024, 1024):
+            assert error(net(**args, y_mask=y_mask)[:, :, 0], want) > 1e-3
+            net.final_layer.scale_shift_table += size_vec(float(height), float(width)) - size_vec(1024.0, 1024.0)
+        assert error(net(**args, y_mask=y_mask)[:, :, 0], want) < 1e-5
+
+
+def test_pixarts_own_file_gives_the_same_weights(pixart):
+    _, folder, _, own = pixart
+    a, b = from_pixart(folder / "transformer", FROM_PIXART), from_pixart(folder / "pixart.pth", FROM_PIXART)
+    assert a.keys() == b.keys() == STDiT(FROM_PIXART).state_dict().keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert not any(value.requires_grad for value in b.values())
+    null_y = own["y_embedder.y_embedding"]
+    assert torch.equal(a["y_embedder.y_embedding"], torch.cat([null_y, null_y[-1:], null_y[-1:], null_y[-1:]]))
+    short = from_pixart(folder, replace(FROM_PIXART, model_max_length=4))
+    assert torch.equal(short["y_embedder.y_embedding"], null_y[:4])
+
+
+def test_what_pixart_lacks_is_as_initialised(pixart):
+    config = replace(FROM_PIXART, qk_norm=True)
+    state, fresh = from_pixart(pixart[1], config, seed=3), STDiT(config, seed=3).state_dict()
+    same = {key for key in state if torch.equal(state[key], fresh[key])}
+    assert {re.sub(r"blocks\.\d\.|\.(weight|bias)$", "", key) for key in same} == {
+        "t_block_temp.1", "fl_embedder.mlp.0", "fl_embedder.mlp.2", "fps_embedder.mlp.0", "fps_embedder.mlp.2",
+        "rope.freqs", "scale_shift_table_temporal", "attn.q_norm", "attn.k_norm",
+        "attn_temp.qkv", "attn_temp.q_norm", "attn_temp.k_norm", "attn_temp.proj"}
+
+
+def test_from_pixart_leaves_each_frame_alone(pixart):
+    """Four frames at once are four images, whatever num_frames and fps are, until temporal attention is trained."""
+    net, args = loaded(from_pixart(pixart[1], FROM_PIXART)), inputs(FROM_PIXART, T=4)
+    one = args | {"num_frames": torch.ones(2), "fps": torch.full((2,), 120.0)}
+    with torch.no_grad():
+        images = torch.cat([net(**one | {"x": args["x"][:, :, i:i + 1]}) for i in range(4)], dim=2)
+        assert images.std() > 1e-2
+        assert error(net(**args), images) < 1e-5
+        net.blocks[1].attn_temp.proj.weight.normal_(std=0.1)
+        assert error(net(**args), images) > 1e-3
+
+
+def test_from_pixart_names_what_does_not_fit(pixart, tmp_path):
+    _, folder, weights, own = pixart
+    def write(weights):
+        torch.save({"state_dict": weights}, tmp_path / "odd.pth")
+        return tmp_path / "odd.pth"
+    without = lambda key: {k: v for k, v in own.items() if k != key}
+    with pytest.raises(ValueError, match=r"unknown weights \['blocks.0.attn.rel_pos_h'\]"):
+        from_pixart(write(own | {"blocks.0.attn.rel_pos_h": torch.zeros(3)}), FROM_PIXART)
+    for key in ("csize_embedder.mlp.0.weight", "y_embedder.y_embedding", "blocks.1.attn.qkv.bias"):
+        with pytest.raises(ValueError, match=f"has no {key}"):
+            from_pixart(write(without(key)), FROM_PIXART)
+    with pytest.raises(ValueError, match=r"x_embedder.proj.weight \[48, 4, 1, 2, 2\], expected \[48, 4, 2, 2, 2\]"):
+        from_pixart(folder, replace(FROM_PIXART, patch_size=(2, 2, 2)))
+    with pytest.raises(ValueError, match=r"unknown weights \['transformer_blocks.1.attn1"):
+        from_pixart(folder, replace(FROM_PIXART, depth=1))
+    with pytest.raises(ValueError, match=r"has no transformer_blocks.2.scale_shift_table"):
+        from_pixart(folder, replace(FROM_PIXART, depth=3))
+    for wrong in ({"num_heads": 2}, {"input_sq_size": 256}, {"temporal_pos": True}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            from_pixart(folder, replace(FROM_PIXART, **wrong))
+    odd = tmp_path / "folder"
+    shutil.copytree(folder / "transformer", odd)
+    file = odd / "diffusion_pytorch_model.safetensors"
+    for missing in ("transformer_blocks.0.attn2.to_v.bias", "proj_out.weight"):
+        save_file({k: v for k, v in weights.items() if k != missing}, file)
+        with pytest.raises(ValueError, match=f"has no {missing}"):
+            from_pixart(odd, FROM_PIXART)
+    save_file({k: v for k, v in weights.items() if k != "caption_projection.y_embedding"}, file)    # the class has none
+    null_y = STDiT(FROM_PIXART, seed=5).null_y
+    assert torch.equal(from_pixart(odd, FROM_PIXART, seed=5)["y_embedder.y_embedding"], null_y)
 
 
 # ---- properties ----
