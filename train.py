@@ -17,12 +17,14 @@ import os
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import zlib
-from dataclasses import fields
+from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -39,11 +41,11 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import configs
-from data import (BadClips, BucketSampler, ClipDataset, batches, fail, name_key, read_meta, slot_generator, stride,
-                  to_video, uniform, write_video)
+from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, name_key, read_meta, slot_generator,
+                  stride, to_video, uniform, write_video)
 from masks import draw_mask
-from model import STDiT
-from sample import SampleQuirks, default_bucket, find, generate, noise_schedule
+from model import STDiT, from_pixart
+from sample import SampleQuirks, default_bucket, find, generate, noise_schedule, usual_aspect
 from vae import DTYPES, CachedClips, load_text_encoder, load_vae, write_cache
 
 LOG_EVERY = 10
@@ -167,6 +169,30 @@ def loss_of(model, batch, config, vectors, step, device):
 
 
 # ---------------------------------------------------------------- model, optimizer, EMA on a mesh
+class Run(NamedTuple):
+    """What the steps work on."""
+    config: configs.Config
+    folder: Path
+    rank: int
+    world: int
+    device: torch.device
+    model: STDiT
+    optimizer: torch.optim.Optimizer
+    ema: "Average"
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text)
+
+
+def make_run(config, rank, world, device, mesh):
+    """A Run with fresh weights."""
+    model = build_model(config, mesh)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+    return Run(config, Path(config.out), rank, world, device, model, optimizer, Average(model, config.ema_decay))
+
+
 def start_processes(shard):
     """(rank, world, device, mesh).  Without torchrun the world is one process; its collectives run all the same.
 
@@ -216,12 +242,20 @@ def shard_blocks(model, mesh, dtype):
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def load_weights(model, path):
-    """The weights of model.safetensors, or of a run's, into a sharded model."""
-    path = Path(path) / "model.safetensors" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"init={str(path)!r} is not there, expected a model.safetensors or a run's folder")
-    weights, own = load_file(path), model.state_dict()
+def load_weights(model, path, seed=0):
+    """The weights of model.safetensors, of a run's folder, or of PixArt-alpha, into a sharded model.
+
+    PixArt's: a .pth as it was published, or a folder in diffusers' layout; what it lacks is drawn from the seed."""
+    path = Path(path)
+    if path.suffix == ".pth" or (path / "transformer").is_dir() or (path / "config.json").is_file():
+        weights = from_pixart(path, model.config, seed)
+    else:
+        path = path / "model.safetensors" if path.is_dir() else path
+        if not path.is_file():
+            raise FileNotFoundError(f"init={str(path)!r} is not there, expected a model.safetensors, a run's folder, "
+                                    "or PixArt's weights: a .pth or a folder in diffusers' layout")
+        weights = load_file(path)
+    own = model.state_dict()
     if set(weights) != set(own) or any(weights[k].shape != own[k].shape for k in own):
         odd = sorted(set(weights) ^ set(own)) or [k for k in own if weights[k].shape != own[k].shape]
         raise ValueError(f"{path} does not fit this config's model: {odd[0]} and {len(odd) - 1} more differ")
@@ -238,7 +272,11 @@ class Average:
 
     def __init__(self, model, decay):
         self.decay, self.model = decay, model
-        self.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        self.restart()
+
+    def restart(self):
+        """From the model's weights as they are."""
+        self.weights = {n: p.detach().clone() for n, p in self.model.named_parameters()}
 
     @torch.no_grad()
     def update(self, step):
@@ -259,24 +297,25 @@ class Average:
 
 
 # ---------------------------------------------------------------- checkpoints
-def save(folder, step, config, model, optimizer, ema, rank):
+def save(run, step):
     """<run>/step-0000500/: written under another name, then renamed; `latest` names it; see config.keep_last."""
-    name, part = f"step-{step:07d}", folder / ".saving"
-    if rank == 0:
+    folder, name = run.folder, f"step-{step:07d}"
+    part = folder / ".saving"
+    if run.rank == 0:
         shutil.rmtree(part, ignore_errors=True)
     dist.barrier()
-    model_state, optimizer_state = get_state_dict(model, optimizer)
+    model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
     try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state, "ema": ema.weights}, checkpoint_id=part)
+        dcp.save({"model": model_state, "optimizer": optimizer_state, "ema": run.ema.weights}, checkpoint_id=part)
     except CheckpointException as error:                                    # wraps what happened: a full disk, Ctrl-C
         raise next(iter(error.failures.values()))[0] from error
-    export(folder, model, ema, rank)
-    if rank == 0:
+    export(run)
+    if run.rank == 0:
         shutil.rmtree(folder / name, ignore_errors=True)                    # a checkpoint that `latest` never named
         part.replace(folder / name)
         write_text(folder / "latest", name)
-        for old in sorted(p for p in folder.glob("step-*") if p.name <= name)[:-config.keep_last]:
-            if not config.keep_every or int(old.name.split("-")[1]) % config.keep_every:
+        for old in sorted(p for p in folder.glob("step-*") if p.name <= name)[:-run.config.keep_last]:
+            if not run.config.keep_every or int(old.name.split("-")[1]) % run.config.keep_every:
                 shutil.rmtree(old)
     dist.barrier()
 
@@ -286,10 +325,11 @@ FREE_TO_CHANGE = {  # when a run goes on: what the next losses do not hang on
     "accumulation", "out", "init", "save_every", "keep_last", "keep_every", "sample_every", "prompts"}
 
 
-def resume(folder, config, meta, model, optimizer, ema, allow_changes, say):
+def resume(run, meta, allow_changes):
     """The step to go on from: 0, or that of <run>/latest, whose state is loaded.
 
     Raises ValueError where the config or the clips are others than before, unless that is allowed."""
+    folder, config = run.folder, run.config
     if not (folder / "latest").is_file():
         return 0
     name = (folder / "latest").read_text().strip()
@@ -302,15 +342,15 @@ def resume(folder, config, meta, model, optimizer, ema, allow_changes, say):
     if clips.is_file() and clips.read_text().splitlines()[0] != fingerprint(meta):
         changes["clips"] = f"the clips: {clips.read_text().splitlines()[0]} -> {fingerprint(meta)}"
     if changes:
-        say("changed since the last start: " + ", ".join(changes.values()))
+        run.say("changed since the last start: " + ", ".join(changes.values()))
     if set(changes) - FREE_TO_CHANGE and not allow_changes:
         refused = ", ".join(text for name, text in changes.items() if name not in FREE_TO_CHANGE)
         raise ValueError(f"{folder / name} would go on otherwise than it began: {refused} - undo that, start over with "
                          "another --out, or add --allow-changes")
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "ema": ema.weights}
+    model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
+    state = {"model": model_state, "optimizer": optimizer_state, "ema": run.ema.weights}
     dcp.load(state, checkpoint_id=folder / name)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(name.split("-")[1])
 
 
@@ -322,16 +362,16 @@ def fingerprint(meta):
     return f"{len(meta)} clips, checksum {digest:08x}"
 
 
-def export(folder, model, ema, rank):
+def export(run):
     """<run>/model.safetensors: the EMA, whole, in fp32, as sample.py and --init read it."""
     whole = {}
-    for name, value in (*ema.weights.items(), *model.named_buffers()):
+    for name, value in (*run.ema.weights.items(), *run.model.named_buffers()):
         value = value.full_tensor() if isinstance(value, DTensor) else value    # collective
-        if rank == 0:
+        if run.rank == 0:
             whole[name] = value.cpu()
-    if rank == 0:
-        save_file(whole, folder / ".model.part")
-        (folder / ".model.part").replace(folder / "model.safetensors")
+    if run.rank == 0:
+        save_file(whole, run.folder / ".model.part")
+        (run.folder / ".model.part").replace(run.folder / "model.safetensors")
 
 
 def write_text(path, text):
@@ -349,10 +389,11 @@ class Log:
     """Averages since the last line over all ranks: loss, mse, vb, loss by quarter of t; clips, tokens, decoded frames a
     second, TFLOP/s of a GPU, the share of the time that was spent waiting for data; and bad_clips.csv."""
 
-    def __init__(self, folder, first, config, rank):
-        self.file = open_log(folder / "log.jsonl", first) if rank == 0 else None
-        self.bad = BadClips(folder / "bad_clips.csv", config.max_bad, writes=rank == 0)
-        self.bar = tqdm(total=config.steps, initial=first, desc=str(folder), unit="step", disable=rank > 0)
+    def __init__(self, run, first):
+        folder, config, leads = run.folder, run.config, run.rank == 0
+        self.file = open_log(folder / "log.jsonl", first) if leads else None
+        self.bad = BadClips(folder / "bad_clips.csv", config.max_bad, writes=leads)
+        self.bar = tqdm(total=config.steps, initial=first, desc=str(folder), unit="step", disable=not leads)
         self.cost, self.faults, self.start = config.cost, [], time.perf_counter()
         self.losses, self.data = torch.zeros(12, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
 
@@ -380,7 +421,7 @@ class Log:
         row = dict(step=step, loss=loss / count, mse=mse / count, vb=vb / count, loss_by_t=quarters,
                    clips_per_s=count / seconds, tokens_per_s=tokens / seconds, decoded_per_s=decoded / seconds,
                    tflop_per_s=flop / seconds / world / 1e12, data_wait=waited / seconds / world,
-                   captions_cut=int(cut), **more)
+                   captions_cut=int(cut), gib=peak_gib(), **more)
         self.bad.add(gather(self.faults) if num_faults else [], int(count))   # the same on all ranks, as is its error
         self.losses.zero_(), self.data.zero_()
         self.faults, self.start = [], now
@@ -391,6 +432,15 @@ class Log:
         if self.file:
             self.file.write(json.dumps(row | {"faults": self.bad.faults}) + "\n")
             self.file.flush()
+
+
+def peak_gib():
+    """Of this GPU's memory since the last call; None on a CPU."""
+    if not torch.cuda.is_available():
+        return None
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
 
 
 def gather(items):
@@ -407,17 +457,17 @@ def open_log(path, first):
     return open(path, "a")
 
 
-def preview(folder, step, model, ema, vae, text_encoder, config, rank):
+def preview(run, step, vae, text_encoder):
     """samples/step-0000500.png: one row of frames per prompt, sampled with the EMA."""
-    num_frames, height, width = default_bucket(config.buckets)
-    ema.swap()
-    videos = generate(model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height, width=width,
-                      fps=config.fps, frame_interval=int(stride(config.fps, config)), steps=50,
+    config, (num_frames, height, width) = run.config, default_bucket(run.config.buckets)
+    run.ema.swap()
+    videos = generate(run.model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height,
+                      width=width, fps=config.fps, frame_interval=int(stride(config.fps, config)), steps=50,
                       prediction=config.prediction, cfg_scale=config.cfg_scale, seed=config.seed,
                       quirks=SampleQuirks(raw_fps=config.raw_fps))
-    ema.swap()
-    if rank == 0:
-        write_video(folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))
+    run.ema.swap()
+    if run.rank == 0:
+        write_video(run.folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))
 
 
 # ---------------------------------------------------------------- the loop
@@ -425,6 +475,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="configs/tiny.py, or the config.py of a run")
     parser.add_argument("--print", action="store_true", help="print the config and stop")
+    parser.add_argument("--bench", action="store_true", help="time a step of each bucket on random latents, and stop")
     parser.add_argument("--allow-changes", action="store_true", help="go on with another config or other clips")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     args, overrides = parser.parse_known_args()
@@ -434,7 +485,7 @@ def main():
         if args.print:
             print(configs.dump(config), end="")
         else:
-            if number := train(config, args.allow_changes):
+            if number := bench(config) if args.bench else train(config, args.allow_changes):
                 sys.exit(128 + number)
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
@@ -456,69 +507,115 @@ def train(config, allow_changes=False):
     """Trains to config.steps; returns 0, or the number of the signal that stopped it after a checkpoint."""
     rank, world, device, mesh = start_processes(config.shard)
     meta = rank0_first(lambda: read_meta(config.data))                      # which builds the index
-    sampler, folder = BucketSampler(meta, config), Path(config.out)
-    say = print if rank == 0 else (lambda *_: None)
-    say(sampler.table())
-    model = build_model(config, mesh)
-    if config.init and not (folder / "latest").is_file():
-        load_weights(model, config.init)
-    dtype = DTYPES[config.dtype]
-    vae = load_vae(find(config.vae), dtype, device)
-    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, dtype, device)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
-    ema = Average(model, config.ema_decay)
-    first = resume(folder, config, meta, model, optimizer, ema, allow_changes, say)
+    sampler, fresh = BucketSampler(meta, config), not (Path(config.out) / "latest").is_file()
+    run = make_run(config, rank, world, device, mesh)
+    run.say(sampler.table())
+    if config.init and fresh:
+        load_weights(run.model, config.init, config.seed)
+        run.ema.restart()
+    vae = load_vae(find(config.vae), DTYPES[config.dtype], device)
+    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, DTYPES[config.dtype],
+                                     device)
+    first = resume(run, meta, allow_changes)
     if config.cache:
         patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))   # ranks end writing hours apart
         dataset = CachedClips(meta, config, write_cache(meta, config, vae, text_encoder, rank, world, patient))
     else:
         dataset = ClipDataset(meta, config)
-
-    vectors = {n: v.to(device) for n, v in diffusion_vectors(noise_schedule().alphas_cumprod).items()}
-    say(f"{sum(p.numel() for p in trained):,} parameters, {world} x {device.type}, {config.dtype}, "
-        f"steps {first} to {config.steps}")
+    run.say(f"{sum(w.numel() for w in run.ema.weights.values()):,} parameters, {world} x {device.type}, "
+            f"{config.dtype}, steps {first} to {config.steps}")
     if rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.py", configs.dump(config))
-        write_text(folder / "clips.txt", f"{fingerprint(meta)}\n{sampler.table()}\n")
-    log = Log(folder, first, config, rank)
+        run.folder.mkdir(parents=True, exist_ok=True)
+        write_text(run.folder / "config.py", configs.dump(config))
+        write_text(run.folder / "clips.txt", f"{fingerprint(meta)}\n{sampler.table()}\n")
+    log = Log(run, first)
+    return take_steps(run, first, batches(sampler, dataset, first, config.steps, rank, world, log.bad.known), log, vae,
+                      text_encoder)
 
-    clips = batches(sampler, dataset, first, config.steps, rank, world, log.bad.known)
-    signals = note_signals(say)
+
+def take_steps(run, first, clips, log, vae=None, text_encoder=None):
+    """The loop: a step per batch of clips; returns 0, or the number of the signal that stopped it."""
+    config, model, optimizer, world = run.config, run.model, run.optimizer, run.world
+    trained = optimizer.param_groups[0]["params"]
+    vectors = {n: v.to(run.device) for n, v in diffusion_vectors(noise_schedule().alphas_cumprod).items()}
+    signals = note_signals(run.say)
     for step, batch in enumerate(clips, start=first):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
         log.read(batch)
-        whole = sampler.batch_size(batch["bucket"])
+        level, num_frames, _ = batch["bucket"]
+        whole = config.buckets[level][num_frames][1] * config.world         # clips of all ranks
         parts = cut(batch, min(config.accumulation, whole // world))        # as many on every rank
         for i, part in enumerate(parts):
             model.set_requires_gradient_sync(i == len(parts) - 1)
             part = to_latents(part, vae, text_encoder)
-            terms, t = loss_of(model, part, config, vectors, step, device)
+            terms, t = loss_of(model, part, config, vectors, step, run.device)
             (terms["loss"].sum() * world / whole).backward()                # FSDP averages over the ranks
             log.add(terms, t, part.get("cut", 0))                           # sync
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).full_tensor().item()      # collective, sync
         if not math.isfinite(norm):
             raise ValueError(f"step {step}: the gradient of bucket {tuple(batch['bucket'])} is not finite, losses on "
-                             f"rank {rank} {terms['loss'].tolist()} at t = {t.tolist()}; not saved - an lr below "
+                             f"rank {run.rank} {terms['loss'].tolist()} at t = {t.tolist()}; not saved - an lr below "
                              f"{config.lr} or dtype fp32 may help")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        ema.update(step)
+        run.ema.update(step)
 
         done, stop = step + 1, first_signal(signals)                        # collective
         saves = done % config.save_every == 0 or done == config.steps or stop
         if done % LOG_EVERY == 0 or saves:                                  # resumed, its lines average the same steps
             log.line(done, grad_norm=norm, lr=group["lr"], bucket=batch["bucket"])
         if saves:
-            save(folder, done, config, model, optimizer, ema, rank)
+            save(run, done)
         if config.prompts and config.sample_every and done % config.sample_every == 0:
-            preview(folder, done, model, ema, vae, text_encoder, config, rank)
+            preview(run, done, vae, text_encoder)
         if stop:
-            say(f"\nsaved step {done} and stopped; the same command goes on from there")
+            run.say(f"\nsaved step {done} and stopped; the same command goes on from there")
             return stop
     return 0
+
+
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}  # bf16, without sparsity
+
+
+def bench(config):
+    """Times the loop on synthetic latents, bucket by bucket: 2 * LOG_EVERY steps, of which the second half counts."""
+    rank, world, device, mesh = start_processes(config.shard)
+    buckets = [Bucket(level, t, usual_aspect(level)) for level, lengths in config.buckets.items()
+               for t, (keep, _) in lengths.items() if keep > 0]
+    with tempfile.TemporaryDirectory() as folder:
+        never = 2 * LOG_EVERY * len(buckets) + 1                            # no checkpoint, no preview
+        config = replace(config, world=world, steps=never, save_every=never, sample_every=0, out=f"{folder}/bench")
+        run = make_run(config, rank, world, device, mesh)
+        run.folder.mkdir()
+        log = Log(run, 0)
+        take_steps(run, 0, (synthetic(run, bucket) for bucket in buckets for _ in range(2 * LOG_EVERY)), log)
+        log.bar.close()
+        lines = (run.folder / "log.jsonl").read_text().splitlines()[1::2] if rank == 0 else []
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
+    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    run.say(f"{world} x {name}, {config.dtype}, checkpointing {config.checkpointing}, compile {config.compile}, "
+            f"accumulation {config.accumulation}\n"
+            "      bucket  clips/GPU  s/step  tokens/s/GPU  TFLOP/s/GPU    MFU  peak GiB")
+    for row in map(json.loads, lines):
+        level, t, _ = row["bucket"]
+        size, tflop = config.buckets[level][t][1], row["tflop_per_s"]
+        mfu, gib = f"{tflop * 1e12 / peak:.1%}" if peak else "-", f"{row['gib']:.1f}" if row["gib"] else "-"
+        run.say(f"{level:>6} x {t:<3} {size:10} {size * world / row['clips_per_s']:7.3f} "
+                f"{row['tokens_per_s'] / world:13,.0f} {tflop:12.2f} {mfu:>6} {gib:>9}")
+
+
+def synthetic(run, bucket):
+    """A rank's batch of random latents and captions of half the tokens."""
+    config, B = run.config.model, run.config.buckets[bucket.resolution][bucket.num_frames][1]
+    shape = B, config.in_channels, bucket.num_frames, bucket.height // 8, bucket.width // 8
+    told = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames, "fps": 8,
+            "ar": bucket.width / bucket.height}
+    return {name: torch.full((B,), float(value)) for name, value in told.items()} | {
+        "mean": torch.randn(shape), "std": torch.ones(shape), "slots": torch.arange(run.rank, B * run.world, run.world),
+        "y": torch.randn(B, config.model_max_length, config.caption_channels), "bucket": bucket, "faults": [],
+        "y_mask": (torch.arange(config.model_max_length) < config.model_max_length // 2).expand(B, -1), "decoded": 0,
+        "waited": 0}
 
 
 def cut(batch, n):

@@ -456,6 +456,27 @@ def test_unreadable_clips_are_replaced_and_listed_the_same_when_resumed(world, t
     assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(config).values(), strict=True))
 
 
+def test_bench_times_each_bucket(world, tmp_path, monkeypatch, capsys):
+    """The same loop on random latents; nothing is read, nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    train.bench(replace(world[0], data="nowhere", vae="nowhere", text_encoder="nowhere", out="nowhere", cache=""))
+    head, columns, *lines = capsys.readouterr().out.splitlines()
+    assert head.startswith("1 x ") and [line.split()[:4] for line in lines] == [
+        ["32", "x", "1", "8"], ["32", "x", "8", "4"]]
+    assert all(float(cell.replace(",", "")) > 0 for line in lines for cell in line.split()[4:6])
+    assert not any(tmp_path.iterdir())
+
+
+def test_init_takes_pixarts_weights(world, monkeypatch):
+    """Which from_pixart makes of them: tests/test_model.py."""
+    *_, mesh = train.start_processes(0)
+    model, given = train.build_model(world[0], mesh), filled(world[0]).state_dict()
+    monkeypatch.setattr(train, "from_pixart", lambda path, config, seed: {"p.pth": given}[path.name])
+    train.load_weights(model, "somewhere/p.pth")
+    assert all(torch.equal(value.full_tensor() if hasattr(value, "full_tensor") else value, given[name])
+               for name, value in model.state_dict().items())
+
+
 # ---------------------------------------------------------------- errors
 def stderr_of(config, capsys, monkeypatch, *args, status=2):
     path = Path(f"{config.out}.py")
