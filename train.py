@@ -1,7 +1,8 @@
 """Trains the ST-DiT: `python train.py configs/tiny.py`, or `torchrun --nproc-per-node 8 train.py configs/stage1.py`.
 
 in    a config (configs/__init__.py), any field replaced by --field=value; its clips, or their cached latents
-out   <run>/config.py, log.jsonl, step-0000500/ (sharded), samples/step-0000500.png, model.safetensors (the EMA)
+out   <run>/config.py, clips.txt, log.jsonl, validation.jsonl, bad_clips.csv, step-0000500/ (sharded),
+      samples/step-0000500.png, model.safetensors (the EMA)
 
 The same command goes on from the last checkpoint; another --out starts over.  --print shows the config.
 One code path: a single process is a process group of one.  The clips of a step, their noise, t, masks and caption drops
@@ -322,7 +323,8 @@ def save(run, step):
 
 FREE_TO_CHANGE = {  # when a run goes on: what the next losses do not hang on
     "steps", "data", "num_workers", "read_timeout", "max_bad", "cache", "checkpointing", "compile", "shard",
-    "accumulation", "out", "init", "save_every", "keep_last", "keep_every", "sample_every", "prompts"}
+    "accumulation", "out", "init", "save_every", "keep_last", "keep_every", "sample_every", "prompts",
+    "validate_every", "validate_batches"}
 
 
 def resume(run, meta, allow_changes):
@@ -457,6 +459,38 @@ def open_log(path, first):
     return open(path, "a")
 
 
+class Validation:
+    """The loss on held-out clips: the same clips, windows, noises and t each time and in each run; captions are not
+    dropped, frames not given.  A line of validation.jsonl: loss, loss_by_t (quarters), loss_by_bucket."""
+
+    def __init__(self, run, meta, first):
+        model = replace(run.config.model, class_dropout_prob=0.0)
+        self.config = replace(run.config, model=model, seed=0, speed=False, mask_ratios={"mask_no": 1.0}, cache="",
+                              windows=0)
+        self.sampler = BucketSampler(meta, self.config, validation=True)
+        self.dataset = ClipDataset(meta, self.config, validation=True)
+        self.file = open_log(run.folder / "validation.jsonl", first) if run.rank == 0 else None
+
+    @torch.no_grad()
+    def line(self, run, step, vae, text_encoder, vectors):
+        kinds = sorted({bucket[:2] for bucket in self.sampler.numbered})
+        sums = torch.zeros(2, 4 + len(kinds), dtype=torch.float64)          # losses and their number, by t and by kind
+        clips = batches(self.sampler, self.dataset, 0, self.config.validate_batches, run.rank, run.world)
+        for i, batch in enumerate(clips):
+            kind = 4 + kinds.index(batch["bucket"][:2])
+            terms, t = loss_of(run.model, to_latents(batch, vae, text_encoder), self.config, vectors, i, run.device)
+            for loss, quarter in zip(terms["loss"].tolist(), (t // 250).tolist()):                      # sync
+                for column in (quarter, kind):
+                    sums[:, column] += torch.tensor([loss, 1.0], dtype=torch.float64)
+        dist.all_reduce(sums)
+        means = [loss / count if count else None for loss, count in sums.T.tolist()]
+        if self.file:
+            by_bucket = {f"{level} x {t}": loss for (level, t), loss in zip(kinds, means[4:]) if loss is not None}
+            row = {"step": step, "loss": (sums[0, :4].sum() / sums[1, :4].sum()).item(), "loss_by_t": means[:4]}
+            self.file.write(json.dumps(row | {"loss_by_bucket": by_bucket}) + "\n")
+            self.file.flush()
+
+
 def preview(run, step, vae, text_encoder):
     """samples/step-0000500.png: one row of frames per prompt, sampled with the EMA."""
     config, (num_frames, height, width) = run.config, default_bucket(run.config.buckets)
@@ -528,12 +562,12 @@ def train(config, allow_changes=False):
         run.folder.mkdir(parents=True, exist_ok=True)
         write_text(run.folder / "config.py", configs.dump(config))
         write_text(run.folder / "clips.txt", f"{fingerprint(meta)}\n{sampler.table()}\n")
-    log = Log(run, first)
-    return take_steps(run, first, batches(sampler, dataset, first, config.steps, rank, world, log.bad.known), log, vae,
-                      text_encoder)
+    log, validation = Log(run, first), Validation(run, meta, first) if config.validate_every else None
+    clips = batches(sampler, dataset, first, config.steps, rank, world, log.bad.known)
+    return take_steps(run, first, clips, log, vae, text_encoder, validation)
 
 
-def take_steps(run, first, clips, log, vae=None, text_encoder=None):
+def take_steps(run, first, clips, log, vae=None, text_encoder=None, validation=None):
     """The loop: a step per batch of clips; returns 0, or the number of the signal that stopped it."""
     config, model, optimizer, world = run.config, run.model, run.optimizer, run.world
     trained = optimizer.param_groups[0]["params"]
@@ -569,6 +603,8 @@ def take_steps(run, first, clips, log, vae=None, text_encoder=None):
             save(run, done)
         if config.prompts and config.sample_every and done % config.sample_every == 0:
             preview(run, done, vae, text_encoder)
+        if validation and done % config.validate_every == 0:
+            validation.line(run, done, vae, text_encoder, vectors)
         if stop:
             run.say(f"\nsaved step {done} and stopped; the same command goes on from there")
             return stop

@@ -64,18 +64,21 @@ class Config:
     keep_last: int = 2                              # checkpoints that stay
     keep_every: int = 0                             # and those of every n-th step; 0 = no more
     sample_every: int = 500                         # steps between previews; 0 = none
+    validate_every: int = 0                         # steps between losses on held-out clips (holdout); 0 = none
+    validate_batches: int = 8                       # global batches of these
     prompts: tuple[str, ...] = ()                   # captions of the previews
 
     def __post_init__(self):
         check_types(self)
         positive = ("frame_interval", "fps", "world", "lr", "grad_clip", "steps", "save_every",
-                    "read_timeout", "accumulation", "keep_last")
+                    "read_timeout", "accumulation", "keep_last", "validate_batches")
         for name, ok, expected in (
             *((n, getattr(self, n) > 0, "more than 0") for n in positive),
             *((n, getattr(self, n) >= 0, "0 or more")
               for n in ("num_workers", "warmup_steps", "sample_every", "windows", "target_fps", "checkpointing",
-                        "shard", "keep_every")),
+                        "shard", "keep_every", "validate_every")),
             *((n, 0 <= getattr(self, n) <= 1, "a share from 0 to 1") for n in ("holdout", "max_bad")),
+            ("validate_every", not self.validate_every or self.holdout, "0, or a holdout of some clips beside it"),
             ("target_fps", not self.target_fps or self.frame_interval == 1, "0 beside a frame_interval: one decides"),
             ("windows", self.windows or not self.cache, "1 or more with a cache: it holds fixed windows of a clip"),
             ("prediction", self.prediction in ("eps", "v"), "'eps' or 'v'"),

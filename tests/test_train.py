@@ -456,6 +456,44 @@ def test_unreadable_clips_are_replaced_and_listed_the_same_when_resumed(world, t
     assert all(torch.equal(a, b) for a, b in zip(weights(again).values(), weights(config).values(), strict=True))
 
 
+@pytest.fixture(scope="module")
+def validated(world, tmp_path_factory):
+    """A run that looks at held-out clips after steps 4 and 8: (config, its validation.jsonl)."""
+    config = replace(world[0], out=str(tmp_path_factory.mktemp("validated") / "run"), steps=8, holdout=0.4, cache="",
+                     num_workers=0, validate_every=4, validate_batches=3)
+    run(config)
+    return config, (Path(config.out) / "validation.jsonl").read_text()
+
+
+def test_validation_changes_nothing(validated, tmp_path):
+    config = replace(validated[0], out=str(tmp_path / "run"), validate_every=0)
+    run(config)
+    assert rows(config) == rows(validated[0])
+    assert all(torch.equal(a, b) for a, b in zip(weights(config).values(), weights(validated[0]).values(), strict=True))
+
+
+def test_validation_is_the_same_in_each_run(validated, tmp_path):
+    """Whatever the seed, masks, caption drop or processes; resumed, a line is not there twice."""
+    config, text = validated
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [line["step"] for line in lines] == [4, 8] and lines[0]["loss"] != lines[1]["loss"]
+    assert len(lines[0]["loss_by_t"]) == 4 and set(lines[0]["loss_by_bucket"]) <= {"32 x 1", "32 x 8"}
+    other = replace(config, out=str(tmp_path / "other"), steps=1, validate_every=1, lr=1e-30, warmup_steps=0)
+    for changes in ({}, {"seed": 5, "mask_ratios": {"mask_quarter_head": 1.0}, "speed": True}):
+        run(replace(other, out=str(tmp_path / f"other{len(changes)}"), **changes))
+    first, second = ((tmp_path / name / "validation.jsonl").read_text() for name in ("other0", "other3"))
+    assert first == second
+    done = start(replace(other, out=str(tmp_path / "two")), "run", torchrun=2)
+    assert done.returncode == 0, done.stderr
+    two = json.loads((tmp_path / "two/validation.jsonl").read_text())
+    assert two["loss"] == pytest.approx(json.loads(first)["loss"], rel=1e-6)
+    (Path(config.out) / "latest").write_text("step-0000008")
+    shutil.copytree(config.out, tmp_path / "resumed")
+    run(replace(config, out=str(tmp_path / "resumed"), steps=12))
+    resumed = (tmp_path / "resumed/validation.jsonl").read_text()
+    assert resumed.startswith(text) and resumed.count("\n") == 3
+
+
 def test_bench_times_each_bucket(world, tmp_path, monkeypatch, capsys):
     """The same loop on random latents; nothing is read, nothing is written."""
     monkeypatch.chdir(tmp_path)
