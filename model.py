@@ -16,7 +16,8 @@ import json
 import math
 import re
 import time
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -24,7 +25,9 @@ import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.func import functional_call
 
 from kernels import attention, cross_attention, gated_residual, modulate, norm_rope
 
@@ -502,6 +505,54 @@ def flops(config, T, h, w, L, B=1):
     patches = 2 * N * C * math.prod(config.patch_size) * (config.in_channels + config.out_channels)
     text = 2 * L * C * (config.caption_channels + C)
     return int(B * (config.depth * (products + attentions) + patches + text))
+
+
+def saved_bytes(config: STDiTConfig, B, T, h, w, L, dtype, checkpointing=0):
+    """Activations in bytes at the peak of a forward and backward of B clips [C_in T h w] with L text tokens each.
+
+    checkpointing n: blocks[::n] keep their input only; the last block, if one of them, is computed again while all
+    others still keep theirs. Backward writes about three times the tokens in passing (measured, fp32 and bf16)."""
+    one, two = (_kept(replace(config, depth=depth), B, T, h, w, L, dtype) for depth in (1, 2))
+    block, tokens = two - one, B * math.prod(config.grid(T, h, w)) * config.hidden_size * dtype.itemsize
+    thin = len(range(config.depth)[::checkpointing]) if checkpointing else 0
+    again = block - tokens if checkpointing and (config.depth - 1) % checkpointing == 0 else 0
+    return one - block + (config.depth - thin) * block + (thin + 3) * tokens + again
+
+
+@cache
+def _kept(config, B, T, h, w, L, dtype):
+    """What one forward keeps, each storage once, without parameters; on tensors that have shapes but no memory."""
+    with torch.device("meta"):
+        model = STDiT(config)
+    with FakeTensorMode():      # not meta: there attention would keep its N x N table, which no fused kernel does
+        weights = {name: torch.empty(value.shape, dtype=dtype, requires_grad=value.requires_grad)
+                   for name, value in model.state_dict(keep_vars=True).items()}
+        inputs = example_inputs(config, B, T, h, w, L) | {"x_mask": torch.ones(B, T, dtype=torch.bool)}
+        own = {value.untyped_storage()._cdata for value in weights.values()}
+        kept = []               # holds the tensors: the address of a freed storage could come again
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+            functional_call(model, weights, kwargs=inputs)
+        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
+        return sum(size for key, size in storages.items() if key not in own)
+
+
+def state_bytes(config: STDiTConfig, shard, dtype, accumulation=1):
+    """Bytes per GPU, for FSDP over `shard` of them: sharded fp32 state, and what stands whole while computing.
+
+    Whole: two blocks (one computes, the next arrives), the last and the root in dtype, gradients of a block and the
+    root, and a block's in fp32 on their way; with accumulation all gradients in fp32 until the last part."""
+    P, root, block = layers(config)
+    whole = dtype.itemsize * (3 * block + root + block + root) + 4 * (block if accumulation == 1 else P)
+    return {"weights": 4 * P / shard, "gradients": 4 * P / shard, "Adam": 8 * P / shard, "EMA": 4 * P / shard,
+            "whole": whole}
+
+
+@cache
+def layers(config):
+    """Parameters of the model, of it without the blocks, and of one block."""
+    one = num_params(replace(config, depth=1))
+    block = num_params(replace(config, depth=2)) - one
+    return one + (config.depth - 1) * block, one - block, block
 
 
 def example_inputs(config, B=1, T=4, h=8, w=8, L=8):

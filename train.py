@@ -4,12 +4,13 @@ in    a config (configs/__init__.py), any field replaced by --field=value; its c
 out   <run>/config.py, clips.txt, log.jsonl, validation.jsonl, bad_clips.csv, step-0000500/ (sharded),
       samples/step-0000500.png, model.safetensors (the EMA)
 
-The same command goes on from the last checkpoint; another --out starts over.  --print shows the config.
+The same command goes on from the last checkpoint; another --out starts over.  --print shows the config, --plan what the
+run will take, --bench the time of a step.
 One code path: a single process is a process group of one.  The clips of a step, their noise, t, masks and caption drops
 are functions of (seed, step, slot of the global batch), so a resumed run, or one on other GPUs, sees the same.
 
 Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672), v-prediction (2202.00512), SpeeD (2405.17403),
-ZeRO (1910.02054).
+ZeRO (1910.02054), activation checkpointing (1604.06174).
 """
 import argparse
 import json
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 import zlib
+from collections import Counter
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
@@ -47,7 +49,7 @@ from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, n
 from masks import draw_mask
 from model import STDiT, from_pixart
 from sample import SampleQuirks, default_bucket, find, generate, noise_schedule, usual_aspect
-from vae import DTYPES, CachedClips, load_text_encoder, load_vae, write_cache
+from vae import CachedClips, load_text_encoder, load_vae, write_cache
 
 LOG_EVERY = 10
 
@@ -223,7 +225,7 @@ def build_model(config, mesh):
     checkpoint_blocks(model, config.checkpointing)
     for block in model.blocks if config.compile else ():
         block.compile()
-    shard_blocks(model, mesh, DTYPES[config.dtype])
+    shard_blocks(model, mesh, config.torch_dtype)
     model.to_empty(device=mesh.device_type)
     model.init_weights(config.seed)
     return model
@@ -509,6 +511,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="configs/tiny.py, or the config.py of a run")
     parser.add_argument("--print", action="store_true", help="print the config and stop")
+    parser.add_argument("--plan", action="store_true", help="what the run takes on --world GPUs, and stop")
+    parser.add_argument("--gpu", default="h800", help=f"of the plan: {', '.join(configs.GPUS)}")
     parser.add_argument("--bench", action="store_true", help="time a step of each bucket on random latents, and stop")
     parser.add_argument("--allow-changes", action="store_true", help="go on with another config or other clips")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
@@ -518,6 +522,8 @@ def main():
         config = configs.load(args.config, overrides)
         if args.print:
             print(configs.dump(config), end="")
+        elif args.plan:
+            print(configs.plan(config, config.world, config.shard, args.gpu, shares_of_steps(config)))
         else:
             if number := bench(config) if args.bench else train(config, args.allow_changes):
                 sys.exit(128 + number)
@@ -547,8 +553,8 @@ def train(config, allow_changes=False):
     if config.init and fresh:
         load_weights(run.model, config.init, config.seed)
         run.ema.restart()
-    vae = load_vae(find(config.vae), DTYPES[config.dtype], device)
-    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, DTYPES[config.dtype],
+    vae = load_vae(find(config.vae), config.torch_dtype, device)
+    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, config.torch_dtype,
                                      device)
     first = resume(run, meta, allow_changes)
     if config.cache:
@@ -611,9 +617,6 @@ def take_steps(run, first, clips, log, vae=None, text_encoder=None, validation=N
     return 0
 
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12}  # bf16, without sparsity
-
-
 def bench(config):
     """Times the loop on synthetic latents, bucket by bucket: 2 * LOG_EVERY steps, of which the second half counts."""
     rank, world, device, mesh = start_processes(config.shard)
@@ -629,7 +632,7 @@ def bench(config):
         log.bar.close()
         lines = (run.folder / "log.jsonl").read_text().splitlines()[1::2] if rank == 0 else []
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = next((flops for gpu, flops in PEAK_FLOPS.items() if gpu in name), None)
+    peak = next((card.flops for gpu, card in configs.GPUS.items() if gpu in name.lower()), None)
     run.say(f"{world} x {name}, {config.dtype}, checkpointing {config.checkpointing}, compile {config.compile}, "
             f"accumulation {config.accumulation}\n"
             "      bucket  clips/GPU  s/step  tokens/s/GPU  TFLOP/s/GPU    MFU  peak GiB")
@@ -652,6 +655,16 @@ def synthetic(run, bucket):
         "y": torch.randn(B, config.model_max_length, config.caption_channels), "bucket": bucket, "faults": [],
         "y_mask": (torch.arange(config.model_max_length) < config.model_max_length // 2).expand(B, -1), "decoded": 0,
         "waited": 0}
+
+
+def shares_of_steps(config):
+    """{(resolution, frames): steps of an epoch}, where the clips are at hand; else None."""
+    try:
+        sampler = BucketSampler(read_meta(config.data), config)
+    except FileNotFoundError as error:
+        print(f"{error} - so each resolution and length is planned an equal share of the steps")
+        return None
+    return Counter(sampler.numbered[number][:2] for number in sampler.epoch(0).buckets)
 
 
 def cut(batch, n):

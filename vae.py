@@ -47,7 +47,6 @@ from data import (Bucket, Plan, UnreadableClip, batches, bucket_list, fail, reac
 
 disable_progress_bar()      # transformers' own, of loading weights
 FRAMES_AT_ONCE = 16         # the decoder of sd-vae-ft-ema peaks near 1 GiB per 512 x 512 frame; small ones lose nothing
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 # ---------------------------------------------------------------- pixels <-> latents
@@ -195,7 +194,7 @@ class CacheWriter:
     def __init__(self, meta, config, vae, text_encoder, rank, world, group):
         self.meta, self.config, self.vae, self.text_encoder = meta, config, vae, text_encoder
         self.rank, self.world, self.group = rank, world, group
-        self.folder, self.dtype, self.width = Path(config.cache), DTYPES[config.dtype], text_encoder.net.config.d_model
+        self.folder, self.dtype, self.width = Path(config.cache), config.torch_dtype, text_encoder.net.config.d_model
         assert vae.net.dtype == text_encoder.net.dtype == self.dtype, "a cache is kept in the dtype it is computed in"
         vocabulary = sorted(text_encoder.tokenizer.get_vocab().items())
         self.vae_key = short_hash(fingerprint(vae.net), vae.scale, config.dtype)
@@ -456,8 +455,8 @@ def cache(config, vae, text_encoder):
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(weeks=4))     # ranks end hours apart
-    vae = load_vae(vae, DTYPES[config.dtype], device)
-    text_encoder = load_text_encoder(text_encoder, config.model.model_max_length, DTYPES[config.dtype], device)
+    vae = load_vae(vae, config.torch_dtype, device)
+    text_encoder = load_text_encoder(text_encoder, config.model.model_max_length, config.torch_dtype, device)
     write_cache(read_meta(config.data), config, vae, text_encoder, rank, world, recheck=True)
 
 

@@ -14,11 +14,13 @@ import types
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from pprint import pformat
-from typing import get_args, get_origin, get_type_hints
+from typing import NamedTuple, get_args, get_origin, get_type_hints
+
+import torch
 
 from data import ASPECT, Bucket
 from masks import RECIPE, check_ratios  # noqa: F401  config files take their names from here
-from model import TINY, STDiTConfig, flops  # noqa: F401
+from model import TINY, STDiTConfig, flops, layers, saved_bytes, state_bytes  # noqa: F401
 
 Buckets = dict[str, dict[int, tuple[float, int | None]]]  # resolution -> frames -> (keep probability, clips per GPU)
 
@@ -89,6 +91,10 @@ class Config:
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
         check_ratios(self.mask_ratios)
         check_buckets(self.buckets)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
 
     def cost(self, bucket: Bucket) -> tuple[int, int]:
         """(tokens, FLOP of forward and backward) of one clip; the VAE makes a latent cell of 8 x 8 pixels."""
@@ -185,3 +191,111 @@ def dump(config: Config) -> str:
         value = pformat(getattr(config, f.name), width=110, sort_dicts=False)
         lines.append(f"    {f.name}={value},".replace("\n", "\n" + " " * (len(f.name) + 5)))
     return "\n".join(lines) + "\n)\n"
+
+
+# ---- what a run would cost, before a GPU is rented ----
+
+class Gpu(NamedTuple):
+    flops: float            # per second, dense bf16 with fp32 sums
+    memory: float           # GiB, as torch.cuda.get_device_properties tells
+    node: float             # GB/s from one GPU to the others of its machine, one way
+    network: float          # GB/s from one GPU to other machines
+
+
+# NVIDIA's data sheets; H800 = H100 with 400 instead of 900 GB/s of NVLink (both ways). Network: one 400 Gb/s card per
+# GPU in DGX H100, 200 Gb/s in DGX A100; for 4090s we assume 100 Gb/s for a machine, and half of PCIe 4.0 x16 inside.
+GPUS = {"h100": Gpu(989e12, 79.1, 450, 50), "h800": Gpu(989e12, 79.1, 200, 50),
+        "h200": Gpu(989e12, 139.8, 450, 50), "a100": Gpu(312e12, 79.1, 300, 25), "4090": Gpu(165e12, 23.6, 16, 1.5)}
+PER_NODE = 8
+MFU = 0.3                   # assumed, of the matrix products of transformer, T5 and VAE alike
+LINK_USE = 0.7              # assumed share of the links' rates that collectives reach
+USABLE = 0.92               # assumed share of memory; CUDA, NCCL and what lies between allocations take the rest
+FROZEN = {"DeepFloyd/t5-v1_1-xxl": 4.76e9, "stabilityai/sd-vae-ft-ema": 84e6}   # parameters: those of their configs
+VAE_FLOP = 4.3e6            # per pixel, of sd-vae-ft-ema's encoder: 4.16e6 at 256 x 256, 4.65e6 at 1024 x 1024, counted
+
+
+def wire(config, world, shard, parts=1):
+    """Bytes that each GPU receives in a step, by collective; gradients travel in fp32."""
+    P, root, block = layers(config.model)
+    ring = lambda n: (n - 1) / n
+    gathered = parts * (2 * P - root - block) * config.torch_dtype.itemsize   # root and last block stay for backward
+    return {"all-gather": gathered * ring(shard), "reduce-scatter": 4 * P * ring(shard),
+            "all-reduce": 2 * 4 * P / shard * ring(world // shard)}
+
+
+def plan_row(config, world, shard, gpu, level, num_frames):
+    """What a step of this resolution and length costs at its dearest aspect, as a dict; bytes and FLOP of one GPU."""
+    bucket = max((Bucket(level, num_frames, ar) for ar in ASPECT[level]), key=lambda b: config.cost(b)[1])
+    m, dtype, H, W = config.model, config.torch_dtype, bucket.height, bucket.width
+    L, every = m.model_max_length, config.checkpointing
+    clips = -(-config.buckets[level][num_frames][1] * config.world // world)
+    parts = min(config.accumulation, clips)
+    tokens, flop = config.cost(bucket)
+    per_clip = lambda every: (saved_bytes(m, 1, num_frames, H // 8, W // 8, L, dtype, every)
+                              + 2 * 4 * L * m.caption_channels)     # captions in fp32, before and after drop
+    frozen = 0 if config.cache else sum(FROZEN.get(name, 0) for name in (config.vae, config.text_encoder))
+    fixed = sum(state_bytes(m, shard, dtype, parts).values()) + frozen * dtype.itemsize
+    room = USABLE * gpu.memory * 2**30 - fixed
+    again = len(range(m.depth)[::every]) / m.depth / 3 if every else 0          # a forward is a third of `flop`
+    encode = 0 if config.cache else (2 * FROZEN.get(config.text_encoder, 0) * L
+                                     + VAE_FLOP * (config.vae in FROZEN) * num_frames * H * W)
+    moved = wire(config, world, shard, parts)
+    link = gpu.node if shard <= PER_NODE else min(gpu.node, PER_NODE * gpu.network)  # a ring per card: their rates add
+    seconds = [moved["all-gather"] / link, moved["reduce-scatter"] / link,
+               moved["all-reduce"] / (gpu.network if world > PER_NODE else gpu.node)]
+    compute, talk = (flop * (1 + again) + encode) * clips / (MFU * gpu.flops), sum(seconds) / (LINK_USE * 1e9)
+    return {"bucket": bucket, "clips": clips, "activations": per_clip(every) * -(-clips // parts), "fixed": fixed,
+            "flop": (flop * (1 + again) + encode) * clips, "compute": compute, "talk": talk, "room": room,
+            "step": max(compute, talk), "tokens": tokens * clips * world, "frozen": frozen * dtype.itemsize,
+            "at_once": -(-clips // parts), "most": {n: int(room // per_clip(n)) for n in (every, 1)}, "moved": moved}
+
+
+def plan(config, world, shard=0, gpu="h800", shares=None):
+    """What config's run would take on `world` GPUs, as text, without one: memory, traffic, time. Pure; a CPU's seconds.
+
+    shard: GPUs that share the weights, 0 = all.  shares: (resolution, frames) -> share of the steps; None = equal."""
+    shard = shard or world
+    if gpu not in GPUS or world % shard:
+        raise ValueError(f"gpu={gpu!r}, world={world}, shard={shard}: expected one of {', '.join(GPUS)}, and a shard "
+                         "that divides world")
+    card, gib = GPUS[gpu], lambda n: f"{n / 2**30:.2f}"
+    kinds = [(level, t) for level, row in config.buckets.items() for t, (keep, _) in row.items() if keep > 0]
+    rows = {kind: plan_row(config, world, shard, card, *kind) for kind in kinds}
+    shares = shares or dict.fromkeys(kinds, 1)
+    total = sum(shares.get(kind, 0) for kind in kinds)
+    mean = lambda name: sum(shares.get(kind, 0) * rows[kind][name] for kind in kinds) / total
+    state = state_bytes(config.model, shard, config.torch_dtype, config.accumulation)
+    first = rows[kinds[0]]
+    frozen = " + ".join(name for name in (config.vae, config.text_encoder) if name in FROZEN and not config.cache)
+    lines = [f"{world} x {gpu}, weights over {shard}, {config.dtype}, checkpointing {config.checkpointing}, "
+             f"accumulation {config.accumulation}, {layers(config.model)[0]:,} parameters",
+             "GiB per GPU: " + ", ".join(f"{name} {gib(n)}" for name, n in state.items())
+             + f", {frozen or 'VAE and T5 not counted'} {gib(first['frozen'])}; with the activations "
+             f"below at most {USABLE:.0%} of {card.memory}",
+             "GB received per GPU and step: " + ", ".join(f"{k} {n / 1e9:.2f}" for k, n in first["moved"].items()),
+             f"assumed: MFU {MFU:.0%} of {card.flops / 1e12:.0f} TFLOP/s; {LINK_USE:.0%} of {card.node} GB/s in a "
+             f"machine of {PER_NODE}, of {card.network} between; traffic hidden behind compute; data never late",
+             f"{'bucket':>15}{'clips/GPU':>11}{'activations':>13}{'all GiB':>9}{'TFLOP':>8}{'compute s':>11}"
+             f"{'traffic s':>11}{'share':>7}"]
+    for kind, row in rows.items():
+        bucket, tight = row["bucket"], row["activations"] > row["room"]
+        lines.append(f"{bucket.num_frames:>4} x {bucket.height:>4}x{bucket.width:<4}"
+                     f"{row['clips']:>10}{gib(row['activations']):>13}{gib(row['activations'] + row['fixed']):>9}"
+                     f"{row['flop'] / 1e12:>8.0f}{row['compute']:>11.2f}{row['talk']:>11.2f}"
+                     f"{shares.get(kind, 0) / total:>7.1%}" + (f"  TOO BIG: {remedy(config, row)}" if tight else ""))
+    days = mean("step") * config.steps / 86400
+    return "\n".join([*lines, f"{config.steps:,} steps of {mean('step'):.2f} s on average: {days:.1f} days, "
+                              f"{days * 24 * world:,.0f} GPU-hours, {mean('tokens') / mean('step'):,.0f} tokens/s"])
+
+
+def remedy(config, row):
+    """The setting that makes a bucket fit, the one that costs least first."""
+    now, thin = row["most"][config.checkpointing], row["most"][1]
+    if row["room"] < 0:
+        return "the weights alone do not fit, share them among more GPUs (--shard)"
+    if thin < 1:
+        return "one clip does not fit even with --checkpointing=1, expected a smaller size or fewer frames"
+    if thin >= row["at_once"]:
+        return "--checkpointing=1" + f", or {now} clips at once" * (now > 0)
+    more = "" if config.checkpointing == 1 else " with --checkpointing=1"
+    return f"at most {thin} at once{more}: --accumulation={-(-row['clips'] // thin)} or {thin} clips per GPU"

@@ -31,6 +31,7 @@ config = Config(
     ema_decay=0.9999,
     steps=22_000,
     dtype="bf16",
+    checkpointing=1,  # --plan says 131 GiB a GPU without
     seed=42,
     out="runs/stage2",
     init="runs/stage1/model.safetensors",

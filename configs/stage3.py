@@ -31,6 +31,7 @@ config = Config(
     ema_decay=0.9999,
     steps=4_000,
     dtype="bf16",
+    checkpointing=1,  # as stage 2
     seed=42,
     out="runs/stage3",
     init="runs/stage2/model.safetensors",

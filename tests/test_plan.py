@@ -1,0 +1,145 @@
+"""configs.plan against live tensors: activations, states, traffic; its warnings and its own time."""
+import os
+import re
+import subprocess
+import sys
+import time
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
+
+from configs import load, plan, wire
+from model import STDiT, STDiTConfig, example_inputs, saved_bytes, state_bytes
+
+SMALL = STDiTConfig(depth=6, hidden_size=144, num_heads=2, caption_channels=64)
+PATHS = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+
+
+class LiveBytes(TorchDispatchMode):
+    """now, peak: bytes of all storages made inside it that are still alive, and the most they were."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, op, types, args, kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.known:
+                self.known.add(key)
+                self.now += x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.free, key, x.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
+
+def live(config, B, T, h, w, L, dtype, every):
+    """Peak of a real forward and backward, parameters, their gradients and inputs apart."""
+    model, inputs = STDiT(config).to(dtype), example_inputs(config, B, T, h, w, L)
+    for block in model.blocks[::every] if every else ():
+        block.forward = lambda *args, forward=block.forward: checkpoint(forward, *args, use_reentrant=False)
+    for p in model.parameters():
+        if p.requires_grad:
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))    # as FSDP takes them away
+    with LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]) as memory:
+        model(**inputs, x_mask=torch.ones(B, T, dtype=torch.bool)).square().mean().backward()
+    return memory.peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("every", [0, 1, 2, 3, 5])
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16, 20), (3, 1, 45, 27, 7)])
+def test_activations_are_those_of_live_tensors(shape, every, dtype):
+    planned, real = saved_bytes(SMALL, *shape, dtype, every), live(SMALL, *shape, dtype, every)
+    assert planned == pytest.approx(real, rel=0.02)
+
+
+def count_states(rank, folder):
+    """One step on worlds of 1, 2 and 4 and on 2 x 2, side by side; each writes what its GPU would hold and receive."""
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shard"))
+    meshes = {(1, 1): init_device_mesh("cpu", (4, 1), mesh_dim_names=("replicas", "shard"))["shard"],
+              (2, 2): pairs["shard"], (4, 4): init_device_mesh("cpu", (4,)), (4, 2): pairs}
+    found = {}
+    for key, mesh in meshes.items():
+        model, policy = STDiT(SMALL), MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not model.blocks[-1])
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer, ema = torch.optim.AdamW(trained), [p.detach().clone() for p in model.parameters()]
+        moved = {"all-gather": 0, "reduce-scatter": 0, "all-reduce": 0}
+
+        class Traffic(TorchDispatchMode):
+            def __torch_dispatch__(self, op, types, args, kwargs=None, moved=moved, mesh=mesh):
+                if "c10d" in str(op):
+                    name = next((n for n in moved if n.replace("-", "") in str(op).replace("_", "")), None)
+                    whole = max((x.nbytes for x in tree_leaves(args[:2]) if torch.is_tensor(x)), default=0)
+                    n = mesh.size(0 if name == "all-reduce" else -1)
+                    moved[name] += whole * (n - 1) / n * (2 if name == "all-reduce" else 1)
+                return op(*args, **(kwargs or {}))
+
+        with Traffic():
+            model(**example_inputs(SMALL, 1, 2, 4, 4, 4)).square().mean().backward()
+        optimizer.step()
+        size = lambda tensors: sum(x.to_local().nbytes for x in tensors)
+        adam = [x for state in optimizer.state.values() for name, x in state.items() if name != "step"]
+        found[key] = {"weights": size(model.parameters()), "gradients": size(p.grad for p in trained),
+                      "Adam": size(adam), "EMA": size(ema)}, moved
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_states_and_traffic_are_those_of_live_tensors(tmp_path):
+    code = ("import sys, torch._dynamo, test_plan as t, torch.multiprocessing as mp; "    # once, then forked
+            "mp.start_processes(t.count_states, (sys.argv[1],), 4, start_method='fork')")
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=PATHS, check=True, timeout=120)
+    config = replace(load("configs/stage2.py"), model=SMALL)
+    for rank in range(4):
+        for (world, shard), (states, moved) in torch.load(tmp_path / f"{rank}.pt").items():
+            planned = state_bytes(SMALL, shard, torch.bfloat16)
+            for name, real in states.items():
+                assert planned[name] == pytest.approx(real, rel=0.02), (world, shard, rank, name)
+            for name, planned in wire(config, world, shard).items():
+                assert planned == pytest.approx(moved[name], rel=0.02), (world, shard, rank, name)
+
+
+def test_the_plan_names_what_does_not_fit_and_what_would():
+    config = load("configs/stage2.py", [
+        "--checkpointing=0", "--buckets={'144p': {1: (1.0, 48), 16: (1.0, 17)}, '720p': {16: (0.1, 9)}}"])
+    lines = lambda config, *args: re.findall(r"^ +\d+ x +\d+x\d.*", plan(config, *args), re.M)
+    image, short, large = lines(config, 64)
+    assert "TOO BIG" not in image and "--checkpointing=1, or 8 clips" in short and "--accumulation=" in large
+    fit, over = ({"144p": {16: (1.0, n)}} for n in (8, 9))                  # what it names fits, one more does not
+    assert "TOO BIG" not in lines(replace(config, buckets=fit), 64)[0]
+    assert "TOO BIG" in lines(replace(config, buckets=over), 64)[0]
+    thin = replace(config, checkpointing=1)
+    assert ["TOO BIG" in line for line in lines(thin, 64)] == [False, False, True]
+    parts = int(lines(thin, 64)[2].split("--accumulation=")[1].split()[0])
+    assert "TOO BIG" not in lines(replace(thin, accumulation=parts), 64)[2]
+    assert "share them" in lines(config, 1, 0, "4090")[0]
+    with pytest.raises(ValueError, match="shard=3"):
+        plan(config, 64, 3)
+
+
+def test_the_plan_of_stage_2_takes_seconds(capsys):
+    code = "import configs; print(configs.plan(configs.load('configs/stage2.py'), 64))"
+    start = time.perf_counter()
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=PATHS)
+    seconds = time.perf_counter() - start
+    with capsys.disabled():
+        print(f"\nthe plan of stage 2, imports included: {seconds:.1f} s")
+    assert run.returncode == 0 and "GPU-hours" in run.stdout, run.stderr[-2000:]
+    assert seconds < 90
