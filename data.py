@@ -468,7 +468,7 @@ def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> s
         lines.append(f"{starved} aspects have fewer clips than one batch: these train only if later epochs draw more")
     for name, n, clip in left_out(meta, config, found, validation):
         row = meta.rows[clip]
-        lines.append(f"{n} left out: {name}, as {meta.path(clip)} ({row['num_frames']} frames, "
+        lines.append(f"{n} left out: {name}, as {meta.where(clip)}: {meta.path(clip)} ({row['num_frames']} frames, "
                      f"{row['height']}x{row['width']}, {row['fps']:g} fps)")
     return "\n".join(lines)
 
