@@ -33,6 +33,7 @@ from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -838,7 +839,8 @@ class Reader:
 
     def give(self, plan: Plan):
         self.plans.append(plan)
-        self.pipe.send((plan, self.known))
+        with suppress(BrokenPipeError, ConnectionResetError):  # dead: `take` will notice, and `start` give it again
+            self.pipe.send((plan, self.known))
 
     def take(self) -> dict:
         """The batch of the oldest plan given."""
@@ -861,10 +863,10 @@ class Reader:
 
     def replace(self, what: str, at):
         self.process.join(1 if what == "death" else 0)
-        status = self.process.exitcode
+        status = self.process.exitcode or 0  # of a process that hangs: None
         self.process.kill()
         plan = self.plans[0]
-        if at is None or (status or 0) > 0:
+        if at is None or status > 0:
             raise ValueError(f"step {plan.step}: a reading process ended with status {status}, see above" if status else
                              f"step {plan.step}: a reading process did not start within {self.timeout} s")
         path = self.dataset.meta.path(plan.clips[plan.slots.index(at[0])][at[1]])

@@ -1202,6 +1202,19 @@ def test_a_reader_that_hangs_or_dies_is_replaced(meta, trouble, said):
             assert equal(a, b)
 
 
+def test_a_dead_reader_is_given_more(meta):
+    """It died before the next plan came: both are read by the one in its place."""
+    dataset = Trouble(meta, replace(CLIPS, num_workers=1), "death")
+    sampler, reader = BucketSampler(meta, CLIPS), data.Reader(dataset, {})
+    reader.give(sampler.plan(1))
+    reader.process.join(20)
+    reader.give(sampler.plan(2))
+    first, second = reader.take(), reader.take()
+    reader.process.kill()
+    assert any("signal 11" in fault.reason for fault in first["faults"])
+    assert first["bucket"] == sampler.plan(1).bucket and second["bucket"] == sampler.plan(2).bucket
+
+
 def test_a_bug_is_not_a_fault(meta, capfd):
     dataset = Trouble(meta, replace(CLIPS, num_workers=1), "bug")
     with pytest.raises(ValueError, match="a reading process ended with status 1, see above"):
