@@ -1,12 +1,18 @@
 """The operations ST-DiT is made of besides its matrix products, each as the plain PyTorch lines that define it.
+Also what processes that share the work need: who they are, and how they exchange frames.
 
 In: tensors of any float dtype. Out: the same dtype; means of squares and rotations run in fp32 or wider.
 Run: `python kernels.py` checks each op in fp32 and bf16 against fp64 and prints its error, time and memory rate.
-Papers: RMSNorm 1910.07467, RoPE 2104.09864, QK-norm 2302.05442. Letters are explained in model.py.
+Papers: RMSNorm 1910.07467, RoPE 2104.09864, QK-norm 2302.05442, DSP 2403.10266. Letters are explained in model.py.
 """
+import os
+from typing import NamedTuple
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.utils.benchmark import Timer
 
 __version__ = "0"  # transformers probes for a package called `kernels` and, finding this file, asks for its version
@@ -68,6 +74,106 @@ def cross_attention(q, k, v, lengths):
         order += rows
     back = sorted(range(len(order)), key=order.__getitem__)
     return torch.cat(outs)[back]
+
+
+# ---- processes ----
+
+class Place(NamedTuple):
+    """A process in the world.  mesh: what the weights are cut over.  group: those who share each clip, or None."""
+    rank: int
+    world: int
+    device: torch.device
+    mesh: DeviceMesh
+    group: dist.ProcessGroup | None
+
+    @property
+    def share(self):
+        """(i, n): of the n shares of a global batch, this process works on the i-th."""
+        together = self.group.size() if self.group else 1
+        return self.rank // together, self.world // together
+
+    @property
+    def reads(self):
+        """Whether it is the one of its group that reads the clips, and counts them."""
+        return self.group is None or self.group.rank() == 0
+
+    def say(self, text):
+        if self.rank == 0:
+            print(text)
+
+
+def start_processes(shard=0, sp=1, device=None):
+    """The Place of this process.  Without torchrun the world is one process; its collectives run all the same.
+
+    Weights will be cut among all, or with shard (HSDP) among `shard` neighbours, with replicas beside; `sp` neighbours
+    share each clip.  device: "cpu" where there is a GPU that is not to be used."""
+    number = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", number) if torch.cuda.is_available() and device != "cpu" else torch.device("cpu")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.get_world_size()
+    for name, n in {"shard": shard or world, "sp": sp}.items():
+        if world % n:
+            raise ValueError(f"{name}={n} on {world} GPUs: expected a divisor of {world}")
+    cut = lambda n, names: init_device_mesh(device.type, (world // n, n), mesh_dim_names=names)
+    mesh = cut(shard, ("replicas", "shard")) if shard and shard < world else init_device_mesh(device.type, (world,))
+    group = cut(sp, ("data", "sequence"))["sequence"].get_group() if sp > 1 else None
+    return Place(dist.get_rank(), world, device, mesh, group)
+
+
+# ---- sequence parallelism: the n ranks of a group share a clip (DSP); without a group these do nothing ----
+# Each rank keeps some frames. Frames and positions are padded with zeros to multiples of n: no attention ever sees the
+# padding, as after an exchange a rank holds all frames of its positions, or all positions of its frames.
+
+def own_frames(x, T, group):
+    """[B T ...] -> this rank's [B ceil(T/n) ...], of its own storage; what stands for all frames, [B 1 ...], stays."""
+    if group is None or x.shape[1] != T:
+        return x
+    return _padded(x, 1, group.size()).chunk(group.size(), dim=1)[group.rank()].clone()
+
+
+def all_frames(x, T, group, dim=1):
+    """[B ceil(T/n) ...] -> [B T ...] on every rank; its gradient is that of this rank's own frames."""
+    if group is None:
+        return x
+    parts = [torch.empty_like(x) for _ in range(group.size())]
+    dist.all_gather(parts, x.detach().contiguous(), group=group)            # collective
+    parts[group.rank()] = x
+    return torch.cat(parts, dim).narrow(dim, 0, T)
+
+
+def to_positions(x, T, group):
+    """All positions of own frames [B ceil(T/n) S C] -> all frames of own positions [B T ceil(S/n) C]."""
+    return x if group is None else _Exchange.apply(_padded(x, 2, group.size()), group, 2, 1)[:, :T]
+
+
+def to_frames(x, S, group):
+    """The way back: [B T ceil(S/n) C] -> [B ceil(T/n) S C]."""
+    return x if group is None else _Exchange.apply(_padded(x, 1, group.size()), group, 1, 2)[:, :, :S]
+
+
+def _padded(x, dim, n):
+    return F.pad(x, [0, 0] * (x.ndim - 1 - dim) + [0, -x.shape[dim] % n])
+
+
+class _Exchange(torch.autograd.Function):
+    """One all-to-all: each rank cuts x along `cut` into a part for each, and joins what it gets along `join`."""
+    @staticmethod
+    def forward(ctx, x, group, cut, join):
+        ctx.back = group, join, cut
+        parts = torch.stack(x.chunk(group.size(), dim=cut))
+        received = torch.empty_like(parts)
+        dist.all_to_all_single(received, parts, group=group)                # collective
+        return torch.cat(received.unbind(), dim=join)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _Exchange.apply(grad, *ctx.back), None, None, None
 
 
 def cases(B=2, T=8, S=144, heads=16, D=72, L=100):

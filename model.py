@@ -17,7 +17,7 @@ import math
 import re
 import time
 from dataclasses import dataclass, fields, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -29,7 +29,8 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
 
-from kernels import attention, cross_attention, gated_residual, modulate, norm_rope
+from kernels import (all_frames, attention, cross_attention, gated_residual, modulate, norm_rope, own_frames, to_frames,
+                     to_positions)
 
 
 @dataclass(frozen=True)
@@ -217,18 +218,21 @@ class Block(nn.Module):
         self.attn, self.attn_temp, self.cross_attn = Attention(config), Attention(config), CrossAttention(config)
         self.mlp = Mlp(C, int(C * config.mlp_ratio), C)
 
-    def forward(self, x, mod, mod_temp, text, lengths, rotary):
-        """x [B T S C]; mod [B T 6C], mod_temp [B T 3C], or T = 1; text [sum(lengths) C]; rotary (cos, sin)."""
+    def forward(self, x, mod, mod_temp, text, lengths, rotary, group=None):
+        """x [B T S C]; mod [B T 6C], mod_temp [B T 3C], or T = 1; text [sum(lengths) C]; rotary (cos, sin) of all T.
+
+        group: the ranks that share the clip; x, mod and mod_temp are then of this rank's frames."""
         mod = rearrange(mod, "b t (six c) -> b t six c", six=6) + self.scale_shift_table
         mod_temp = rearrange(mod_temp, "b t (three c) -> b t three c", three=3) + self.scale_shift_table_temporal
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = mod.unbind(2)
         shift_tmp, scale_tmp, gate_tmp = mod_temp.unbind(2)
-        B = x.shape[0]
+        B, S, T = x.shape[0], x.shape[2], rotary[0].shape[0]
 
         h = rearrange(modulate(x, shift_msa, scale_msa), "b t s c -> (b t) s c")        # space: within one frame
         x = gated_residual(x, gate_msa, rearrange(self.attn(h), "(b t) s c -> b t s c", b=B))
-        h = rearrange(modulate(x, shift_tmp, scale_tmp), "b t s c -> (b s) t c")        # time: within one position
-        x = gated_residual(x, gate_tmp, rearrange(self.attn_temp(h, rotary), "(b s) t c -> b t s c", b=B))
+        h = to_positions(modulate(x, shift_tmp, scale_tmp), T, group)                   # collective, as is to_frames
+        h = self.attn_temp(rearrange(h, "b t s c -> (b s) t c"), rotary)                # time: within one position
+        x = gated_residual(x, gate_tmp, to_frames(rearrange(h, "(b s) t c -> b t s c", b=B), S, group))
         x = x + self.cross_attn(x, text, lengths)
         return gated_residual(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
 
@@ -255,7 +259,12 @@ class FinalLayer(nn.Module):
 # ---- the model ----
 
 class STDiT(nn.Module):
-    """Under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False): times, sizes and rotary tables stay fp32."""
+    """Under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False): times, sizes and rotary tables stay fp32.
+
+    group: None, or the process group whose ranks share each clip: all are given the same arguments, each computes some
+    frames, all return the whole. A rank's gradient is then the part of its frames; the sum over the group is right."""
+    group = None
+
     def __init__(self, config: STDiTConfig, seed: int = 0):
         super().__init__()
         self.config, C = config, config.hidden_size
@@ -311,13 +320,17 @@ class STDiT(nn.Module):
         text, lengths = pack_text(y, y_mask)
         text = self.y_embedder(text)                                                    # [sum(lengths) C]
         rotary = rotary_table(frames, self.config.head_dim, x.device)
+        own = partial(own_frames, T=frames, group=self.group)
+        tokens, mod, mod_temp = map(own, (tokens, mod, mod_temp))
         for block in self.blocks:
-            tokens = block(tokens, mod, mod_temp, text, lengths, rotary)
+            tokens = block(tokens, mod, mod_temp, text, lengths, rotary, self.group)
 
         if self.config.final_twice and x_mask is not None:                              # Q3
-            out = self.final_layer(tokens, self.t_embedder(t[:, None]), again=(x_mask, time_vec + size_vec))
+            again = own(x_mask), own(time_vec + size_vec)
+            out = self.final_layer(tokens, self.t_embedder(t[:, None]), again)
         else:
-            out = self.final_layer(tokens, time_vec)
+            out = self.final_layer(tokens, own(time_vec))
+        out = all_frames(out, frames, self.group)
         out = rearrange(out, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=rows, pt=pt, ph=ph, pw=pw)
         return out[:, :, :T, :h, :w].to(torch.float32, copy=True)                       # FSDP2 warns of a view
 

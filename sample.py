@@ -5,6 +5,7 @@ out   samples/00-a-red-circle.mp4 and a contact sheet of its frames, .png; from 
 
     python sample.py --prompt "a red circle moves right" --ckpt assets/tiny
     python sample.py --prompt "a red circle moves right" --reference circle.png      its first frame is given
+    torchrun --nproc-per-node 8 sample.py --prompt "..." "..." --sp 4                four GPUs a clip, two clips at once
 
 Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095),
 classifier-free guidance (2207.12598), v-prediction (2202.00512).
@@ -25,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from einops import rearrange, repeat
 from safetensors.torch import load_file
@@ -33,6 +35,7 @@ from tqdm import tqdm
 import configs
 from data import (ASPECT, IMAGE_FPS, Bucket, fail, read_window, resize_crop, slot_generator, stride, to_uint8, to_video,
                   write_video)
+from kernels import start_processes
 from model import STDiT
 from vae import load_text_encoder, load_vae
 
@@ -139,13 +142,13 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
 
 # ---------------------------------------------------------------- from captions to frames
 def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, steps=100,
-             sampler="iddpm", prediction="eps", cfg_scale=7.0, seed=0, references=None, batch_size=4,
+             sampler="iddpm", prediction="eps", cfg_scale=7.0, seed=0, references=None, numbers=None, batch_size=4,
              quirks=SampleQuirks()):
-    """Videos, uint8 [B T H W 3], one per prompt.  Clip i depends on prompts[i], references[i], seed and i only.
+    """Videos, uint8 [B T H W 3], one per prompt.  Clip i depends on prompts[i], references[i], seed, numbers[i] (or i).
 
     height, width: pixels; what does not fill a latent cell is dropped.  fps: of a source of which every
     frame_interval-th frame is taken.  references: per prompt None or uint8 [K H W 3] of any size: its first frames."""
-    references = references or [None] * len(prompts)
+    references, numbers = references or [None] * len(prompts), numbers or range(len(prompts))
     check_request(prompts, references, num_frames, height, width, fps, vae.down, model.config.patch_size)
     device = model.null_y.device
     shape = (vae.channels, num_frames, height // vae.down, width // vae.down)
@@ -155,7 +158,7 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
     clips = []
     for i in range(0, len(prompts), batch_size):
         texts = list(prompts[i : i + batch_size])
-        generators = [slot_generator(seed, 0, i + b, "sample") for b in range(len(texts))]  # of the CPU
+        generators = [slot_generator(seed, 0, number, "sample") for number in numbers[i : i + batch_size]]  # of the CPU
         z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
         y, y_mask = text_encoder(texts)
         cond = {name: torch.full((len(texts),), float(value), device=device) for name, value in told.items()}
@@ -271,15 +274,17 @@ def parse_args(argv=None):
     add("--reference", nargs="+", default=[], help="image or video that gives the first frames: one, or one per prompt")
     add("--reference-frames", type=int, default=1, help="how many of them (default: %(default)s)")
     add("--batch-size", type=int, default=4, help="prompts sampled at once (default: %(default)s)")
+    add("--sp", type=int, default=1, help="under torchrun: GPUs that share each clip; the groups share the prompts")
     add("--quirks", action="store_true", help="sample as the release does, Q4 to Q7: for the published weights")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     add("--debug", action="store_true", help="errors with their traceback")
     return parser.parse_args(argv)
 
 
 def run(args):
-    start = time.perf_counter()
-    model, config = load_checkpoint(args.ckpt, args.device)
+    start, place = time.perf_counter(), start_processes(sp=args.sp, device=args.device)
+    model, config = load_checkpoint(args.ckpt, place.device)
+    model.group = place.group
     num_frames, height, width = default_bucket(config.buckets)
     num_frames = num_frames if args.num_frames is None else args.num_frames
     height, width = parse_size(args.size) if args.size else (height, width)
@@ -288,21 +293,26 @@ def run(args):
     references = read_references(args.reference, len(args.prompt), args.reference_frames, interval)
     steps = DEFAULT_STEPS[args.sampler] if args.steps is None else args.steps
     cfg_scale = config.cfg_scale if args.cfg_scale is None else args.cfg_scale
-    vae = load_vae(find(config.vae), device=args.device)
+    vae = load_vae(find(config.vae), device=place.device)
     text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length,
-                                     dtype=weight_dtype(config, args.device), device=args.device)
-    for prompt in args.prompt:
+                                     dtype=weight_dtype(config, place.device), device=place.device)
+    for prompt in args.prompt if place.rank == 0 else ():
         if unknown := text_encoder.unknown(prompt):
             print(f"warning: the text encoder of {args.ckpt} does not know: {', '.join(unknown)}", file=sys.stderr)
-    videos = generate(model, vae, text_encoder, args.prompt, num_frames=num_frames, height=height, width=width,
+    share, shares = place.share
+    mine = lambda items: items[share::shares]
+    if not mine(args.prompt):
+        return
+    videos = generate(model, vae, text_encoder, mine(args.prompt), num_frames=num_frames, height=height, width=width,
                       fps=fps, frame_interval=interval, steps=steps, sampler=args.sampler,
-                      prediction=config.prediction, cfg_scale=cfg_scale, seed=args.seed, references=references,
-                      batch_size=args.batch_size,
+                      prediction=config.prediction, cfg_scale=cfg_scale, seed=args.seed, references=mine(references),
+                      numbers=mine(range(len(args.prompt))), batch_size=args.batch_size,
                       quirks=RELEASED if args.quirks else SampleQuirks(raw_fps=config.raw_fps))
-    for i, (prompt, frames) in enumerate(zip(args.prompt, videos, strict=True)):
-        save(Path(args.out) / f"{i:02d}-{slug(prompt)}", frames, fps / interval)
+    for i, prompt, frames in zip(mine(range(len(args.prompt))), mine(args.prompt), videos, strict=True):
+        if place.reads:                                                     # one of those who share the clip
+            save(Path(args.out) / f"{i:02d}-{slug(prompt)}", frames, fps / interval)
     seconds = time.perf_counter() - start
-    print(f"{len(videos)} x {num_frames} frames, {steps} {args.sampler} steps: {seconds:.1f} s, with loading")
+    place.say(f"{len(args.prompt)} x {num_frames} frames, {steps} {args.sampler} steps: {seconds:.1f} s, with loading")
 
 
 def save(stem, frames, fps):
@@ -324,6 +334,9 @@ def main():
         if args.debug:
             raise
         sys.exit(fail(error))
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -5,28 +5,32 @@ out   <run>/config.py, clips.txt, log.jsonl, validation.jsonl, bad_clips.csv, st
       samples/step-0000500.png, model.safetensors (the EMA)
 
 The same command goes on from the last checkpoint; another --out starts over.  --print shows the config, --plan what the
-run will take, --bench the time of a step.
+run will take, --search the batch sizes that fit, --bench the time of a step, --profile where it goes.
 One code path: a single process is a process group of one.  The clips of a step, their noise, t, masks and caption drops
 are functions of (seed, step, slot of the global batch), so a resumed run, or one on other GPUs, sees the same.
 
 Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672), v-prediction (2202.00512), SpeeD (2405.17403),
-ZeRO (1910.02054), activation checkpointing (1604.06174).
+ZeRO (1910.02054), activation checkpointing (1604.06174), sequence parallelism in the manner of DSP (2403.10266).
 """
 import argparse
+import gc
 import json
 import math
 import os
 import shutil
 import signal
 import sys
-import tempfile
 import time
+import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import numpy as np
@@ -34,16 +38,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from einops import rearrange, reduce
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import configs
+from kernels import Place, all_frames, own_frames, start_processes
 from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, name_key, read_meta, slot_generator,
                   stride, to_video, uniform, write_video)
 from masks import draw_mask
@@ -137,11 +143,14 @@ def draw_t(config, vectors, step, slots):
 
 
 # ---------------------------------------------------------------- one batch
-def to_latents(batch, vae, text_encoder):
-    """Adds mean, std [B C T h w], y and y_mask to a batch of videos, as batches from the cache have them already."""
+def to_latents(batch, vae, text_encoder, group=None):
+    """Adds mean, std [B C T h w], y and y_mask to a batch of videos, as batches from the cache have them already.
+
+    The ranks of a group, which share the clips, encode some frames each."""
     if "video" in batch:
-        cut = text_encoder.cut
-        batch["mean"], batch["std"] = vae.moments(to_video(batch.pop("video").to(vae.device)))
+        cut, video = text_encoder.cut, batch.pop("video")                   # [B T H W 3]
+        own = to_video(own_frames(video, video.shape[1], group).to(vae.device))
+        batch["mean"], batch["std"] = (all_frames(z, video.shape[1], group, dim=2) for z in vae.moments(own))
         batch["y"], batch["y_mask"] = text_encoder(batch.pop("text"))
         batch["cut"] = text_encoder.cut - cut
     return batch
@@ -175,47 +184,23 @@ def loss_of(model, batch, config, vectors, step, device):
 class Run(NamedTuple):
     """What the steps work on."""
     config: configs.Config
-    folder: Path
-    rank: int
-    world: int
-    device: torch.device
+    place: Place
     model: STDiT
     optimizer: torch.optim.Optimizer
     ema: "Average"
 
-    def say(self, text):
-        if self.rank == 0:
-            print(text)
+    @property
+    def folder(self):
+        return Path(self.config.out)
 
 
-def make_run(config, rank, world, device, mesh):
+def make_run(config, place):
     """A Run with fresh weights."""
-    model = build_model(config, mesh)
+    model = build_model(config, place.mesh)
+    model.group = place.group
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
-    return Run(config, Path(config.out), rank, world, device, model, optimizer, Average(model, config.ema_decay))
-
-
-def start_processes(shard):
-    """(rank, world, device, mesh).  Without torchrun the world is one process; its collectives run all the same.
-
-    The mesh is 1-D, or with shard (HSDP) replicas x shard: weights are cut among `shard` GPUs that are neighbours."""
-    number = int(os.environ.get("LOCAL_RANK", 0))
-    device = torch.device("cuda", number) if torch.cuda.is_available() else torch.device("cpu")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    world = dist.get_world_size()
-    if world % (shard or world):
-        raise ValueError(f"shard={shard} on {world} GPUs: expected a divisor of {world}, or 0 for all")
-    replicated = shard and shard < world
-    mesh = init_device_mesh(device.type, (world // shard, shard) if replicated else (world,),
-                            mesh_dim_names=("replicas", "shard") if replicated else ("shard",))
-    return dist.get_rank(), world, device, mesh
+    return Run(config, place, model, optimizer, Average(model, config.ema_decay))
 
 
 def build_model(config, mesh):
@@ -245,19 +230,44 @@ def shard_blocks(model, mesh, dtype):
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+def find_weights(name):
+    """Where the weights that a run starts from are: a file or folder, else PixArt's from the hub; FileNotFoundError."""
+    path = Path(find(name))
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        return path
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["transformer/*"]))
+    except (OSError, HFValidationError) as error:       # no such name, no connection
+        raise FileNotFoundError(
+            f"init={str(name)!r} is not there, expected a run's folder, a model.safetensors, or PixArt's weights: a "
+            ".pth, a folder in diffusers' layout, or its name on the hub, which gave: "
+            + str(error).splitlines()[0]) from error
+
+
+def start_from(run, path):
+    """Weights and EMA, with config.init_optimizer also Adam's state, of another run; or weights alone of a file."""
+    run.place.say(f"starts from {latest(path) or path}")
+    if checkpoint := latest(path):
+        old = replace(configs.load(path / "config.py").model, class_dropout_prob=run.config.model.class_dropout_prob)
+        if old != run.config.model:
+            raise ValueError(f"init={str(path)!r} holds {old}, expected {run.config.model}")
+        load_state(run, checkpoint, run.config.init_optimizer)
+    elif run.config.init_optimizer:
+        raise ValueError(f"init_optimizer=True: {path} holds weights only, expected a run's folder with checkpoints")
+    else:
+        load_weights(run.model, path, run.config.seed)
+        run.ema.restart()
+
+
 def load_weights(model, path, seed=0):
-    """The weights of model.safetensors, of a run's folder, or of PixArt-alpha, into a sharded model.
+    """The weights of model.safetensors, or of a folder with one, or of PixArt-alpha, into a sharded model.
 
     PixArt's: a .pth as it was published, or a folder in diffusers' layout; what it lacks is drawn from the seed."""
     path = Path(path)
     if path.suffix == ".pth" or (path / "transformer").is_dir() or (path / "config.json").is_file():
         weights = from_pixart(path, model.config, seed)
     else:
-        path = path / "model.safetensors" if path.is_dir() else path
-        if not path.is_file():
-            raise FileNotFoundError(f"init={str(path)!r} is not there, expected a model.safetensors, a run's folder, "
-                                    "or PixArt's weights: a .pth or a folder in diffusers' layout")
-        weights = load_file(path)
+        weights = load_file(path / "model.safetensors" if path.is_dir() else path)
     own = model.state_dict()
     if set(weights) != set(own) or any(weights[k].shape != own[k].shape for k in own):
         odd = sorted(set(weights) ^ set(own)) or [k for k in own if weights[k].shape != own[k].shape]
@@ -300,62 +310,120 @@ class Average:
 
 
 # ---------------------------------------------------------------- checkpoints
-def save(run, step):
-    """<run>/step-0000500/: written under another name, then renamed; `latest` names it; see config.keep_last."""
-    folder, name = run.folder, f"step-{step:07d}"
-    part = folder / ".saving"
-    if run.rank == 0:
-        shutil.rmtree(part, ignore_errors=True)
-    dist.barrier()
-    model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
-    try:
-        dcp.save({"model": model_state, "optimizer": optimizer_state, "ema": run.ema.weights}, checkpoint_id=part)
-    except CheckpointException as error:                                    # wraps what happened: a full disk, Ctrl-C
-        raise next(iter(error.failures.values()))[0] from error
-    export(run)
-    if run.rank == 0:
-        shutil.rmtree(folder / name, ignore_errors=True)                    # a checkpoint that `latest` never named
-        part.replace(folder / name)
-        write_text(folder / "latest", name)
-        for old in sorted(p for p in folder.glob("step-*") if p.name <= name)[:-run.config.keep_last]:
-            if not run.config.keep_every or int(old.name.split("-")[1]) % run.config.keep_every:
+class Checkpoints:
+    """<run>/step-0000500/ with weights, optimizer and EMA; `latest` names the last; see config.keep_last.
+
+    A save copies the state and returns; threads write it under another name, fsync, rename.  Their collectives go
+    through a group of their own, past those of the training.  failed: why the last one is not there, or None."""
+
+    def __init__(self, run):
+        self.run, self.folder, self.group = run, run.folder, dist.new_group(backend="gloo")
+        self.thread, self.pending, self.failed, self.waited = ThreadPoolExecutor(1), None, None, 0.0
+
+    def save(self, step):
+        start, part = time.perf_counter(), self.folder / ".saving"
+        self.wait()
+        if self.run.place.rank == 0:
+            shutil.rmtree(part, ignore_errors=True)
+        dist.barrier()                                                      # collective
+        run = self.run
+        state = {"model": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer),
+                 "ema": run.ema.weights | dict(run.model.named_buffers())}
+        written = dcp.async_save(state, checkpoint_id=part, process_group=self.group)
+        self.pending = self.thread.submit(self.finish, written, part, step)
+        self.waited += time.perf_counter() - start
+
+    def wait(self):
+        """Until what is being saved is whole."""
+        if self.pending:
+            self.pending.result()
+
+    def end(self):
+        self.wait()
+        if self.failed:
+            raise ValueError(f"{self.failed} - the same command goes on from {latest(self.folder) or 'the start'}")
+
+    def seconds(self):
+        """That the steps stood still for saves, since it was asked last."""
+        waited, self.waited = self.waited, 0.0
+        return waited
+
+    def finish(self, written, part, step):
+        config = self.run.config
+        try:
+            written.result()
+            if self.run.place.rank == 0:
+                self.name(part, step)
+            self.failed = None
+        except (CheckpointException, OSError) as error:                     # a full disk, say
+            self.failed = f"step {step} could not be saved: {cause(error)}"
+            if self.run.place.rank == 0:
+                shutil.rmtree(part, ignore_errors=True)                     # makes room
+                again = min(step // config.save_every * config.save_every + config.save_every, config.steps)
+                print(f"\n{self.failed} - {latest(self.folder) or 'none before it'} is whole"
+                      + f"; the next save is tried at step {again}" * (step < config.steps), file=sys.stderr)
+
+    def name(self, part, step):
+        name, config = f"step-{step:07d}", self.run.config
+        shutil.rmtree(self.folder / name, ignore_errors=True)               # a checkpoint that `latest` never named
+        part.replace(self.folder / name)
+        write_text(self.folder / "latest", name)
+        for old in sorted(p for p in self.folder.glob("step-*") if p.name <= name)[:-config.keep_last]:
+            if not config.keep_every or int(old.name.split("-")[1]) % config.keep_every:
                 shutil.rmtree(old)
-    dist.barrier()
+        export(self.folder / name, self.folder / "model.safetensors")
+
+
+def cause(error):
+    """What a CheckpointException, which is no Exception, wraps; of other errors, themselves."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
+def latest(folder):
+    """The path of a run's last whole checkpoint, or None."""
+    file = Path(folder) / "latest"
+    return file.with_name(file.read_text().strip()) if file.is_file() else None
+
+
+def load_state(run, checkpoint, optimizer=True):
+    """Weights, EMA and, where told, the optimizer's state; its lr, betas and decay stay the config's."""
+    state = {"model": run.model.state_dict(), "ema": run.ema.weights}       # the tensors themselves: filled in place
+    if optimizer:
+        state["optimizer"] = get_optimizer_state_dict(run.model, run.optimizer)
+    try:
+        dcp.load(state, checkpoint_id=checkpoint)
+    except CheckpointException as error:
+        raise ValueError(f"{checkpoint} cannot be read: {cause(error)} - write the name of an older checkpoint into "
+                         f"{checkpoint.parent / 'latest'}, or start over with another --out") from error
+    if optimizer:
+        set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
+        for group in run.optimizer.param_groups:
+            group.update(betas=run.config.betas, weight_decay=run.config.weight_decay)
 
 
 FREE_TO_CHANGE = {  # when a run goes on: what the next losses do not hang on
-    "steps", "data", "num_workers", "read_timeout", "max_bad", "cache", "checkpointing", "compile", "shard",
-    "accumulation", "out", "init", "save_every", "keep_last", "keep_every", "sample_every", "prompts",
-    "validate_every", "validate_batches"}
+    "steps", "data", "num_workers", "read_timeout", "max_bad", "cache", "checkpointing", "compile", "shard", "sp",
+    "accumulation", "out", "init", "init_optimizer", "skip_nonfinite", "save_every", "keep_last", "keep_every",
+    "sample_every", "prompts", "validate_every", "validate_batches"}
 
 
-def resume(run, meta, allow_changes):
-    """The step to go on from: 0, or that of <run>/latest, whose state is loaded.
-
-    Raises ValueError where the config or the clips are others than before, unless that is allowed."""
-    folder, config = run.folder, run.config
-    if not (folder / "latest").is_file():
-        return 0
-    name = (folder / "latest").read_text().strip()
+def check_changes(config, meta, allowed, say):
+    """Raises ValueError where the run's config or clips are others than when it began, unless that is allowed."""
+    folder = Path(config.out)
     old = configs.load(folder / "config.py")
     if old.model != config.model:
-        raise ValueError(f"{folder / name} holds {old.model}, expected {config.model} - start over with another --out")
+        raise ValueError(f"{folder} holds {old.model}, expected {config.model} - start over with another --out")
     pairs = {f.name: (getattr(old, f.name), getattr(config, f.name)) for f in fields(config)}
     changes = {name: f"{name} {before!r} -> {now!r}" for name, (before, now) in pairs.items() if before != now}
     clips = folder / "clips.txt"
     if clips.is_file() and clips.read_text().splitlines()[0] != fingerprint(meta):
         changes["clips"] = f"the clips: {clips.read_text().splitlines()[0]} -> {fingerprint(meta)}"
     if changes:
-        run.say("changed since the last start: " + ", ".join(changes.values()))
-    if set(changes) - FREE_TO_CHANGE and not allow_changes:
+        say("changed since the last start: " + ", ".join(changes.values()))
+    if set(changes) - FREE_TO_CHANGE and not allowed:
         refused = ", ".join(text for name, text in changes.items() if name not in FREE_TO_CHANGE)
-        raise ValueError(f"{folder / name} would go on otherwise than it began: {refused} - undo that, start over with "
-                         "another --out, or add --allow-changes")
-    model_state, optimizer_state = get_state_dict(run.model, run.optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state, "ema": run.ema.weights}
-    dcp.load(state, checkpoint_id=folder / name)
-    set_state_dict(run.model, run.optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    return int(name.split("-")[1])
+        raise ValueError(f"{latest(folder)} would go on otherwise than it began: {refused} - undo that, start over "
+                         "with another --out, or add --allow-changes")
 
 
 def fingerprint(meta):
@@ -366,76 +434,124 @@ def fingerprint(meta):
     return f"{len(meta)} clips, checksum {digest:08x}"
 
 
-def export(run):
-    """<run>/model.safetensors: the EMA, whole, in fp32, as sample.py and --init read it."""
-    whole = {}
-    for name, value in (*run.ema.weights.items(), *run.model.named_buffers()):
-        value = value.full_tensor() if isinstance(value, DTensor) else value    # collective
-        if run.rank == 0:
-            whole[name] = value.cpu()
-    if run.rank == 0:
-        save_file(whole, run.folder / ".model.part")
-        (run.folder / ".model.part").replace(run.folder / "model.safetensors")
+def export(checkpoint, path):
+    """The EMA of a checkpoint as one file, whole, in fp32, as sample.py and --init read it.  No collective."""
+    held = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
+    ema = {name: torch.empty(of.size) for name, of in held.items() if name.startswith("ema.")}
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")      # as no_dist asks for
+    dcp.load(ema, checkpoint_id=checkpoint, no_dist=True)
+    with whole(path) as part:
+        save_file({name.removeprefix("ema."): value for name, value in ema.items()}, part)
+
+
+@contextmanager
+def whole(path):
+    """A path to write to; then on the disk before it has its name, so that what has it is whole after a power cut."""
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    with open(part, "rb+") as f:
+        os.fsync(f.fileno())
+    part.replace(path)
 
 
 def write_text(path, text):
-    """On the disk before it has its name: what `latest` names has to be whole after a power cut, too."""
-    part = path.with_name(f".{path.name}.part")
-    with open(part, "w") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    part.replace(path)
+    with whole(path) as part:
+        part.write_text(text)
 
 
 # ---------------------------------------------------------------- seeing
 class Log:
     """Averages since the last line over all ranks: loss, mse, vb, loss by quarter of t; clips, tokens, decoded frames a
-    second, TFLOP/s of a GPU, the share of the time that was spent waiting for data; and bad_clips.csv."""
+    second, TFLOP/s of a GPU, the shares of the time spent waiting for data and for saves; and bad_clips.csv."""
 
     def __init__(self, run, first):
-        folder, config, leads = run.folder, run.config, run.rank == 0
-        self.file = open_log(folder / "log.jsonl", first) if leads else None
-        self.bad = BadClips(folder / "bad_clips.csv", config.max_bad, writes=leads)
-        self.bar = tqdm(total=config.steps, initial=first, desc=str(folder), unit="step", disable=not leads)
-        self.cost, self.faults, self.start = config.cost, [], time.perf_counter()
+        config, self.place = run.config, run.place
+        leads = run.place.rank == 0 and run.folder.is_dir()                 # --bench has no folder
+        self.file, old = open_log(run.folder / "log.jsonl", first) if leads else (None, [])
+        self.recent = deque((row["loss"] for row in old), SPIKE_WINDOW)
+        self.board = tensorboard(run.folder, first) if leads else None
+        self.bad = BadClips(run.folder / "bad_clips.csv", config.max_bad, writes=leads)
+        self.bar = tqdm(total=config.steps, initial=first, desc=str(run.folder), unit="step", disable=not leads)
+        self.cost, self.faults, self.skipped, self.start = config.cost, [], 0, time.perf_counter()
         self.losses, self.data = torch.zeros(12, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
 
     def read(self, batch):
         """What a batch cost to read, and how much it is to compute."""
-        self.faults += batch["faults"]
-        tokens, flop = (cost * len(batch["slots"]) for cost in self.cost(batch["bucket"]))
-        self.data += torch.tensor([batch["decoded"], batch["waited"], len(batch["faults"]), 0, tokens, flop])
+        if self.place.reads:
+            self.faults += batch["faults"]
+            tokens, flop = (cost * len(batch["slots"]) for cost in self.cost(batch["bucket"]))
+            self.data += torch.tensor([batch["decoded"], batch["waited"], len(batch["faults"]), 0, tokens, flop])
 
     def add(self, terms, t, cut):
         """terms: [B] each; cut: captions that were longer than the text encoder takes.  A sync."""
-        loss, mse, vb = (terms[name].detach().double() for name in ("loss", "mse", "vb"))
-        quarter = torch.nn.functional.one_hot(t // 250, 4).double()         # [B 4]
-        totals = torch.stack([torch.ones_like(loss), loss, mse, vb]).sum(1)
-        self.losses += torch.cat([totals, loss @ quarter, quarter.sum(0)]).cpu()
-        self.data[3] += cut
+        if self.place.reads:
+            loss, mse, vb = (terms[name].detach().double() for name in ("loss", "mse", "vb"))
+            quarter = torch.nn.functional.one_hot(t // 250, 4).double()     # [B 4]
+            totals = torch.stack([torch.ones_like(loss), loss, mse, vb]).sum(1)
+            self.losses += torch.cat([totals, loss @ quarter, quarter.sum(0)]).cpu()
+            self.data[3] += cut
 
-    def line(self, step, **more):
-        sums, world = torch.cat([self.losses, self.data]), dist.get_world_size()
-        dist.all_reduce(sums)
+    def line(self, step, saving, **more):
+        """saving: seconds since the last line that the steps stood still for a checkpoint."""
+        sums, world = torch.cat([self.losses, self.data]), self.place.world
+        dist.all_reduce(sums)                                               # collective
         count, loss, mse, vb, *by_quarter, decoded, waited, num_faults, cut, tokens, flop = sums.tolist()
-        quarters = [s / n if n else None for s, n in zip(by_quarter[:4], by_quarter[4:])]
+        mean = lambda total, n: total / n if n else None                    # all steps of a line may have been skipped
         now = time.perf_counter()
-        seconds = now - self.start
-        row = dict(step=step, loss=loss / count, mse=mse / count, vb=vb / count, loss_by_t=quarters,
-                   clips_per_s=count / seconds, tokens_per_s=tokens / seconds, decoded_per_s=decoded / seconds,
-                   tflop_per_s=flop / seconds / world / 1e12, data_wait=waited / seconds / world,
-                   captions_cut=int(cut), gib=peak_gib(), **more)
+        seconds, tflop = now - self.start, flop / world / 1e12
+        row = dict(step=step, loss=mean(loss, count), mse=mean(mse, count), vb=mean(vb, count),
+                   loss_by_t=[*map(mean, by_quarter[:4], by_quarter[4:])], **more, clips_per_s=count / seconds,
+                   tokens_per_s=tokens / seconds, decoded_per_s=decoded / seconds, tflop_per_s=tflop / seconds,
+                   data_wait=waited / seconds / self.place.share[1], save_wait=(saving or 0) / seconds,
+                   captions_cut=int(cut), skipped=self.skipped, gib=peak_gib())
         self.bad.add(gather(self.faults) if num_faults else [], int(count))   # the same on all ranks, as is its error
         self.losses.zero_(), self.data.zero_()
         self.faults, self.start = [], now
-        self.bar.update(step - self.bar.n)
-        by_t = " ".join("-" if q is None else f"{q:.3f}" for q in quarters)
-        self.bar.set_postfix_str(f"loss {row['loss']:.4f} | by t {by_t} | {row['clips_per_s']:.0f} clips/s | "
-                                 f"waiting for data {row['data_wait']:.0%}")
         if self.file:
-            self.file.write(json.dumps(row | {"faults": self.bad.faults}) + "\n")
+            row |= {"spike": is_spike(row["loss"], self.recent), "faults": self.bad.faults}
+            self.recent.append(row["loss"])
+            self.file.write(json.dumps(row) + "\n")
             self.file.flush()
+            self.show(row)
+
+    def show(self, row):
+        if row["spike"]:
+            self.bar.write(f"step {row['step']}: loss {row['loss']:.4f} is a spike, its median was "
+                           f"{median(self.recent):.4f}; bucket {row['bucket']}")
+        self.bar.update(row["step"] - self.bar.n)
+        number = lambda x: "-" if x is None else f"{x:.3f}"
+        rate, peak = row["tflop_per_s"], peak_flops()
+        self.bar.set_postfix_str(" | ".join([
+            f"loss {number(row['loss'])}", "by t " + " ".join(map(number, row["loss_by_t"])),
+            f"grad {row['grad_norm']:.2f}", f"lr {row['lr']:.1e}", "{} x {}".format(*row["bucket"]),
+            f"{row['clips_per_s']:.1f} clips/s", f"{row['tokens_per_s']:,.0f} tokens/s",
+            f"MFU {rate * 1e12 / peak:.0%}" if peak else f"{rate:.2f} TFLOP/s",
+            f"data {row['data_wait']:.0%}", f"save {row['save_wait']:.0%}",
+            *([f"{row['gib']:.1f} GiB"] if row["gib"] else [])]))
+        for name, value in row.items() if self.board else ():
+            if isinstance(value, (int, float)):
+                self.board.add_scalar(name, value, row["step"])
+
+
+SPIKE_WINDOW, SPIKE = 50, 10                # lines of the log; of their median distance from the median
+
+
+def is_spike(loss, recent):
+    """Whether a loss is far above those before it; not told from fewer than ten."""
+    recent = [x for x in recent if x is not None]
+    if loss is None or len(recent) < 10:
+        return False
+    middle = median(recent)
+    return loss > middle + SPIKE * median(abs(x - middle) for x in recent)
+
+
+def tensorboard(folder, first):
+    """A writer of <run>/events.*, if the package is installed: nothing else needs it."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(folder, purge_step=first + 1)
 
 
 def peak_gib():
@@ -447,6 +563,12 @@ def peak_gib():
     return peak
 
 
+def peak_flops():
+    """Of this GPU, if it is one of configs.GPUS."""
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((card.flops for gpu, card in configs.GPUS.items() if gpu in name), None)
+
+
 def gather(items):
     """The items of all ranks, in one list: a collective."""
     parts = [None] * dist.get_world_size()
@@ -455,45 +577,47 @@ def gather(items):
 
 
 def open_log(path, first):
-    """The log, to be appended to.  Lines of steps that will be taken again are cut off."""
+    """The log, to be appended to, and its rows.  Lines of steps that will be taken again are cut off."""
     lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
-    write_text(path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first))
-    return open(path, "a")
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
+    write_text(path, "".join(lines))
+    return open(path, "a"), list(map(json.loads, lines))
 
 
 class Validation:
     """The loss on held-out clips: the same clips, windows, noises and t each time and in each run; captions are not
     dropped, frames not given.  A line of validation.jsonl: loss, loss_by_t (quarters), loss_by_bucket."""
 
-    def __init__(self, run, meta, first):
-        model = replace(run.config.model, class_dropout_prob=0.0)
-        self.config = replace(run.config, model=model, seed=0, speed=False, mask_ratios={"mask_no": 1.0}, cache="",
+    def __init__(self, config, meta, place, first, encode):
+        model = replace(config.model, class_dropout_prob=0.0)
+        self.config = replace(config, model=model, seed=0, speed=False, mask_ratios={"mask_no": 1.0}, cache="",
                               windows=0)
-        self.sampler = BucketSampler(meta, self.config, validation=True)
-        self.dataset = ClipDataset(meta, self.config, validation=True)
-        self.file = open_log(run.folder / "validation.jsonl", first) if run.rank == 0 else None
+        sampler = BucketSampler(meta, self.config, validation=True)
+        clips = partial(batches, sampler, ClipDataset(meta, self.config, validation=True), 0, config.validate_batches)
+        self.kinds = sorted({bucket[:2] for bucket in sampler.numbered})
+        keep = lambda value: value.cpu() if torch.is_tensor(value) else value
+        self.batches = [{name: keep(v) for name, v in encode(batch).items()} for batch in shared(clips, place)]
+        self.file = open_log(Path(config.out) / "validation.jsonl", first)[0] if place.rank == 0 else None
 
     @torch.no_grad()
-    def line(self, run, step, vae, text_encoder, vectors):
-        kinds = sorted({bucket[:2] for bucket in self.sampler.numbered})
-        sums = torch.zeros(2, 4 + len(kinds), dtype=torch.float64)          # losses and their number, by t and by kind
-        clips = batches(self.sampler, self.dataset, 0, self.config.validate_batches, run.rank, run.world)
-        for i, batch in enumerate(clips):
-            kind = 4 + kinds.index(batch["bucket"][:2])
-            terms, t = loss_of(run.model, to_latents(batch, vae, text_encoder), self.config, vectors, i, run.device)
+    def line(self, run, vectors, step):
+        sums = torch.zeros(2, 4 + len(self.kinds), dtype=torch.float64)     # losses and their number, by t and by kind
+        for i, batch in enumerate(self.batches):
+            kind = 4 + self.kinds.index(batch["bucket"][:2])
+            terms, t = loss_of(run.model, batch, self.config, vectors, i, run.place.device)
             for loss, quarter in zip(terms["loss"].tolist(), (t // 250).tolist()):                      # sync
                 for column in (quarter, kind):
                     sums[:, column] += torch.tensor([loss, 1.0], dtype=torch.float64)
-        dist.all_reduce(sums)
+        dist.all_reduce(sums)                                               # collective
         means = [loss / count if count else None for loss, count in sums.T.tolist()]
         if self.file:
-            by_bucket = {f"{level} x {t}": loss for (level, t), loss in zip(kinds, means[4:]) if loss is not None}
+            by_bucket = {f"{level} x {t}": loss for (level, t), loss in zip(self.kinds, means[4:]) if loss is not None}
             row = {"step": step, "loss": (sums[0, :4].sum() / sums[1, :4].sum()).item(), "loss_by_t": means[:4]}
             self.file.write(json.dumps(row | {"loss_by_bucket": by_bucket}) + "\n")
             self.file.flush()
 
 
-def preview(run, step, vae, text_encoder):
+def preview(run, vae, text_encoder, step):
     """samples/step-0000500.png: one row of frames per prompt, sampled with the EMA."""
     config, (num_frames, height, width) = run.config, default_bucket(run.config.buckets)
     run.ema.swap()
@@ -502,8 +626,14 @@ def preview(run, step, vae, text_encoder):
                       prediction=config.prediction, cfg_scale=config.cfg_scale, seed=config.seed,
                       quirks=SampleQuirks(raw_fps=config.raw_fps))
     run.ema.swap()
-    if run.rank == 0:
+    if run.place.rank == 0:
         write_video(run.folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))
+
+
+def remember(text_encoder, prompts):
+    """The text encoder of these prompts alone, so that the network can go: T5-XXL takes 9 GiB in bf16."""
+    known = {prompt: text_encoder([prompt]) for prompt in prompts}
+    return lambda texts: tuple(torch.cat(parts) for parts in zip(*(known[text] for text in texts)))
 
 
 # ---------------------------------------------------------------- the loop
@@ -512,8 +642,10 @@ def main():
     parser.add_argument("config", help="configs/tiny.py, or the config.py of a run")
     parser.add_argument("--print", action="store_true", help="print the config and stop")
     parser.add_argument("--plan", action="store_true", help="what the run takes on --world GPUs, and stop")
+    parser.add_argument("--search", action="store_true", help="print the batch sizes that fit, and stop")
     parser.add_argument("--gpu", default="h800", help=f"of the plan: {', '.join(configs.GPUS)}")
     parser.add_argument("--bench", action="store_true", help="time a step of each bucket on random latents, and stop")
+    parser.add_argument("--profile", metavar="FILE", help="--bench, and a trace for chrome://tracing or Perfetto")
     parser.add_argument("--allow-changes", action="store_true", help="go on with another config or other clips")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     args, overrides = parser.parse_known_args()
@@ -524,19 +656,21 @@ def main():
             print(configs.dump(config), end="")
         elif args.plan:
             print(configs.plan(config, config.world, config.shard, args.gpu, shares_of_steps(config)))
-        else:
-            if number := bench(config) if args.bench else train(config, args.allow_changes):
-                sys.exit(128 + number)
+        elif args.search:
+            search(config, args.gpu)
+        elif args.bench or args.profile:
+            bench(config, args.profile)
+        elif number := train(config, args.allow_changes):
+            sys.exit(128 + number)
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
             raise
         time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
         sys.exit(fail(f"rank {rank}: {error}" if rank else error))
     except KeyboardInterrupt:
-        if config and rank == 0:
-            latest = Path(config.out) / "latest"
-            where = latest.read_text() if latest.is_file() else "the start"
-            print(f"\nstopped; the same command goes on from {where}", file=sys.stderr)
+        if rank == 0:
+            where = config and latest(config.out)
+            print(f"\nstopped{f'; the same command goes on from {where}' if where else ''}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
@@ -545,116 +679,200 @@ def main():
 
 def train(config, allow_changes=False):
     """Trains to config.steps; returns 0, or the number of the signal that stopped it after a checkpoint."""
-    rank, world, device, mesh = start_processes(config.shard)
+    place, folder = start_processes(config.shard, config.sp), Path(config.out)
     meta = rank0_first(lambda: read_meta(config.data))                      # which builds the index
-    sampler, fresh = BucketSampler(meta, config), not (Path(config.out) / "latest").is_file()
-    run = make_run(config, rank, world, device, mesh)
-    run.say(sampler.table())
-    if config.init and fresh:
-        load_weights(run.model, config.init, config.seed)
-        run.ema.restart()
-    vae = load_vae(find(config.vae), config.torch_dtype, device)
+    sampler, checkpoint = BucketSampler(meta, config), latest(folder)
+    place.say(sampler.table())
+    if checkpoint:
+        check_changes(config, meta, allow_changes, place.say)
+    init = rank0_first(lambda: find_weights(config.init)) if config.init and not checkpoint else None
+    first = int(checkpoint.name.split("-")[1]) if checkpoint else 0
+    if place.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.py", configs.dump(config))
+        write_text(folder / "clips.txt", f"{fingerprint(meta)}\n{sampler.table()}\n")
+
+    vae = load_vae(find(config.vae), config.torch_dtype, place.device)
     text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, config.torch_dtype,
-                                     device)
-    first = resume(run, meta, allow_changes)
+                                     place.device)
+    encode = partial(to_latents, vae=vae, text_encoder=text_encoder, group=place.group)
+    dataset = ClipDataset(meta, config)
     if config.cache:
         patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))   # ranks end writing hours apart
-        dataset = CachedClips(meta, config, write_cache(meta, config, vae, text_encoder, rank, world, patient))
-    else:
-        dataset = ClipDataset(meta, config)
-    run.say(f"{sum(w.numel() for w in run.ema.weights.values()):,} parameters, {world} x {device.type}, "
-            f"{config.dtype}, steps {first} to {config.steps}")
-    if rank == 0:
-        run.folder.mkdir(parents=True, exist_ok=True)
-        write_text(run.folder / "config.py", configs.dump(config))
-        write_text(run.folder / "clips.txt", f"{fingerprint(meta)}\n{sampler.table()}\n")
-    log, validation = Log(run, first), Validation(run, meta, first) if config.validate_every else None
-    clips = batches(sampler, dataset, first, config.steps, rank, world, log.bad.known)
-    return take_steps(run, first, clips, log, vae, text_encoder, validation)
+        index = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
+        dataset = CachedClips(meta, config, index)
+    validation = Validation(config, meta, place, first, encode) if config.validate_every else None
+    prompts = remember(text_encoder, config.prompts)
+    if config.cache:
+        encode = dict
+    del text_encoder                                                        # with a cache, it is gone here
+
+    run = make_run(config, place)
+    if checkpoint:
+        load_state(run, checkpoint)
+    elif init:
+        start_from(run, init)
+    place.say(f"{sum(w.numel() for w in run.ema.weights.values()):,} parameters, {place.world} x {place.device.type}, "
+              f"{config.dtype}, steps {first} to {config.steps}")
+    log, checkpoints = Log(run, first), Checkpoints(run)
+    show = partial(preview, run, vae, prompts) if config.prompts and config.sample_every else None
+    clips = shared(partial(batches, sampler, dataset, first, config.steps, known=log.bad.known), place)
+    try:
+        return take_steps(run, first, clips, log, encode, checkpoints, show, validation)
+    finally:
+        checkpoints.wait()
 
 
-def take_steps(run, first, clips, log, vae=None, text_encoder=None, validation=None):
+def take_steps(run, first, clips, log, encode=dict, checkpoints=None, show=None, validation=None):
     """The loop: a step per batch of clips; returns 0, or the number of the signal that stopped it."""
-    config, model, optimizer, world = run.config, run.model, run.optimizer, run.world
+    config, place, model, optimizer = run.config, run.place, run.model, run.optimizer
     trained = optimizer.param_groups[0]["params"]
-    vectors = {n: v.to(run.device) for n, v in diffusion_vectors(noise_schedule().alphas_cumprod).items()}
-    signals = note_signals(run.say)
+    vectors = {n: v.to(place.device) for n, v in diffusion_vectors(noise_schedule().alphas_cumprod).items()}
+    signals, stop = note_signals(place.say), 0
     for step, batch in enumerate(clips, start=first):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
         log.read(batch)
-        level, num_frames, _ = batch["bucket"]
-        whole = config.buckets[level][num_frames][1] * config.world         # clips of all ranks
-        parts = cut(batch, min(config.accumulation, whole // world))        # as many on every rank
+        level, num_frames, _ = bucket = batch["bucket"]
+        whole_batch = config.buckets[level][num_frames][1] * config.world
+        parts = cut(batch, min(config.accumulation, whole_batch // place.share[1]))     # as many on every rank
+        answers = []
         for i, part in enumerate(parts):
             model.set_requires_gradient_sync(i == len(parts) - 1)
-            part = to_latents(part, vae, text_encoder)
-            terms, t = loss_of(model, part, config, vectors, step, run.device)
-            (terms["loss"].sum() * world / whole).backward()                # FSDP averages over the ranks
-            log.add(terms, t, part.get("cut", 0))                           # sync
+            part = encode(part)
+            terms, t = loss_of(model, part, config, vectors, step, place.device)
+            (terms["loss"].sum() * place.world / whole_batch).backward()    # FSDP averages over all ranks
+            answers.append((terms, t, part.get("cut", 0)))
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).full_tensor().item()      # collective, sync
-        if not math.isfinite(norm):
-            raise ValueError(f"step {step}: the gradient of bucket {tuple(batch['bucket'])} is not finite, losses on "
-                             f"rank {run.rank} {terms['loss'].tolist()} at t = {t.tolist()}; not saved - an lr below "
-                             f"{config.lr} or dtype fp32 may help")
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
+            run.ema.update(step)
+            for answer in answers:
+                log.add(*answer)                                            # sync
+        else:
+            refuse(step, bucket, answers, config, log)                      # collective
         optimizer.zero_grad(set_to_none=True)
-        run.ema.update(step)
 
         done, stop = step + 1, first_signal(signals)                        # collective
-        saves = done % config.save_every == 0 or done == config.steps or stop
+        saves = checkpoints and (done % config.save_every == 0 or done == config.steps or stop)
         if done % LOG_EVERY == 0 or saves:                                  # resumed, its lines average the same steps
-            log.line(done, grad_norm=norm, lr=group["lr"], bucket=batch["bucket"])
+            log.line(done, saving=checkpoints and checkpoints.seconds(), grad_norm=norm, lr=group["lr"], bucket=bucket)
         if saves:
-            save(run, done)
-        if config.prompts and config.sample_every and done % config.sample_every == 0:
-            preview(run, done, vae, text_encoder)
+            checkpoints.save(done)
+        if show and done % config.sample_every == 0:
+            show(done)
         if validation and done % config.validate_every == 0:
-            validation.line(run, done, vae, text_encoder, vectors)
+            validation.line(run, vectors, done)
         if stop:
-            run.say(f"\nsaved step {done} and stopped; the same command goes on from there")
-            return stop
-    return 0
+            break
+    if checkpoints:
+        checkpoints.end()
+        if stop:
+            place.say(f"\nsaved step {done} and stopped; the same command goes on from there")
+    return stop
 
 
-def bench(config):
-    """Times the loop on synthetic latents, bucket by bucket: 2 * LOG_EVERY steps, of which the second half counts."""
-    rank, world, device, mesh = start_processes(config.shard)
-    buckets = [Bucket(level, t, usual_aspect(level)) for level, lengths in config.buckets.items()
-               for t, (keep, _) in lengths.items() if keep > 0]
-    with tempfile.TemporaryDirectory() as folder:
-        never = 2 * LOG_EVERY * len(buckets) + 1                            # no checkpoint, no preview
-        config = replace(config, world=world, steps=never, save_every=never, sample_every=0, out=f"{folder}/bench")
-        run = make_run(config, rank, world, device, mesh)
-        run.folder.mkdir()
-        log = Log(run, 0)
-        take_steps(run, 0, (synthetic(run, bucket) for bucket in buckets for _ in range(2 * LOG_EVERY)), log)
-        log.bar.close()
-        lines = (run.folder / "log.jsonl").read_text().splitlines()[1::2] if rank == 0 else []
-    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    peak = next((card.flops for gpu, card in configs.GPUS.items() if gpu in name.lower()), None)
-    run.say(f"{world} x {name}, {config.dtype}, checkpointing {config.checkpointing}, compile {config.compile}, "
-            f"accumulation {config.accumulation}\n"
-            "      bucket  clips/GPU  s/step  tokens/s/GPU  TFLOP/s/GPU    MFU  peak GiB")
-    for row in map(json.loads, lines):
-        level, t, _ = row["bucket"]
-        size, tflop = config.buckets[level][t][1], row["tflop_per_s"]
-        mfu, gib = f"{tflop * 1e12 / peak:.1%}" if peak else "-", f"{row['gib']:.1f}" if row["gib"] else "-"
-        run.say(f"{level:>6} x {t:<3} {size:10} {size * world / row['clips_per_s']:7.3f} "
-                f"{row['tokens_per_s'] / world:13,.0f} {tflop:12.2f} {mfu:>6} {gib:>9}")
+def refuse(step, bucket, answers, config, log):
+    """A step whose gradient is not finite is skipped, config.skip_nonfinite times; then it is an error of all ranks."""
+    log.skipped += 1
+    odd = gather([f"rank {dist.get_rank()} loss {loss} at t = {t}" for terms, ts, _ in answers
+                  for loss, t in zip(terms["loss"].tolist(), ts.tolist()) if not math.isfinite(loss)])
+    said = f"step {step}: the gradient of bucket {tuple(bucket)} is not finite, " + (
+        f"{len(odd)} losses are not: {', '.join(odd[:4])}" if odd else "all losses are")
+    if log.skipped > config.skip_nonfinite:
+        raise ValueError(f"{said}; nothing of it is saved - an lr below {config.lr} or dtype fp32 may help, "
+                         f"--skip_nonfinite={config.skip_nonfinite + 10} goes past it")
+    log.place.say(f"\n{said}; skipped, {config.skip_nonfinite - log.skipped} more may be")
+
+
+def shared(read, place):
+    """What read(rank=, world=) yields on the first of a group, on all of it: they would not all give up a slow clip."""
+    clips = read(rank=place.share[0], world=place.share[1]) if place.reads else iter(())
+    while True:
+        parcel = [next(clips, None)]
+        if place.group:
+            dist.broadcast_object_list(parcel, group=place.group, group_src=0)          # collective
+        if parcel[0] is None:
+            return
+        yield parcel[0]
+
+
+# ---------------------------------------------------------------- what a step takes
+def stopwatch(config):
+    """(place, measure): measure(kind, clips, steps=10) -> (seconds, GiB) of a step of the loop on random latents of one
+    (resolution, frames), `clips` for each rank or group; (None, None) where memory does not do."""
+    place = start_processes(config.shard, config.sp)
+    runs = [make_run(replace(config, out=os.devnull, world=place.share[1]), place)]     # no folder, so no log
+
+    def measure(kind, clips, steps=10):
+        told = replace(runs[0].config, buckets={kind[0]: {kind[1]: (1.0, clips)}})
+        run, bucket = runs[0]._replace(config=told), Bucket(*kind, usual_aspect(kind[0]))
+        try:
+            for count in (2, steps):                                        # the first two are for warming up
+                peak_gib()
+                start = time.perf_counter()
+                if take_steps(run, 0, (synthetic(run, bucket) for _ in range(count)), Log(run, 0)):
+                    raise KeyboardInterrupt
+            return (time.perf_counter() - start) / steps, peak_gib()
+        except torch.OutOfMemoryError:
+            del run
+            runs[:] = [runs.pop().config]                                   # what FSDP holds half way is not to be used
+            gc.collect()
+            runs[:] = [make_run(runs[0], place)]
+            return None, None
+
+    return place, measure
 
 
 def synthetic(run, bucket):
-    """A rank's batch of random latents and captions of half the tokens."""
+    """A rank's batch of random latents and captions of half the tokens; the same for a group."""
     config, B = run.config.model, run.config.buckets[bucket.resolution][bucket.num_frames][1]
     shape = B, config.in_channels, bucket.num_frames, bucket.height // 8, bucket.width // 8
+    share, shares = run.place.share
     told = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames, "fps": 8,
             "ar": bucket.width / bucket.height}
+    torch.manual_seed(share)
     return {name: torch.full((B,), float(value)) for name, value in told.items()} | {
-        "mean": torch.randn(shape), "std": torch.ones(shape), "slots": torch.arange(run.rank, B * run.world, run.world),
+        "mean": torch.randn(shape), "std": torch.ones(shape), "slots": torch.arange(share, B * shares, shares),
         "y": torch.randn(B, config.model_max_length, config.caption_channels), "bucket": bucket, "faults": [],
         "y_mask": (torch.arange(config.model_max_length) < config.model_max_length // 2).expand(B, -1), "decoded": 0,
         "waited": 0}
+
+
+def bench(config, trace=None):
+    """Times a step of each bucket.  trace: a file for three steps of the last bucket, as torch's profiler sees them."""
+    place, measure = stopwatch(config)
+    name, peak = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU", peak_flops()
+    place.say(f"{place.world} x {name}, {config.dtype}, checkpointing {config.checkpointing}, compile {config.compile},"
+              f" accumulation {config.accumulation}, sp {config.sp}\n"
+              "      bucket      clips  s/step  tokens/s/GPU  TFLOP/s/GPU    MFU  peak GiB")
+    kinds = [(level, t) for level, lengths in config.buckets.items() for t, (keep, _) in lengths.items() if keep > 0]
+    for level, t in kinds:
+        clips = config.buckets[level][t][1]
+        seconds, gib = measure((level, t), clips)
+        if seconds is None:
+            place.say(f"{level:>6} x {t:<3} {clips:10}  out of memory")
+            continue
+        bucket = Bucket(level, t, usual_aspect(level))
+        tokens, flop = (cost * clips / config.sp / seconds for cost in config.cost(bucket))
+        place.say(f"{level:>6} x {t:<3} {clips:10} {seconds:7.3f} {tokens:13,.0f} {flop / 1e12:12.2f} "
+                  f"{f'{flop / peak:.1%}' if peak else '-':>6} {f'{gib:.1f}' if gib else '-':>9}")
+    if trace:
+        with torch.profiler.profile() as profile:
+            measure(kinds[-1], clips, steps=3)
+        if place.rank == 0:
+            profile.export_chrome_trace(trace)
+        place.say(profile.key_averages().table(sort_by=f"self_{place.device.type}_time_total", row_limit=12,
+                                               max_name_column_width=40))
+
+
+def search(config, gpu):
+    """Prints the batch sizes that fit, measured on the GPU at hand, or by the plan's model of `gpu` without one."""
+    if not torch.cuda.is_available():
+        print(configs.search(config, config.world, config.shard, gpu))
+        return
+    place, measure = stopwatch(config)
+    place.say(configs.search(config, place.world, config.shard, gpu, lambda kind, clips: measure(kind, clips, 3)[0]))
 
 
 def shares_of_steps(config):

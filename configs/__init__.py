@@ -53,15 +53,18 @@ class Config:
     warmup_steps: int = 0                           # optimizer steps of linear warm-up from 0 to lr
     grad_clip: float = 1.0                          # largest global gradient norm
     ema_decay: float = 0.9999                       # of the averaged weights, per step
+    skip_nonfinite: int = 0                         # steps with a non-finite gradient to skip before it is an error
     steps: int                                      # optimizer steps of the run
     dtype: str = "bf16"                             # "fp32" or "bf16": of the activations; weights are kept in fp32
     checkpointing: int = 0                          # every n-th block keeps its input only, 1 = all, 0 = none
     compile: bool = False                           # torch.compile each block
+    sp: int = 1                                     # GPUs that share one clip: sequence parallelism
     shard: int = 0                                  # GPUs that share the weights and have replicas; 0 = all
     accumulation: int = 1                           # parts into which a GPU's clips of a step are cut
     seed: int = 0                                   # decides clips, windows, noise, t, masks and the first weights
     out: str                                        # folder of the run: checkpoints, log.jsonl, config.py
     init: str = ""                                  # weights to start from; "" = fresh ones
+    init_optimizer: bool = False                    # take the optimizer's state too from the run that init names
     save_every: int = 500                           # steps between checkpoints
     keep_last: int = 2                              # checkpoints that stay
     keep_every: int = 0                             # and those of every n-th step; 0 = no more

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 from data import write_shapes  # noqa: E402
 
-CLOCKS = ("clips_per_s", "tokens_per_s", "tflop_per_s", "decoded_per_s", "data_wait")
+CLOCKS = ("clips_per_s", "tokens_per_s", "tflop_per_s", "decoded_per_s", "data_wait", "save_wait")
 ARGS = ["--model.depth=2", "--model.hidden_size=48", "--model.num_heads=2", "--prompts=()", "--steps=300",
         "--buckets={'32': {1: (1.0, 8), 8: (1.0, 4)}}", "--save_every=5"]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -480,6 +481,42 @@ def test_fully_sharded_it_computes_the_same():
 
 
 # ---- wrong input ----
+
+def gradients(net, args):
+    net.zero_grad()
+    out = net(**args)
+    (out * torch.linspace(-1, 1, out.numel()).view_as(out)).sum().backward()
+    return out, {name: p.grad.clone() for name, p in net.named_parameters() if p.requires_grad}
+
+
+def share_clips(rank, store, cases):
+    """One of four processes: alone, then with one other, then with all."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", store=dist.FileStore(store, 4), rank=rank, world_size=4)
+    groups = [dist.new_subgroups(size)[0] for size in (2, 4)]
+    for config, args in cases:
+        net = awake(config)
+        one, one_grads = gradients(net, args)
+        for net.group in groups:
+            out, grads = gradients(net, args)
+            assert error(out, one) < 1e-6, (config, net.group.size())
+            for name, grad in grads.items():
+                dist.all_reduce(grad, group=net.group)
+                assert error(grad, one_grads[name]) < 1e-5, (name, config, net.group.size())
+        net.group = None
+    dist.destroy_process_group()
+
+
+def test_two_or_four_ranks_share_a_clip(tmp_path):
+    """Output and the sum of the gradients, frames and positions not divisible; an image leaves three ranks nothing."""
+    cases = []
+    for T, config in ((5, SMALL), (5, replace(SMALL, final_twice=True, patch_size=(1, 2, 2))), (1, SMALL)):
+        args = inputs(config, T=T, h=3, w=5)
+        x_mask = torch.ones(2, T, dtype=torch.bool)
+        x_mask[0, 0] = x_mask[1, -1] = False
+        cases += [(config, args), (config, args | {"x_mask": x_mask})]
+    torch.multiprocessing.spawn(share_clips, (str(tmp_path / "store"), cases), nprocs=4)
+
 
 @pytest.mark.parametrize("name, value, message", [
     ("x", torch.zeros(2, 3, 3, 4, 6), r"C_in = 4, got \[2, 3, 3, 4, 6\]"),

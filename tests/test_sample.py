@@ -1,7 +1,10 @@
 """sample.py against upstream's recorded samplings, diffusers' DDIM, and distributions with a known answer."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -445,6 +448,20 @@ def test_command_line_mistakes_are_one_line(checkpoint, monkeypatch, capsys, arg
     assert stop.value.code == 2 and last.startswith("error: ") and re.search(message, last)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         command(monkeypatch, *common, *args, "--debug")
+
+
+def test_processes_share_prompts_and_clips(tmp_path):
+    """Two prompts, two pairs of processes, a pair a clip of 5 frames: what one process makes, but for rounding."""
+    root = Path(__file__).parents[1]
+    args = [str(root / "sample.py"), "--prompt", "a red circle", "a blue square", "--steps", "3", "--num-frames", "5",
+            "--size", "24x40", "--device", "cpu", "--out"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *args, tmp_path / "one"], check=True, env=env)
+    subprocess.run([sys.executable, *torchrun, *args, tmp_path / "four", "--sp", "2"], check=True, env=env)
+    for name in ("00-a-red-circle.png", "01-a-blue-square.png"):
+        one, four = (np.asarray(Image.open(tmp_path / folder / name)).astype(int) for folder in ("one", "four"))
+        assert np.abs(one - four).max() <= 1
 
 
 def test_default_size_is_the_shortest_trained_video():

@@ -1,4 +1,5 @@
 """train.py against upstream's recorded losses, a run against itself: killed, resumed, cut among two processes."""
+import errno
 import json
 import os
 import random
@@ -7,6 +8,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +34,7 @@ SCHEDULES = load_file(ROOT / "tests/golden/b_schedules.safetensors")
 SPEED = load_file(ROOT / "tests/golden/b_speed_losses.safetensors")
 OURS = train.diffusion_vectors(noise_schedule().alphas_cumprod)
 MASKS = {"nomask": torch.ones_like(GOLDEN["mask"]), "mask": GOLDEN["mask"]}
+WRITER = train.dcp.FileSystemWriter
 EACH_MASK = pytest.mark.parametrize("case", MASKS)
 
 
@@ -283,7 +287,7 @@ def run(config, first_gradients=None, **more):
 def rows(config):
     """The lines of log.jsonl without what a clock tells."""
     lines = [json.loads(line) for line in (Path(config.out) / "log.jsonl").read_text().splitlines()]
-    clocks = ("clips_per_s", "tokens_per_s", "tflop_per_s", "decoded_per_s", "data_wait")
+    clocks = ("clips_per_s", "tokens_per_s", "tflop_per_s", "decoded_per_s", "data_wait", "save_wait")
     return [{name: value for name, value in line.items() if name not in clocks} for line in lines]
 
 
@@ -320,18 +324,20 @@ def test_killed_and_started_again(world, tmp_path):
     done = start(config, "die-at", at)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert len(rows(config)) == at, f"killed in step {at}"
+    before = train.latest(config.out)                                       # one that was on its way may be missing
     done = start(config, "die-in-save")
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert len(rows(config)) == (16 if at < 16 else 20) and (tmp_path / "killed/.saving").is_dir()
-    assert (tmp_path / "killed/latest").read_text() == ("step-0000008" if at < 16 else "step-0000016")
+    assert train.latest(config.out) == before and (tmp_path / "killed/.saving").is_dir()
+    assert len(rows(config)) >= min(20, (int(before.name[5:]) if before else 0) + 8)
     run(config)
     assert rows(config) == world[1], f"killed in step {at}"
     assert all(torch.equal(value, weights(world[0])[name]) for name, value in weights(config).items())
 
 
 @pytest.mark.parametrize("processes, changes", [
-    (2, {}), (4, {"shard": 2, "accumulation": 2}), (0, {"accumulation": 3}), (0, {"checkpointing": 2})],
-    ids=["sharded", "hybrid-accumulated", "accumulated", "checkpointed"])
+    (2, {}), (4, {"shard": 2, "accumulation": 2}), (0, {"accumulation": 3}), (0, {"checkpointing": 2}),
+    (3, {"sp": 3, "cache": "", "num_workers": 1}), (4, {"sp": 2, "checkpointing": 1})],
+    ids=["sharded", "hybrid-accumulated", "accumulated", "checkpointed", "clips-shared", "clips-shared-by-two-pairs"])
 def test_processes_and_parts_train_as_one(world, tmp_path, processes, changes):
     """First loss and gradients equal but for rounding (measured: 0 and 2e-7); over 20 steps the losses stay within 8e-8
     and the averaged weights, by Adam, within 2e-5."""
@@ -347,8 +353,13 @@ def test_processes_and_parts_train_as_one(world, tmp_path, processes, changes):
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(many, one, strict=True)) < 1e-6
     assert all(relative(value, weights(world[0])[name]) < 2e-4 for name, value in weights(config).items())
     (tmp_path / "parts/latest").write_text("step-0000016")
-    run(replace(config, shard=0))                                           # what many began, one goes on with
+    run(replace(config, shard=0, sp=1))                                     # what many began, one goes on with
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(rows(config), many, strict=True)) < 1e-6
+    if processes == 2:
+        (tmp_path / "parts/latest").write_text("step-0000016")
+        done = start(config, "run", torchrun=4)                             # and four
+        assert done.returncode == 0, done.stderr
+        assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(rows(config), many, strict=True)) < 1e-6
 
 
 def test_checkpointing_holds_less_and_changes_nothing(world, tmp_path):
@@ -373,8 +384,7 @@ def test_checkpointing_holds_less_and_changes_nothing(world, tmp_path):
 def test_conditioning_stays_in_fp32_under_bf16(world, tmp_path):
     """t = 500 and 501 are one number in bf16: the model tells them apart, and a size from the next."""
     config = replace(world[0], dtype="bf16")
-    *_, mesh = train.start_processes(0)
-    model = train.build_model(config, mesh)
+    model = train.build_model(config, train.start_processes().mesh)
     train.load_weights(model, world[0].init)
     batch = {name: value for name, value in latents([0]).items() if name not in ("mean", "std", "slots")}
     x = torch.randn(1, 16, 8, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -383,6 +393,17 @@ def test_conditioning_stays_in_fp32_under_bf16(world, tmp_path):
         assert ask(500).dtype == torch.float32 and torch.equal(ask(500), ask(500))
         assert not torch.equal(ask(500), ask(501))
         assert not torch.equal(ask(500, height=torch.tensor([500.0])), ask(500, height=torch.tensor([501.0])))
+
+
+def test_bf16_has_the_loss_of_fp32(world):
+    """Within a thousandth."""
+    mesh, losses = train.start_processes().mesh, []
+    for dtype in ("fp32", "bf16"):
+        config = replace(world[0], dtype=dtype)
+        model = train.build_model(config, mesh)
+        train.load_weights(model, world[0].init)
+        losses.append(train.loss_of(model, latents(list(range(8))), config, OURS, 0, "cpu")[0]["loss"].mean().item())
+    assert 0 < abs(losses[1] / losses[0] - 1) < 1e-3
 
 
 @pytest.mark.parametrize("number, processes", [(signal.SIGTERM, 0), (signal.SIGINT, 0), (signal.SIGTERM, 2)])
@@ -395,6 +416,17 @@ def test_a_signal_saves_and_stops(world, tmp_path, number, processes):
     run(config)
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(rows(config), world[1], strict=True)) < 1e-6
     assert processes or rows(config) == world[1]
+
+
+def test_a_slow_save_is_of_its_step(world, tmp_path, monkeypatch):
+    """Training goes on while the files of step 16 are written: what they hold is copied before."""
+    config, write = replace(world[0], out=str(tmp_path / "run"), steps=17, save_every=16), WRITER.write_data
+    with monkeypatch.context() as patch:
+        patch.setattr(WRITER, "write_data", lambda *args: (time.sleep(1), write(*args))[1])
+        run(config)
+    (tmp_path / "run/latest").write_text("step-0000016")
+    run(replace(config, steps=20))
+    assert rows(config) == world[1]
 
 
 def test_checkpoints_that_stay(world, tmp_path):
@@ -415,6 +447,50 @@ def test_resuming_names_what_changed(world, tmp_path, capsys):
     assert rows(config)[-1]["lr"] == 5e-4
     with pytest.raises(ValueError, match="another --out"):
         run(replace(config, model=replace(config.model, depth=1)))
+
+
+def test_another_run_is_gone_on_from(world):
+    """Weights and EMA, which differ, and Adam's state where it is asked for; a file has the EMA alone."""
+    place, folder = train.start_processes(), Path(world[0].out)
+    old, again, whole, file = (train.make_run(world[0], place) for _ in range(4))
+    train.load_state(old, train.latest(folder))
+    train.start_from(again, folder)
+    train.start_from(whole._replace(config=replace(world[0], init_optimizer=True, weight_decay=0.1)), folder)
+    train.start_from(file, folder / "model.safetensors")
+    for run_, weights_ in ((again, old.model.parameters()), (whole, old.model.parameters()),
+                           (file, old.ema.weights.values())):
+        assert all(torch.equal(a, b) for a, b in zip(run_.model.parameters(), weights_, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(run_.ema.weights.values(), old.ema.weights.values(), strict=True))
+    moments = lambda run_: [state["exp_avg"].full_tensor() for state in run_.optimizer.state.values()]
+    assert all(torch.equal(a, b) and a.any() for a, b in zip(moments(whole), moments(old), strict=True))
+    assert whole.optimizer.param_groups[0]["weight_decay"] == 0.1 and not moments(again)
+    deeper = replace(world[0], model=replace(world[0].model, depth=3))
+    with pytest.raises(ValueError, match="holds STDiTConfig.depth=2.* expected STDiTConfig.depth=3"):
+        train.start_from(again._replace(config=deeper), folder)
+    with pytest.raises(ValueError, match="init_optimizer=True: .*expected a run's folder"):
+        train.start_from(again._replace(config=replace(world[0], init_optimizer=True)), folder / "model.safetensors")
+
+
+def test_with_a_cache_the_text_encoder_goes(world, tmp_path, monkeypatch):
+    """It takes 9 GiB of a GPU; previews know their prompts' embeddings."""
+    nets, load, steps = [], train.load_text_encoder, train.take_steps
+
+    def load_and_note(*args):
+        encoder = load(*args)
+        nets.append(weakref.ref(encoder.net))
+        return encoder
+
+    def look(*args):
+        gone.append(nets[-1]() is None)
+        return steps(*args)
+
+    gone = []
+    monkeypatch.setattr(train, "load_text_encoder", load_and_note)
+    monkeypatch.setattr(train, "take_steps", look)
+    prompts = ("a red circle moves right",)
+    run(replace(world[0], out=str(tmp_path / "cached"), steps=1, prompts=prompts))
+    run(replace(world[0], out=str(tmp_path / "pixels"), steps=1, prompts=prompts, cache=""))
+    assert gone == [True, False]
 
 
 def test_previews_change_nothing(world, tmp_path, monkeypatch):
@@ -494,6 +570,52 @@ def test_validation_is_the_same_in_each_run(validated, tmp_path):
     assert resumed.startswith(text) and resumed.count("\n") == 3
 
 
+def sick_at(bad, loss_of=train.loss_of):
+    """train.loss_of, whose losses of the steps in `bad` are nan."""
+    def sick(model, batch, config, vectors, step, device):
+        terms, t = loss_of(model, batch, config, vectors, step, device)
+        return {name: value * float("nan") if step in bad else value for name, value in terms.items()}, t
+    return sick
+
+
+def test_a_gradient_that_is_not_finite(world, tmp_path, monkeypatch, capsys):
+    """Stops the run, naming what it was, or is skipped as often as told; then the run is that of the other steps."""
+    config = replace(world[0], out=str(tmp_path / "stopped"))
+    monkeypatch.setattr(train, "loss_of", sick_at({12}))
+    said = stderr_of(config, capsys, monkeypatch)
+    bucket = tuple(world[1][12]["bucket"])
+    assert re.search(rf"error: step 12: the gradient of bucket {re.escape(str(bucket))} is not finite, \d losses are "
+                     r"not: rank 0 loss nan at t = \d+.*nothing of it is saved.*--skip_nonfinite=10", said), said
+    assert train.latest(config.out).name == "step-0000008" and len(rows(config)) == 12
+    run(replace(config, skip_nonfinite=1))
+    log = rows(config)
+    assert log[:12] == world[1][:12] and [row["skipped"] for row in log] == 12 * [0] + 8 * [1]
+    assert log[12]["loss"] is None and all(row["loss"] for row in log[13:])
+    assert "step 12: the gradient" in capsys.readouterr().out
+    monkeypatch.setattr(train, "loss_of", sick_at({5, 6}))
+    with pytest.raises(ValueError, match="step 6"):
+        run(replace(config, out=str(tmp_path / "twice"), skip_nonfinite=1))
+
+
+def test_spikes_are_marked():
+    draw = random.Random(0)
+    losses = [draw.gauss(0.5, 0.05) for _ in range(500)]
+    marks = [train.is_spike(loss, losses[max(0, i - 50):i]) for i, loss in enumerate(losses)]
+    assert not any(marks)
+    assert train.is_spike(1.0, losses) and train.is_spike(1.0, [*losses[:10], None])
+    assert not any(train.is_spike(*case) for case in ((1.0, losses[:9]), (None, losses), (0.1, losses)))
+
+
+def test_tensorboard_gets_the_log(world, tmp_path, monkeypatch):
+    """If the package is there."""
+    seen = {}
+    board = SimpleNamespace(add_scalar=lambda name, value, step: seen.setdefault(name, []).append((step, value)))
+    fake = SimpleNamespace(SummaryWriter=lambda folder, purge_step: board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    run(replace(world[0], out=str(tmp_path / "run"), steps=3))
+    assert seen["loss"] == [(row["step"], row["loss"]) for row in world[1][:3]] and {"grad_norm", "lr"} < set(seen)
+
+
 def test_bench_times_each_bucket(world, tmp_path, monkeypatch, capsys):
     """The same loop on random latents; nothing is read, nothing is written."""
     monkeypatch.chdir(tmp_path)
@@ -505,14 +627,43 @@ def test_bench_times_each_bucket(world, tmp_path, monkeypatch, capsys):
     assert not any(tmp_path.iterdir())
 
 
+def test_profile_writes_a_trace(world, tmp_path, capsys):
+    train.bench(replace(world[0], buckets={"32": {1: (1.0, 2)}}), str(tmp_path / "trace.json"))
+    assert "aten::mm" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traceEvents"]) > 1000
+
+
+def test_what_memory_does_not_hold_is_not_timed(world, monkeypatch):
+    """The run is made anew: what FSDP holds half way cannot go on."""
+    _, measure = train.stopwatch(world[0])
+    loss_of, made = train.loss_of, []
+
+    def limited(model, batch, *args):
+        made.append(model)
+        out = loss_of(model, batch, *args)
+        if len(batch["slots"]) > 4:
+            raise torch.OutOfMemoryError("too much")
+        return out
+
+    monkeypatch.setattr(train, "loss_of", limited)
+    assert measure(("32", 8), 4, steps=1)[0] > 0 and measure(("32", 8), 5, steps=1) == (None, None)
+    assert measure(("32", 8), 4, steps=1)[0] > 0 and len({id(model) for model in made}) == 2
+
+
 def test_init_takes_pixarts_weights(world, monkeypatch):
     """Which from_pixart makes of them: tests/test_model.py."""
-    *_, mesh = train.start_processes(0)
-    model, given = train.build_model(world[0], mesh), filled(world[0]).state_dict()
+    model, given = train.build_model(world[0], train.start_processes().mesh), filled(world[0]).state_dict()
     monkeypatch.setattr(train, "from_pixart", lambda path, config, seed: {"p.pth": given}[path.name])
     train.load_weights(model, "somewhere/p.pth")
     assert all(torch.equal(value.full_tensor() if hasattr(value, "full_tensor") else value, given[name])
                for name, value in model.state_dict().items())
+
+
+def test_init_may_name_pixart_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
+    assert train.find_weights("PixArt-alpha/PixArt-XL-2-1024-MS") == tmp_path / "PixArt-alpha/PixArt-XL-2-1024-MS"
+    (tmp_path / "w.safetensors").touch()
+    assert train.find_weights(tmp_path / "w.safetensors") == tmp_path / "w.safetensors"
 
 
 # ---------------------------------------------------------------- errors
@@ -548,20 +699,23 @@ def test_one_rank_says_it(world, tmp_path):
     assert done.returncode and done.stderr.count("error: ") == 1 and "nowhere/meta.csv" in done.stderr, done.stderr
 
 
-def test_interrupted_while_saving(world, tmp_path, capsys, monkeypatch):
-    """Ctrl-C in the second checkpoint's files: the first stays, and the run goes on from it."""
+def test_a_save_that_fails_leaves_the_last_one_whole(world, tmp_path, capsys, monkeypatch):
+    """A full disk at the checkpoints of steps 16 and 20: it is told at once, again at the end, and the run goes on."""
     config = replace(world[0], out=str(tmp_path / "run"))
-    writer = train.dcp.FileSystemWriter
-    write = writer.write_data
+    write = WRITER.write_data
 
-    def interrupted(self, *args):
+    def full(self, *args):
         if (tmp_path / "run/latest").is_file():
-            raise KeyboardInterrupt
+            raise OSError(errno.ENOSPC, "No space left on device")
         return write(self, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "write_data", interrupted)
-        assert "the same command goes on from step-0000008" in stderr_of(config, capsys, patch, status=130)
+        patch.setattr(WRITER, "write_data", full)
+        said = stderr_of(config, capsys, patch)
+    assert "step 16 could not be saved: [Errno 28] No space left on device - " in said
+    assert "step-0000008 is whole; the next save is tried at step 20" in said
+    assert re.search(r"error: step 20 could not .* goes on from .*step-0000008\n$", said), said
+    assert sorted(p.name for p in (tmp_path / "run").glob("*s*-*")) == ["step-0000008"]
     run(config)
     assert rows(config) == world[1]
 
@@ -571,14 +725,14 @@ if __name__ == "__main__":                                                  # in
     sys.argv[1:] = [path]
     torch.set_num_threads(1)
     train.LOG_EVERY = 1
-    loss_of, kill = train.loss_of, lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+    loss_of, kill = train.loss_of, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     if mode == "die-at":
         train.loss_of = lambda *inputs: kill() if inputs[4] == int(args[0]) else loss_of(*inputs)
     if mode == "signal-at":                                                 # only the first of several gets it
         ask = lambda: os.environ.get("RANK", "0") == "0" and os.kill(os.getpid(), int(args[1]))
         train.loss_of = lambda *inputs: (inputs[4] == int(args[0]) and ask(), loss_of(*inputs))[1]
     if mode == "die-in-save":
-        train.export = kill
+        WRITER.finish = kill                            # all is written but what makes it whole
     if mode == "gradients":
         run(configs.load(path), Path(args[0]))
     else:
