@@ -112,18 +112,17 @@ def start_processes(shard=0, sp=1, device=None):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    world = dist.get_world_size()
+    store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
+    if os.environ.get("GROUP_WORLD_SIZE") == "1":   # restarted by torchrun, it finds the addresses of the dead in there
+        store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     for name, n in {"shard": shard or world, "sp": sp}.items():
         if world % n:
             raise ValueError(f"{name}={n} on {world} GPUs: expected a divisor of {world}")
     cut = lambda n, names: init_device_mesh(device.type, (world // n, n), mesh_dim_names=names)
     mesh = cut(shard, ("replicas", "shard")) if shard and shard < world else init_device_mesh(device.type, (world,))
     group = cut(sp, ("data", "sequence"))["sequence"].get_group() if sp > 1 else None
-    return Place(dist.get_rank(), world, device, mesh, group)
+    return Place(rank, world, device, mesh, group)
 
 
 # ---- sequence parallelism: the n ranks of a group share a clip (DSP); without a group these do nothing ----

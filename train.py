@@ -641,9 +641,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", help="configs/tiny.py, or the config.py of a run")
     parser.add_argument("--print", action="store_true", help="print the config and stop")
-    parser.add_argument("--plan", action="store_true", help="what the run takes on --world GPUs, and stop")
+    parser.add_argument("--plan", action="store_true", help="print what the run takes, and stop")
     parser.add_argument("--search", action="store_true", help="print the batch sizes that fit, and stop")
-    parser.add_argument("--gpu", default="h800", help=f"of the plan: {', '.join(configs.GPUS)}")
+    parser.add_argument("--gpu", default="h800", help=f"of the plan: {', '.join(configs.GPUS)} (default: %(default)s)")
+    parser.add_argument("--gpus", type=int, help="how many of them (default: the config's world)")
     parser.add_argument("--bench", action="store_true", help="time a step of each bucket on random latents, and stop")
     parser.add_argument("--profile", metavar="FILE", help="--bench, and a trace for chrome://tracing or Perfetto")
     parser.add_argument("--allow-changes", action="store_true", help="go on with another config or other clips")
@@ -652,12 +653,13 @@ def main():
     config, rank = None, int(os.environ.get("RANK", 0))
     try:
         config = configs.load(args.config, overrides)
+        gpus = args.gpus or config.world
         if args.print:
             print(configs.dump(config), end="")
         elif args.plan:
-            print(configs.plan(config, config.world, config.shard, args.gpu, shares_of_steps(config)))
+            print(configs.plan(config, gpus, config.shard, args.gpu, shares_of_steps(config)))
         elif args.search:
-            search(config, args.gpu)
+            search(config, gpus, args.gpu)
         elif args.bench or args.profile:
             bench(config, args.profile)
         elif number := train(config, args.allow_changes):
@@ -866,13 +868,19 @@ def bench(config, trace=None):
                                                max_name_column_width=40))
 
 
-def search(config, gpu):
-    """Prints the batch sizes that fit, measured on the GPU at hand, or by the plan's model of `gpu` without one."""
+def search(config, gpus, gpu):
+    """Prints the batch sizes that fit: measured on the GPUs at hand, or without one by the plan's model of `gpu`."""
     if not torch.cuda.is_available():
-        print(configs.search(config, config.world, config.shard, gpu))
+        print(configs.search(config, gpus, config.shard, gpu))
         return
     place, measure = stopwatch(config)
-    place.say(configs.search(config, place.world, config.shard, gpu, lambda kind, clips: measure(kind, clips, 3)[0]))
+
+    def seconds(kind, clips):
+        took = torch.tensor(measure(kind, clips, 3)[0] or math.inf)
+        dist.all_reduce(took, dist.ReduceOp.MAX)                            # collective: what one cannot hold, none may
+        return took.item() if took.isfinite() else None
+
+    place.say(configs.search(config, place.world, config.shard, gpu, seconds))
 
 
 def shares_of_steps(config):

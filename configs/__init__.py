@@ -12,6 +12,7 @@ import re
 import runpy
 import types
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import cache
 from pathlib import Path
 from pprint import pformat
 from typing import NamedTuple, get_args, get_origin, get_type_hints
@@ -52,14 +53,14 @@ class Config:
     betas: tuple[float, float] = (0.9, 0.999)       # AdamW
     warmup_steps: int = 0                           # optimizer steps of linear warm-up from 0 to lr
     grad_clip: float = 1.0                          # largest global gradient norm
+    skip_nonfinite: int = 0                         # steps with a non-finite gradient, skipped before it is an error
     ema_decay: float = 0.9999                       # of the averaged weights, per step
-    skip_nonfinite: int = 0                         # steps with a non-finite gradient to skip before it is an error
     steps: int                                      # optimizer steps of the run
     dtype: str = "bf16"                             # "fp32" or "bf16": of the activations; weights are kept in fp32
     checkpointing: int = 0                          # every n-th block keeps its input only, 1 = all, 0 = none
     compile: bool = False                           # torch.compile each block
-    sp: int = 1                                     # GPUs that share one clip: sequence parallelism
     shard: int = 0                                  # GPUs that share the weights and have replicas; 0 = all
+    sp: int = 1                                     # GPUs that share one clip: sequence parallelism
     accumulation: int = 1                           # parts into which a GPU's clips of a step are cut
     seed: int = 0                                   # decides clips, windows, noise, t, masks and the first weights
     out: str                                        # folder of the run: checkpoints, log.jsonl, config.py
@@ -75,15 +76,16 @@ class Config:
 
     def __post_init__(self):
         check_types(self)
-        positive = ("frame_interval", "fps", "world", "lr", "grad_clip", "steps", "save_every",
+        positive = ("frame_interval", "fps", "world", "lr", "grad_clip", "steps", "save_every", "sp",
                     "read_timeout", "accumulation", "keep_last", "validate_batches")
         for name, ok, expected in (
             *((n, getattr(self, n) > 0, "more than 0") for n in positive),
             *((n, getattr(self, n) >= 0, "0 or more")
               for n in ("num_workers", "warmup_steps", "sample_every", "windows", "target_fps", "checkpointing",
-                        "shard", "keep_every", "validate_every")),
+                        "shard", "keep_every", "validate_every", "skip_nonfinite")),
             *((n, 0 <= getattr(self, n) <= 1, "a share from 0 to 1") for n in ("holdout", "max_bad")),
             ("validate_every", not self.validate_every or self.holdout, "0, or a holdout of some clips beside it"),
+            ("init_optimizer", self.init or not self.init_optimizer, "False, or an init to take it from beside it"),
             ("target_fps", not self.target_fps or self.frame_interval == 1, "0 beside a frame_interval: one decides"),
             ("windows", self.windows or not self.cache, "1 or more with a cache: it holds fixed windows of a clip"),
             ("prediction", self.prediction in ("eps", "v"), "'eps' or 'v'"),
@@ -190,10 +192,13 @@ def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
 def dump(config: Config) -> str:
     """Python source of a config file that loads back to an equal Config, dictionaries in the same order."""
     lines = ["from configs import Config, STDiTConfig", "", "config = Config("]
-    for f in fields(config):
-        value = pformat(getattr(config, f.name), width=110, sort_dicts=False)
-        lines.append(f"    {f.name}={value},".replace("\n", "\n" + " " * (len(f.name) + 5)))
-    return "\n".join(lines) + "\n)\n"
+    return "\n".join([*lines, *(source(f.name, getattr(config, f.name)) for f in fields(config))]) + "\n)\n"
+
+
+def source(name, value):
+    """A line of a config file, or several."""
+    text = pformat(value, width=110, sort_dicts=False)
+    return f"    {name}={text},".replace("\n", "\n" + " " * (len(name) + 5))
 
 
 # ---- what a run would cost, before a GPU is rented ----
@@ -217,51 +222,63 @@ FROZEN = {"DeepFloyd/t5-v1_1-xxl": 4.76e9, "stabilityai/sd-vae-ft-ema": 84e6}   
 VAE_FLOP = 4.3e6            # per pixel, of sd-vae-ft-ema's encoder: 4.16e6 at 256 x 256, 4.65e6 at 1024 x 1024, counted
 
 
-def wire(config, world, shard, parts=1):
-    """Bytes that each GPU receives in a step, by collective; gradients travel in fp32."""
+def wire(config, world, shard, parts=1, exchanged=0):
+    """Bytes that each GPU receives in a step, by collective; gradients travel in fp32.
+
+    exchanged: bytes of tokens that go from GPUs with some frames each to GPUs with some places each, or back."""
     P, root, block = layers(config.model)
     ring = lambda n: (n - 1) / n
     gathered = parts * (2 * P - root - block) * config.torch_dtype.itemsize   # root and last block stay for backward
-    return {"all-gather": gathered * ring(shard), "reduce-scatter": 4 * P * ring(shard),
-            "all-reduce": 2 * 4 * P / shard * ring(world // shard)}
+    moved = {"all-gather": gathered * ring(shard), "reduce-scatter": 4 * P * ring(shard),
+             "all-reduce": 2 * 4 * P / shard * ring(world // shard)}
+    return moved | ({"all-to-all": exchanged * ring(config.sp)} if config.sp > 1 else {})
 
 
 def plan_row(config, world, shard, gpu, level, num_frames):
     """What a step of this resolution and length costs at its dearest aspect, as a dict; bytes and FLOP of one GPU."""
     bucket = max((Bucket(level, num_frames, ar) for ar in ASPECT[level]), key=lambda b: config.cost(b)[1])
     m, dtype, H, W = config.model, config.torch_dtype, bucket.height, bucket.width
-    L, every = m.model_max_length, config.checkpointing
-    clips = -(-config.buckets[level][num_frames][1] * config.world // world)
+    L, every, groups = m.model_max_length, config.checkpointing, world // config.sp
+    clips = -(-config.buckets[level][num_frames][1] * config.world // groups)       # of a GPU, or of sp together
     parts = min(config.accumulation, clips)
+    at_once, frames = -(-clips // parts), -(-num_frames // config.sp)               # of these clips, on this GPU
     tokens, flop = config.cost(bucket)
-    per_clip = lambda every: (saved_bytes(m, 1, num_frames, H // 8, W // 8, L, dtype, every)
+    per_clip = lambda every: (saved_bytes(m, 1, frames, H // 8, W // 8, L, dtype, every)
                               + 2 * 4 * L * m.caption_channels)     # captions in fp32, before and after drop
     frozen = 0 if config.cache else sum(FROZEN.get(name, 0) for name in (config.vae, config.text_encoder))
     fixed = sum(state_bytes(m, shard, dtype, parts).values()) + frozen * dtype.itemsize
     room = USABLE * gpu.memory * 2**30 - fixed
-    again = len(range(m.depth)[::every]) / m.depth / 3 if every else 0          # a forward is a third of `flop`
+    twice = len(range(m.depth)[::every]) if every else 0            # blocks computed again; a forward is flop / 3
     encode = 0 if config.cache else (2 * FROZEN.get(config.text_encoder, 0) * L
-                                     + VAE_FLOP * (config.vae in FROZEN) * num_frames * H * W)
-    moved = wire(config, world, shard, parts)
+                                     + VAE_FLOP * (config.vae in FROZEN) * frames * H * W)
+    flop = (flop * frames / num_frames * (1 + twice / m.depth / 3) + encode) * clips
+    held = clips * tokens * frames // num_frames * m.hidden_size * dtype.itemsize
+    moved = wire(config, world, shard, parts, held * (4 * m.depth + 2 * twice))     # there and back, and so backward
     link = gpu.node if shard <= PER_NODE else min(gpu.node, PER_NODE * gpu.network)  # a ring per card: their rates add
-    seconds = [moved["all-gather"] / link, moved["reduce-scatter"] / link,
-               moved["all-reduce"] / (gpu.network if world > PER_NODE else gpu.node)]
-    compute, talk = (flop * (1 + again) + encode) * clips / (MFU * gpu.flops), sum(seconds) / (LINK_USE * 1e9)
-    return {"bucket": bucket, "clips": clips, "activations": per_clip(every) * -(-clips // parts), "fixed": fixed,
-            "flop": (flop * (1 + again) + encode) * clips, "compute": compute, "talk": talk, "room": room,
-            "step": max(compute, talk), "tokens": tokens * clips * world, "frozen": frozen * dtype.itemsize,
-            "at_once": -(-clips // parts), "most": {n: int(room // per_clip(n)) for n in (every, 1)}, "moved": moved}
+    links = {"all-gather": link, "reduce-scatter": link, "all-reduce": gpu.network if world > PER_NODE else gpu.node,
+             "all-to-all": gpu.node if config.sp <= PER_NODE else gpu.network}
+    seconds = {name: n / links[name] / (LINK_USE * 1e9) for name, n in moved.items()}
+    compute, talk, wait = flop / (MFU * gpu.flops), sum(seconds.values()), seconds.get("all-to-all", 0)
+    return {"bucket": bucket, "clips": clips, "activations": per_clip(every) * at_once, "fixed": fixed, "flop": flop,
+            "compute": compute, "talk": talk, "step": max(compute, talk - wait) + wait, "room": room, "moved": moved,
+            "tokens": tokens * clips * groups, "frozen": frozen * dtype.itemsize, "at_once": at_once,
+            "most": {n: int(room // per_clip(n)) for n in (every, 1)}}
+
+
+def checked(config, world, shard, gpu):
+    """(shard, Gpu), where these go together; shard 0 = all."""
+    shard = shard or world
+    if gpu not in GPUS or world % shard or world % config.sp:
+        raise ValueError(f"gpu={gpu!r}, world={world}, shard={shard}, sp={config.sp}: expected one of "
+                         f"{', '.join(GPUS)}, and a shard and an sp that divide world")
+    return shard, GPUS[gpu]
 
 
 def plan(config, world, shard=0, gpu="h800", shares=None):
     """What config's run would take on `world` GPUs, as text, without one: memory, traffic, time. Pure; a CPU's seconds.
 
     shard: GPUs that share the weights, 0 = all.  shares: (resolution, frames) -> share of the steps; None = equal."""
-    shard = shard or world
-    if gpu not in GPUS or world % shard:
-        raise ValueError(f"gpu={gpu!r}, world={world}, shard={shard}: expected one of {', '.join(GPUS)}, and a shard "
-                         "that divides world")
-    card, gib = GPUS[gpu], lambda n: f"{n / 2**30:.2f}"
+    (shard, card), gib = checked(config, world, shard, gpu), lambda n: f"{n / 2**30:.2f}"
     kinds = [(level, t) for level, row in config.buckets.items() for t, (keep, _) in row.items() if keep > 0]
     rows = {kind: plan_row(config, world, shard, card, *kind) for kind in kinds}
     shares = shares or dict.fromkeys(kinds, 1)
@@ -275,11 +292,13 @@ def plan(config, world, shard=0, gpu="h800", shares=None):
              "GiB per GPU: " + ", ".join(f"{name} {gib(n)}" for name, n in state.items())
              + f", {frozen or 'VAE and T5 not counted'} {gib(first['frozen'])}; with the activations "
              f"below at most {USABLE:.0%} of {card.memory}",
-             "GB received per GPU and step: " + ", ".join(f"{k} {n / 1e9:.2f}" for k, n in first["moved"].items()),
+             "GB received per GPU and step, at most: "
+             + ", ".join(f"{k} {max(row['moved'][k] for row in rows.values()) / 1e9:.2f}" for k in first["moved"]),
              f"assumed: MFU {MFU:.0%} of {card.flops / 1e12:.0f} TFLOP/s; {LINK_USE:.0%} of {card.node} GB/s in a "
-             f"machine of {PER_NODE}, of {card.network} between; traffic hidden behind compute; data never late",
-             f"{'bucket':>15}{'clips/GPU':>11}{'activations':>13}{'all GiB':>9}{'TFLOP':>8}{'compute s':>11}"
-             f"{'traffic s':>11}{'share':>7}"]
+             f"machine of {PER_NODE}, of {card.network} between; traffic but all-to-all hidden behind compute; data "
+             "never late",
+             f"{'bucket':>15}{'clips/GPU' if config.sp == 1 else f'clips/{config.sp}GPU':>11}{'activations':>13}"
+             f"{'all GiB':>9}{'TFLOP':>8}{'compute s':>11}{'traffic s':>11}{'share':>7}"]
     for kind, row in rows.items():
         bucket, tight = row["bucket"], row["activations"] > row["room"]
         lines.append(f"{bucket.num_frames:>4} x {bucket.height:>4}x{bucket.width:<4}"
@@ -297,8 +316,55 @@ def remedy(config, row):
     if row["room"] < 0:
         return "the weights alone do not fit, share them among more GPUs (--shard)"
     if thin < 1:
-        return "one clip does not fit even with --checkpointing=1, expected a smaller size or fewer frames"
+        return ("one clip does not fit even with --checkpointing=1, expected a smaller size, fewer frames, or more "
+                "GPUs for them (--sp)")
     if thin >= row["at_once"]:
         return "--checkpointing=1" + f", or {now} clips at once" * (now > 0)
     more = "" if config.checkpointing == 1 else " with --checkpointing=1"
-    return f"at most {thin} at once{more}: --accumulation={-(-row['clips'] // thin)} or {thin} clips per GPU"
+    return f"at most {thin} at once{more}: --accumulation={-(-row['clips'] // thin)} or a batch of {thin}"
+
+
+# ---- batch sizes ----
+
+MOST = 1024                 # clips of a GPU that are tried
+
+
+def search(config, world, shard=0, gpu="h800", measure=None):
+    """The most clips of each bucket that fit, and the batches with which all buckets take about the same time, as text.
+
+    measure(kind, clips): seconds of a step of so many clips per GPU (with config.sp > 1, per sp GPUs) of kind
+    (resolution, frames), or None where they do not fit; alike on all ranks.  Without one the plan's model of gpu says.
+    The time to reach is the longest that all buckets can fill, or that of the dearest single clip where it is more."""
+    (shard, card), groups = checked(config, world, shard, gpu), world // config.sp
+
+    def planned(kind, n):
+        alone = replace(config, world=groups, buckets={kind[0]: {kind[1]: (1.0, n)}})
+        row = plan_row(alone, world, shard, card, *kind)
+        return row["step"] if row["activations"] <= row["room"] else None
+
+    seconds = cache(lambda kind, n: math.inf if (s := (measure or planned)(kind, n)) is None else s)
+    own = {(level, t): n for level, row in config.buckets.items() for t, (keep, n) in row.items() if keep > 0}
+    most = {kind: largest(lambda n, kind=kind: seconds(kind, n) < math.inf) for kind in own}
+    fit = [kind for kind, n in most.items() if n]
+    target = max(min((seconds(kind, most[kind]) for kind in fit), default=0), *(seconds(kind, 1) for kind in fit), 0)
+    equal = {kind: largest(lambda n, kind=kind: seconds(kind, n) <= target) for kind in fit}
+    lines = [f"{len(fit)} of {len(own)} buckets fit; steps of up to {target:.2f} s; clips per rank of {groups}",
+             f"{'bucket':>12}{'most':>7}{'s':>8}{'equal':>7}{'s':>8}{'now':>6}"]
+    for kind, n in own.items():
+        found = "".join(f"{m:7}{seconds(kind, m):8.2f}" for m in (most[kind], equal[kind])) if kind in fit else (
+            f"{'not one clip fits':>30}")
+        lines.append(f"{kind[0]:>6} x {kind[1]:<3}{found}{-(-n * config.world // groups):6}")
+    buckets = {level: {t: (keep, equal.get((level, t), n)) for t, (keep, n) in row.items()}
+               for level, row in config.buckets.items()}
+    return "\n".join([*lines, source("world", groups), source("buckets", buckets)])
+
+
+def largest(ok):
+    """The largest n with ok(n), 0 to MOST, by doubling and bisection: exact up to 32, else at most 1/16 too small."""
+    low, high = 0, 1
+    while high <= MOST and ok(high):
+        low, high = high, 2 * high
+    while high <= MOST and high - low > max(1, low // 16):
+        middle = (low + high) // 2
+        low, high = (middle, high) if ok(middle) else (low, middle)
+    return low

@@ -1,12 +1,13 @@
-"""Stage 1: many clips, mostly at 144p and 240p, from which the temporal layers learn motion.
+"""Stage 1, last of three phases: clips mostly at 144p and 240p, a quarter of them with given frames.
 
 data      9.7 M videos and 2.6 M images with captions; most clips have 36 to 256 frames
 hardware  64 GPUs of 80 GB, as upstream's 64 H800
-steps     81,000, about a week there: 24,000 mostly at 240p with 10% of the samples masked took 4 days, 40,000 mostly
-          at 144p 2 days, 17,000 with QK-norm and 25% masked 14 hours. About 1 s a step with the table below.
-start     stage 0's weights
-From Open-Sora 1.1's report: data, steps, times, masks. From its stage-1 config: buckets, interval, lr, clip, seed.
-Ours: one table for all 81,000 steps (upstream released only that of the last part), QK-norm throughout, previews.
+steps     17,000, 14 hours there by its report: 3.0 s each, though the comment in its config says about 1 s.  --plan
+          says 0.3 s, at the 30% MFU that it assumes, and at most 53 GiB a GPU.  The phases before: stage1_240p.py
+          (24,000 steps, 4 days there) and stage1_144p.py (40,000, 2 days)
+start     the second phase's weights
+From Open-Sora 1.1's report: data, steps, time, masks. From its stage-1 config: buckets, interval, lr, clip, seed.
+Ours: QK-norm from stage 0 on (upstream added it in this phase), previews.
 """
 from configs import RECIPE, Config, STDiTConfig
 
@@ -28,11 +29,11 @@ config = Config(
     mask_ratios=RECIPE,
     lr=2e-5,  # 1e-4 was too large (upstream's report); constant, no warm-up
     ema_decay=0.9999,
-    steps=81_000,
+    steps=17_000,
     dtype="bf16",
     seed=42,
     out="runs/stage1",
-    init="runs/image/model.safetensors",
+    init="runs/stage1_144p",
     save_every=500,
     sample_every=2000,  # ours, as are the captions below
     prompts=("waves roll onto a beach at sunset", "a city street at night in the rain, seen from above"),

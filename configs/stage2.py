@@ -2,7 +2,8 @@
 
 data      9.7 M videos and 2.6 M images with captions, those of stage 1
 hardware  64 GPUs of 80 GB with gradient checkpointing, as upstream's 64 H800
-steps     22,000, one day there by its report; the comment in its config says about 7 s a step, which makes 43 hours
+steps     22,000, one day there by its report: 3.9 s each, though the comment in its config says about 7 s.  --plan says
+          1.9 s, at the 30% MFU that it assumes, and at most 31 GiB a GPU
 start     stage 1's weights
 From Open-Sora 1.1's report: data, steps, time, masks. From its stage-2 config: buckets, interval, lr, clip, seed.
 """
@@ -34,7 +35,7 @@ config = Config(
     checkpointing=1,  # --plan says 131 GiB a GPU without
     seed=42,
     out="runs/stage2",
-    init="runs/stage1/model.safetensors",
+    init="runs/stage1",
     save_every=500,
     sample_every=2000,  # ours, as are the captions below
     prompts=("waves roll onto a beach at sunset", "a city street at night in the rain, seen from above"),

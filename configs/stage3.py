@@ -2,8 +2,9 @@
 
 data      560 k videos and 1.6 M images, chosen for quality
 hardware  64 GPUs of 80 GB with gradient checkpointing, as upstream's 64 H800
-steps     4,000, one day there by its report; the comment in its config says about 13 s a step, which makes 14 hours
-start     stage 2's weights (upstream also loaded stage 2's optimizer state)
+steps     4,000, one day there by its report: 22 s each, though the comment in its config says about 13 s.  --plan says
+          3.1 s, at the 30% MFU that it assumes, and at most 41 GiB a GPU
+start     stage 2's weights and its optimizer's state, as upstream
 From Open-Sora 1.1's report: data, steps, time, masks. From its stage-3 config: buckets, interval, lr, clip, seed.
 """
 from configs import RECIPE, Config, STDiTConfig
@@ -34,7 +35,8 @@ config = Config(
     checkpointing=1,  # as stage 2
     seed=42,
     out="runs/stage3",
-    init="runs/stage2/model.safetensors",
+    init="runs/stage2",
+    init_optimizer=True,
     save_every=500,
     sample_every=500,  # ours, as are the captions below
     prompts=("waves roll onto a beach at sunset", "a city street at night in the rain, seen from above"),

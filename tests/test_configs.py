@@ -2,16 +2,17 @@
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from configs import Config, dump, load
+from configs import RECIPE, Config, dump, load
 from model import STDiT, STDiTConfig
 
 ROOT = Path(__file__).parents[1]
-STAGES = ("image", "stage1", "stage2", "stage3")
+STAGES = ("image", "stage1_240p", "stage1_144p", "stage1", "stage2", "stage3")
 GOOD = dict(vae="v", text_encoder="t", data="meta.csv", buckets={"144p": {16: (1.0, 4)}}, mask_ratios={"mask_no": 1.0},
             lr=1e-4, steps=10, out="runs/x")
 
@@ -27,7 +28,7 @@ def test_shipped_configs_load_build_and_survive_a_dump(name, tmp_path):
     assert dump(again) == dump(config)  # equal dictionaries may differ in order, their text may not
 
 
-@pytest.mark.parametrize("stage", STAGES[1:])
+@pytest.mark.parametrize("stage", STAGES[3:])
 def test_stages_have_upstreams_numbers(stage):
     golden = json.loads((ROOT / "tests/golden/d_buckets.json").read_text())["configs"][stage]
     config = load(stage)
@@ -37,8 +38,25 @@ def test_stages_have_upstreams_numbers(stage):
 
 
 def test_each_stage_starts_from_the_one_before():
-    for earlier, later in zip(STAGES, STAGES[1:]):
-        assert load(later).init == f"{load(earlier).out}/model.safetensors"
+    for earlier, later in zip((*STAGES, "stage3"), (*STAGES[1:], "finetune")):
+        assert load(later).init == load(earlier).out
+    assert [name for name in STAGES if load(name).init_optimizer] == ["stage3"]      # of stage 2, as upstream
+
+
+def test_the_phases_of_stage_1_have_upstreams_numbers():
+    phases = [load(name) for name in STAGES[1:4]]
+    assert [config.steps for config in phases] == [24_000, 40_000, 17_000]
+    assert [config.checkpointing for config in phases] == [1, 0, 0] and [p.speed for p in phases] == [True, True, False]
+    assert [1 - config.mask_ratios["mask_no"] for config in phases] == pytest.approx([0.10, 0.10, 0.25])
+    for config, most in zip(phases, ("240p", "144p")):
+        left, share = 1.0, {}                                        # of large clips of 16 frames, by where they end
+        for resolution in ("240p", "256", "144p"):
+            share[resolution] = left * config.buckets[resolution][16][0]
+            left -= share[resolution]
+        assert share[most] > 0.7, share
+        same = replace(config, buckets=phases[2].buckets, mask_ratios=RECIPE, speed=False, steps=17_000,
+                       checkpointing=0, out=phases[2].out, init=phases[2].init)
+        assert same == phases[2]
 
 
 def test_overrides():
@@ -67,6 +85,8 @@ def test_overrides():
     ("--lr=__import__('os').getcwd()", "lr=\"__import__.* is of type str"),  # literals only: nothing is run
     ("--lr=-1", "lr=-1: expected more than 0"),
     ("--lr=0", "lr=0: expected more than 0"),
+    ("--sp=0", "sp=0: expected more than 0"),
+    ("--skip_nonfinite=-1", "skip_nonfinite=-1: expected 0 or more"),
     ("--warmup_steps=-1", "warmup_steps=-1: expected 0 or more"),
     ("--ema_decay=1.0", "ema_decay=1.0: expected 0 or more and less than 1"),
     ("--prediction=x0", "prediction='x0': expected 'eps' or 'v'"),
@@ -84,6 +104,11 @@ def test_overrides():
 def test_bad_overrides_say_why(text, message):
     with pytest.raises(ValueError, match=message):
         load("stage1", [text])
+
+
+def test_an_optimizers_state_needs_a_run_that_has_it():
+    with pytest.raises(ValueError, match="init_optimizer=True: expected False, or an init"):
+        load("tiny", ["--init_optimizer=True"])
 
 
 @pytest.mark.parametrize("change, message", [

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from configs import load, plan, wire
+from configs import GPUS, largest, load, plan, plan_row, search, wire
 from model import STDiT, STDiTConfig, example_inputs, saved_bytes, state_bytes
 
 SMALL = STDiTConfig(depth=6, hidden_size=144, num_heads=2, caption_channels=64)
@@ -130,8 +130,107 @@ def test_the_plan_names_what_does_not_fit_and_what_would():
     parts = int(lines(thin, 64)[2].split("--accumulation=")[1].split()[0])
     assert "TOO BIG" not in lines(replace(thin, accumulation=parts), 64)[2]
     assert "share them" in lines(config, 1, 0, "4090")[0]
-    with pytest.raises(ValueError, match="shard=3"):
-        plan(config, 64, 3)
+    for world, shard, more in ((64, 3, {}), (64, 0, {"sp": 3})):
+        with pytest.raises(ValueError, match=f"shard={shard or world}, sp={more.get('sp', 1)}: .* divide world"):
+            plan(replace(config, **more), world, shard)
+
+
+def test_a_clip_shared_by_gpus_costs_each_its_part():
+    """Half the frames, the captions whole; by hand what they pass on, and how long that takes."""
+    config = load("configs/stage3.py")
+    alone, shared = (plan_row(replace(config, sp=sp), 64, 64, GPUS["h800"], "480p", 32) for sp in (1, 2))
+    assert shared["clips"] == 2 * alone["clips"] and shared["tokens"] == alone["tokens"]
+    assert shared["fixed"] == alone["fixed"] and shared["activations"] == pytest.approx(alone["activations"], rel=0.02)
+    text = 2 * 4.76e9 * 200 * alone["clips"]                         # T5 runs on either GPU, for twice the clips
+    assert shared["flop"] == pytest.approx(alone["flop"] + text, rel=1e-6)
+    clips, frames, places, width, blocks = 6, 16, 32 * 51, 1152, 28  # 506 x 810 pixels: 63 x 101 cells, in twos
+    exchanges = 4 + 2                                                # forward, backward, forward again; there and back
+    assert shared["bucket"][:2] == ("480p", 32) and (shared["bucket"].height, shared["bucket"].width) == (506, 810)
+    assert shared["moved"]["all-to-all"] == clips * frames * places * width * 2 * blocks * exchanges / 2
+    assert {k: n for k, n in shared["moved"].items() if k != "all-to-all"} == alone["moved"]
+    assert shared["step"] == shared["compute"] + shared["moved"]["all-to-all"] / (0.7 * 200e9)
+
+
+def test_frames_are_padded_to_a_multiple_of_the_gpus_that_share_them():
+    config = replace(load("configs/stage3.py"), cache="c", windows=1, world=60)
+    flop = lambda t, sp: plan_row(replace(config, sp=sp, buckets={"144p": {t: (1.0, 1)}}), 60, 60, GPUS["h800"],
+                                  "144p", t)["flop"]
+    assert flop(16, 5) == pytest.approx(flop(16, 1) * 5 * 4 / 16)    # 4 frames each, of 5 times the clips
+    assert flop(1, 4) == flop(1, 1) * 4                              # an image cannot be shared: every GPU has one
+
+
+@pytest.mark.parametrize("name", ["image", "stage1_240p", "stage1_144p", "stage1", "stage2", "stage3"])
+def test_the_stages_fit_on_64_gpus_of_80_gb(name):
+    assert "TOO BIG" not in plan(load(name), 64)
+
+
+def test_fine_tuning_fits_on_one_gpu_of_24_gb():
+    config = load("finetune")
+    assert (config.world, config.sp) == (1, 1) and "TOO BIG" not in plan(config, 1, 0, "4090")
+    assert "TOO BIG" in plan(replace(config, cache=""), 1, 0, "4090")  # T5 beside it is what does not fit
+
+
+# ---- batch sizes ----
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 9, 31, 32, 33, 100, 500, 1023, 1024, 5000])
+def test_the_largest_is_found_in_few_tries(most):
+    tried = []
+    found = largest(lambda n: tried.append(n) or n <= most)
+    assert found == min(most, 1024) if most <= 32 or most >= 1024 else most * 15 / 16 < found <= most
+    assert len(tried) <= 16 and len(set(tried)) == len(tried)
+
+
+def table_of(text):
+    """{(resolution, frames): [most, its seconds, equal, its seconds, now]}, and what may be pasted into a config."""
+    rows = re.findall(r"^ +(\w+) x (\d+) +([\d. ]+)$", text, re.M)
+    namespace = {}
+    exec("pasted = dict(\n" + text[text.index("    world="):] + ")", namespace)
+    return {(level, int(t)): [float(x) for x in numbers.split()] for level, t, numbers in rows}, namespace["pasted"]
+
+
+def test_the_search_makes_all_buckets_take_the_same_time():
+    config = load("finetune", ["--buckets={'144p': {1: (0.5, 64), 16: (1.0, 8), 64: (0.0, None)}, "
+                               "'240p': {16: (0.3, 2), 32: (0.4, 3)}, '720p': {16: (0.2, 1)}}"])
+    cost = {("144p", 1): 1, ("144p", 16): 10, ("240p", 16): 40, ("240p", 32): 90, ("720p", 16): 500}
+    measured = []
+
+    def measure(kind, clips):                                        # 1 s and 0.01 s a unit; 420 units fit
+        measured.append((kind, clips))
+        return 1 + 0.01 * cost[kind] * clips if cost[kind] * clips <= 420 else None
+
+    text = search(config, 1, 0, "4090", measure)
+    rows, pasted = table_of(text)
+    assert rows == {("144p", 1): [416, 5.16, 352, 4.52, 64], ("144p", 16): [42, 5.2, 36, 4.6, 8],
+                    ("240p", 16): [10, 5, 9, 4.6, 2], ("240p", 32): [4, 4.6, 4, 4.6, 3]}
+    assert "4 of 5 buckets fit; steps of up to 4.60 s" in text
+    assert re.search("720p x 16 +not one clip fits +1\n", text)
+    assert pasted == {"world": 1, "buckets": {
+        "144p": {1: (0.5, 352), 16: (1.0, 36), 64: (0.0, None)}, "240p": {16: (0.3, 9), 32: (0.4, 4)},
+        "720p": {16: (0.2, 1)}}}
+    assert len(measured) == len(set(measured)) <= 50, "each costs a minute"
+    assert replace(config, **pasted).buckets == pasted["buckets"]
+
+
+def test_the_search_waits_for_the_dearest_single_clip():
+    config = load("finetune", ["--buckets={'144p': {16: (1.0, 1)}, '240p': {16: (1.0, 1), 32: (1.0, 1)}}"])
+    most = {("144p", 16): 2, ("240p", 16): 64, ("240p", 32): 1}
+    cost = {("144p", 16): 1.0, ("240p", 16): 0.5, ("240p", 32): 9.0}
+    rows, _ = table_of(search(config, 1, 0, "4090", lambda kind, n: cost[kind] * n if n <= most[kind] else None))
+    assert [row[2] for row in rows.values()] == [2, 18, 1]           # not 2, 4, 1: every step of the last takes 9 s
+
+
+@pytest.mark.parametrize("name, world, gpu, sp", [("finetune", 1, "4090", 1), ("stage1", 64, "h800", 1),
+                                                  ("stage1", 64, "h800", 4)])
+def test_what_the_search_finds_by_the_plan_is_what_the_plan_says(name, world, gpu, sp):
+    config = load(name, [f"--sp={sp}"])
+    rows, pasted = table_of(search(config, world, 0, gpu))
+    found = replace(config, **pasted)
+    assert pasted["world"] == world // sp and "TOO BIG" not in plan(found, world, 0, gpu)
+    for kind, (most, _, equal, seconds, now) in rows.items():
+        row = plan_row(found, world, world, GPUS[gpu], *kind)
+        assert row["clips"] == equal and row["step"] == pytest.approx(seconds, abs=0.006)
+        assert row["most"][found.checkpointing] * 15 / 16 < most <= row["most"][found.checkpointing]
+        assert now == config.buckets[kind[0]][kind[1]][1] * sp
 
 
 def test_the_plan_of_stage_2_takes_seconds(capsys):

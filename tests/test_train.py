@@ -299,7 +299,8 @@ def start(config, *mode, torchrun=0, **more):
     """Trains in a process of its own, or `torchrun` of them; `mode` is read by the last lines of this file."""
     path = Path(f"{config.out}.py")
     path.write_text(configs.dump(config))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun)] if torchrun else []
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(torchrun),
+                "--max-restarts", "1" if "die-once" in mode else "0"] if torchrun else []
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, __file__, *map(str, mode), str(path)]
     return subprocess.run(command, env=env, capture_output=True, text=True, **more)
@@ -332,6 +333,15 @@ def test_killed_and_started_again(world, tmp_path):
     run(config)
     assert rows(config) == world[1], f"killed in step {at}"
     assert all(torch.equal(value, weights(world[0])[name]) for name, value in weights(config).items())
+
+
+def test_a_process_that_dies_takes_the_others_along_and_torchrun_starts_them_again(world, tmp_path):
+    config = replace(world[0], out=str(tmp_path / "died"), save_every=4)
+    begun = time.monotonic()
+    done = start(config, "die-once", 11, torchrun=2)
+    assert done.returncode == 0 and re.findall(r"steps (\d+) to 20", done.stdout) in (["0", "8"], ["0", "4"]), done.stderr
+    assert time.monotonic() - begun < 60
+    assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(rows(config), world[1], strict=True)) < 1e-6
 
 
 @pytest.mark.parametrize("processes, changes", [
@@ -727,6 +737,8 @@ if __name__ == "__main__":                                                  # in
     train.LOG_EVERY = 1
     loss_of, kill = train.loss_of, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)
     if mode == "die-at":
+        train.loss_of = lambda *inputs: kill() if inputs[4] == int(args[0]) else loss_of(*inputs)
+    if mode == "die-once" and (os.environ["RANK"], os.environ["TORCHELASTIC_RESTART_COUNT"]) == ("1", "0"):
         train.loss_of = lambda *inputs: kill() if inputs[4] == int(args[0]) else loss_of(*inputs)
     if mode == "signal-at":                                                 # only the first of several gets it
         ask = lambda: os.environ.get("RANK", "0") == "0" and os.kill(os.getpid(), int(args[1]))
