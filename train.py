@@ -55,7 +55,7 @@ from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, n
 from masks import draw_mask
 from model import STDiT, from_pixart
 from sample import SampleQuirks, default_bucket, find, generate, noise_schedule, usual_aspect
-from vae import CachedClips, load_text_encoder, load_vae, write_cache
+from vae import CachedClips, fingerprint as weights_name, load_text_encoder, load_vae, write_cache
 
 LOG_EVERY = 10
 
@@ -356,7 +356,8 @@ class Checkpoints:
                 self.name(part, step)
             self.failed = None
         except (CheckpointException, OSError) as error:                     # a full disk, say
-            self.failed = f"step {step} could not be saved: {cause(error)}"
+            free = shutil.disk_usage(self.folder).free / 2**30
+            self.failed = f"step {step} could not be saved: {cause(error)}, {free:.1f} GiB of the disk are free"
             if self.run.place.rank == 0:
                 shutil.rmtree(part, ignore_errors=True)                     # makes room
                 again = min(step // config.save_every * config.save_every + config.save_every, config.steps)
@@ -407,17 +408,16 @@ FREE_TO_CHANGE = {  # when a run goes on: what the next losses do not hang on
     "sample_every", "prompts", "validate_every", "validate_batches"}
 
 
-def check_changes(config, meta, allowed, say):
-    """Raises ValueError where the run's config or clips are others than when it began, unless that is allowed."""
+def check_changes(config, read, allowed, say):
+    """Raises ValueError where a run's config, or what it read (fingerprint), was another before, unless allowed."""
     folder = Path(config.out)
     old = configs.load(folder / "config.py")
     if old.model != config.model:
         raise ValueError(f"{folder} holds {old.model}, expected {config.model} - start over with another --out")
     pairs = {f.name: (getattr(old, f.name), getattr(config, f.name)) for f in fields(config)}
     changes = {name: f"{name} {before!r} -> {now!r}" for name, (before, now) in pairs.items() if before != now}
-    clips = folder / "clips.txt"
-    if clips.is_file() and clips.read_text().splitlines()[0] != fingerprint(meta):
-        changes["clips"] = f"the clips: {clips.read_text().splitlines()[0]} -> {fingerprint(meta)}"
+    if (folder / "clips.txt").is_file() and (before := (folder / "clips.txt").read_text().splitlines()[0]) != read:
+        changes["clips"] = f"the clips or networks: {before} -> {read}"
     if changes:
         say("changed since the last start: " + ", ".join(changes.values()))
     if set(changes) - FREE_TO_CHANGE and not allowed:
@@ -426,12 +426,13 @@ def check_changes(config, meta, allowed, say):
                          "with another --out, or add --allow-changes")
 
 
-def fingerprint(meta):
-    """One line that tells these clips from others: paths, sizes and order, not the folder that they are in."""
+def fingerprint(meta, vae, text_encoder):
+    """One line that tells clips (paths, sizes and order, not the folder that they are in) and networks from others."""
     digest = 0
     for name in ("key", "num_frames", "height", "width", "fps", "size"):
         digest = zlib.crc32(np.ascontiguousarray(meta[name]), digest)
-    return f"{len(meta)} clips, checksum {digest:08x}"
+    nets = "".join(weights_name(net) for net in (vae.net, text_encoder.net))
+    return f"{len(meta)} clips, checksum {digest:08x}, networks {zlib.crc32(nets.encode()):08x}"
 
 
 def export(checkpoint, path):
@@ -685,18 +686,19 @@ def train(config, allow_changes=False):
     meta = rank0_first(lambda: read_meta(config.data))                      # which builds the index
     sampler, checkpoint = BucketSampler(meta, config), latest(folder)
     place.say(sampler.table())
-    if checkpoint:
-        check_changes(config, meta, allow_changes, place.say)
     init = rank0_first(lambda: find_weights(config.init)) if config.init and not checkpoint else None
     first = int(checkpoint.name.split("-")[1]) if checkpoint else 0
-    if place.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(folder / "config.py", configs.dump(config))
-        write_text(folder / "clips.txt", f"{fingerprint(meta)}\n{sampler.table()}\n")
 
     vae = load_vae(find(config.vae), config.torch_dtype, place.device)
     text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, config.torch_dtype,
                                      place.device)
+    read = fingerprint(meta, vae, text_encoder)
+    if checkpoint:
+        check_changes(config, read, allow_changes, place.say)
+    if place.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(folder / "config.py", configs.dump(config))
+        write_text(folder / "clips.txt", f"{read}\n{sampler.table()}\n")
     encode = partial(to_latents, vae=vae, text_encoder=text_encoder, group=place.group)
     dataset = ClipDataset(meta, config)
     if config.cache:

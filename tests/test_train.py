@@ -446,7 +446,7 @@ def test_checkpoints_that_stay(world, tmp_path):
     assert sorted(int(p.name[5:]) for p in (tmp_path / "run").glob("step-*")) == [4, 8, 9, 10]
 
 
-def test_resuming_names_what_changed(world, tmp_path, capsys):
+def test_resuming_names_what_changed(world, tmp_path, capsys, monkeypatch):
     config = replace(world[0], out=str(tmp_path / "run"))
     shutil.copytree(world[0].out, config.out)
     with pytest.raises(ValueError, match="would go on otherwise than it began: lr 0.001 -> 0.0005 - .*--allow-changes"):
@@ -458,6 +458,9 @@ def test_resuming_names_what_changed(world, tmp_path, capsys):
     assert rows(config)[-1]["lr"] == 5e-4
     with pytest.raises(ValueError, match="another --out"):
         run(replace(config, model=replace(config.model, depth=1)))
+    monkeypatch.setattr(train, "weights_name", lambda net: "a VAE that was trained again")
+    with pytest.raises(ValueError, match="otherwise than it began: the clips or networks: 60 clips, .* networks"):
+        run(replace(config, steps=21, lr=5e-4))
 
 
 def test_another_run_is_gone_on_from(world):
@@ -723,7 +726,7 @@ def test_a_save_that_fails_leaves_the_last_one_whole(world, tmp_path, capsys, mo
     with monkeypatch.context() as patch:
         patch.setattr(WRITER, "write_data", full)
         said = stderr_of(config, capsys, patch)
-    assert "step 16 could not be saved: [Errno 28] No space left on device - " in said
+    assert "step 16 could not be saved: [Errno 28] No space left on device, " in said
     assert "step-0000008 is whole; the next save is tried at step 20" in said
     assert re.search(r"error: step 20 could not .* goes on from .*step-0000008\n$", said), said
     assert sorted(p.name for p in (tmp_path / "run").glob("*s*-*")) == ["step-0000008"]
