@@ -819,11 +819,11 @@ def stopwatch(config):
                     raise KeyboardInterrupt
             return (time.perf_counter() - start) / steps, peak_gib()
         except torch.OutOfMemoryError:
-            del run
-            runs[:] = [runs.pop().config]                                   # what FSDP holds half way is not to be used
-            gc.collect()
-            runs[:] = [make_run(runs[0], place)]
-            return None, None
+            base = runs.pop().config                                        # what FSDP holds half way is not to be used
+        del run                                                             # here, as the error held it, too
+        gc.collect()
+        runs.append(make_run(base, place))
+        return None, None
 
     return place, measure
 

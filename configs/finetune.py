@@ -4,7 +4,8 @@ data      data/mine/meta.csv, some 300 clips of 1 to 10 s with captions, a tenth
           whole batch of one aspect ratio; `python data.py data/mine/meta.csv configs/finetune.py` tells)
 hardware  one RTX 4090: --plan says 19.5 of 23.6 GiB, 14.3 of them fp32 weights, gradients, Adam and EMA of 767 M
           parameters.  T5-XXL, 8.9 GiB, has no room beside those: latents and captions are cached before
-disk      12.3 GB a checkpoint and 3.1 GB of averaged weights; twice that while a new one is written
+disk      12.3 GB a checkpoint and 3.1 GB of averaged weights; twice that while a new one is written, which takes as
+          much main memory meanwhile
 steps     2,000, 20 to 50 times each clip; by --plan 2.6 s each, 1.5 hours, at the 30% MFU that it assumes. Not run
 start     stage 3's weights, runs/stage3.  Those that Open-Sora 1.1 published have the same shapes; a loader is to come
 expect    the look and the motion of your clips; the loss on those held out, in validation.jsonl, falls, and once it
