@@ -118,7 +118,8 @@ def start_processes(shard=0, sp=1, device=None):
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
     for name, n in {"shard": shard or world, "sp": sp}.items():
         if world % n:
-            raise ValueError(f"{name}={n} on {world} GPUs: expected a divisor of {world}")
+            raise ValueError(f"{name}={n} in a world of {world} process{'es' * (world > 1)}: expected a divisor of it; "
+                             "torchrun --nproc-per-node 8 makes it one of 8")
     cut = lambda n, names: init_device_mesh(device.type, (world // n, n), mesh_dim_names=names)
     mesh = cut(shard, ("replicas", "shard")) if shard and shard < world else init_device_mesh(device.type, (world,))
     group = cut(sp, ("data", "sequence"))["sequence"].get_group() if sp > 1 else None
