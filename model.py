@@ -16,6 +16,7 @@ import json
 import math
 import re
 import time
+import weakref
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -28,6 +29,8 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.func import functional_call
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kernels import (all_frames, attention, cross_attention, gated_residual, modulate, norm_rope, own_frames, to_frames,
                      to_positions)
@@ -547,6 +550,39 @@ def _kept(config, B, T, h, w, L, dtype):
             functional_call(model, weights, kwargs=inputs)
         storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
         return sum(size for key, size in storages.items() if key not in own)
+
+
+def forward_bytes(config: STDiTConfig, B, T, h, w, L, dtype):
+    """The most bytes of activations at once in a forward without gradients, of the same arguments."""
+    with torch.device("meta"):
+        model = STDiT(replace(config, depth=2))     # blocks come one after another
+    with FakeTensorMode(), torch.no_grad():
+        weights = {n: torch.empty(value.shape, dtype=dtype) for n, value in model.state_dict(keep_vars=True).items()}
+        inputs = example_inputs(config, B, T, h, w, L) | {"x_mask": torch.ones(B, T, dtype=torch.bool)}
+        with LiveBytes([*weights.values(), *inputs.values()]) as memory:
+            functional_call(model, weights, kwargs=inputs)
+        return memory.peak
+
+
+class LiveBytes(TorchDispatchMode):
+    """now, peak: bytes of all storages but the known ones that live, and the most that did."""
+    def __init__(self, known):
+        super().__init__()
+        self.now, self.peak, self.known = 0, 0, {x.untyped_storage()._cdata for x in known}
+
+    def __torch_dispatch__(self, op, types, args, kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.known:
+                self.known.add(key)
+                self.now += x.untyped_storage().nbytes()
+                weakref.finalize(x.untyped_storage(), self.free, key, x.untyped_storage().nbytes())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
 
 
 def state_bytes(config: STDiTConfig, shard, dtype, accumulation=1):

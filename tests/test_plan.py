@@ -4,7 +4,6 @@ import re
 import subprocess
 import sys
 import time
-import weakref
 from dataclasses import replace
 
 import pytest
@@ -17,32 +16,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from configs import GPUS, largest, load, plan, plan_row, search, wire
-from model import STDiT, STDiTConfig, example_inputs, saved_bytes, state_bytes
+from model import LiveBytes, STDiT, STDiTConfig, example_inputs, forward_bytes, saved_bytes, state_bytes
 
 SMALL = STDiTConfig(depth=6, hidden_size=144, num_heads=2, caption_channels=64)
 PATHS = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-
-
-class LiveBytes(TorchDispatchMode):
-    """now, peak: bytes of all storages made inside it that are still alive, and the most they were."""
-
-    def __init__(self, known):
-        super().__init__()
-        self.now, self.peak, self.known = 0, 0, {x.untyped_storage()._cdata for x in known}
-
-    def __torch_dispatch__(self, op, types, args, kwargs=None):
-        out = op(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor) and (key := x.untyped_storage()._cdata) not in self.known:
-                self.known.add(key)
-                self.now += x.untyped_storage().nbytes()
-                weakref.finalize(x.untyped_storage(), self.free, key, x.untyped_storage().nbytes())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def free(self, key, size):
-        self.known.discard(key)
-        self.now -= size
 
 
 def live(config, B, T, h, w, L, dtype, every):
@@ -64,6 +41,15 @@ def live(config, B, T, h, w, L, dtype, every):
 def test_activations_are_those_of_live_tensors(shape, every, dtype):
     planned, real = saved_bytes(SMALL, *shape, dtype, every), live(SMALL, *shape, dtype, every)
     assert planned == pytest.approx(real, rel=0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(2, 4, 16, 16, 20), (3, 1, 45, 27, 7)])
+def test_sampling_holds_what_live_tensors_do(shape, dtype):
+    model, inputs = STDiT(SMALL).to(dtype), example_inputs(SMALL, *shape)
+    with torch.no_grad(), LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]) as memory:
+        model(**inputs, x_mask=torch.ones(*shape[:2], dtype=torch.bool))
+    assert forward_bytes(SMALL, *shape, dtype) == pytest.approx(memory.peak, rel=0.02)
 
 
 def count_states(rank, folder):
