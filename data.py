@@ -985,7 +985,10 @@ def enlarge(frames):
 
 
 def contact_sheet(frames, per_row=8):
-    """uint8 [T H W 3] -> one picture [H' W' 3], frames in reading order with a white rule of 2 pixels after each."""
+    """uint8 [T H W 3] -> one picture [H' W' 3], frames in reading order with a white rule of 2 pixels after each; a
+    single frame as it is, since it may be given to sample.py."""
+    if len(frames) == 1:
+        return enlarge(frames)[0]
     missing = -len(frames) % per_row if len(frames) > per_row else 0  # in the last row: white
     frames = np.pad(enlarge(frames), ((0, missing), (0, 2), (0, 2), (0, 0)), constant_values=255)
     return rearrange(frames, "(r c) h w ch -> (r h) (c w) ch", c=min(per_row, len(frames)))

@@ -403,6 +403,22 @@ def initial_value(name, shape, generator):
     return nn.init.xavier_uniform_(value.flatten(1), generator=generator).reshape(shape)
 
 
+def check_weights(model, weights, source="these weights"):
+    """ValueError where weights, a dict, are not the model's by name and shape; it names the first of each kind."""
+    own = model.state_dict()
+    odd = {"missing": [key for key in own if key not in weights],
+           "unknown": [key for key in weights if key not in own],
+           "misshapen": [f"{key} {list(weights[key].shape)}, expected {list(own[key].shape)}"
+                         for key in own if key in weights and weights[key].shape != own[key].shape]}
+    said = [f"{kind} {names[0]}" + f" (and {len(names) - 1} more)" * (len(names) > 1)
+            for kind, names in odd.items() if names]
+    if said:
+        raise ValueError(f"{source}: not those of a model with depth {model.config.depth}, width "
+                         f"{model.config.hidden_size}: {'; '.join(said)}")
+
+
+QUIRKS = ("rope_before_norm", "round_conditions", "final_twice")       # those of the model, Q1 to Q3
+
 # What else upstream's config.json holds: it does not change what the model computes.
 IGNORED_KEYS = {
     "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path",
@@ -411,23 +427,30 @@ IGNORED_KEYS = {
 }
 
 
-def from_upstream(config: dict, state_dict: dict) -> STDiT:
+def from_upstream(config: dict, weights: dict) -> STDiT:
     """Open-Sora's config.json and weights -> a model, quirks on.  ValueError if either holds what we do not know."""
+    return with_weights(upstream_config(config), weights)
+
+
+def upstream_config(config: dict) -> STDiTConfig:
+    """Of Open-Sora's config.json, with the quirks on; what it leaves out is as in XL/2."""
     known = {field.name for field in fields(STDiTConfig)}
     unknown = sorted(set(config) - known - IGNORED_KEYS)
     if unknown:
         raise ValueError(f"config.json: unknown keys {unknown} - expected those of STDiT2: {sorted(known)}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
-    quirks = {"rope_before_norm": True, "round_conditions": True, "final_twice": True}
+    return STDiTConfig(**values | dict.fromkeys(QUIRKS, True))
+
+
+def with_weights(config: STDiTConfig, weights: dict, source="these weights") -> STDiT:
+    """The model that has these weights, the tensors themselves.  ValueError if they are not its own, one for one."""
     with torch.device("meta"):
-        model = STDiT(STDiTConfig(**values | quirks))
-    try:
-        model.load_state_dict(state_dict, strict=True, assign=True)
-    except RuntimeError as error:
-        raise ValueError(f"these weights do not belong to this config.json: {error}") from error
+        model = STDiT(config)
+    check_weights(model, weights, source)
+    model.load_state_dict(weights, assign=True)
     exact = frequencies(model.config.head_dim)
     if not torch.allclose(model.rope.freqs.float(), exact, rtol=2 ** -8):   # 2^-8: they may have been in bf16
-        raise ValueError("rope.freqs are not 10000^(-2i/D): this model computes them and cannot use others")
+        raise ValueError(f"{source}: rope.freqs are not 10000^(-2i/D), which this model computes and cannot change")
     return model
 
 

@@ -1,48 +1,72 @@
 """Samples a video from a caption: start from noise, ask the model 100 times what to take away, decode.
 
-in    captions, frames that are given (optional), a checkpoint: a folder with config.py and model.safetensors
-out   samples/00-a-red-circle.mp4 and a contact sheet of its frames, .png; from `generate`: uint8 [B T H W 3]
+in    captions, frames that are given (optional), a checkpoint: one of our runs, or Open-Sora's published weights
+out   samples/00-a-red-circle.mp4, a contact sheet of its frames, .png, and what made them, .json; segments of a long
+      video are in samples/.00-a-red-circle/ until it is whole.  From Python, `load` and `generate`: uint8 [B T H W 3]
 
-    python sample.py --prompt "a red circle moves right" --ckpt assets/tiny
-    python sample.py --prompt "a red circle moves right" --reference circle.png      its first frame is given
-    torchrun --nproc-per-node 8 sample.py --prompt "..." "..." --sp 4                four GPUs a clip, two clips at once
+    python sample.py --prompt "a red circle moves right" "a blue square moves up"
+    python sample.py --prompt "a red circle moves right" --seeds 0 1 2 3 --grid     four of it, and one picture of all
+    python sample.py --prompt "a red circle moves right" --animate circle.png       its first frame is given
+    python sample.py --prompt "a red circle moves up" --extend-after clip.mp4       starts with the last of the clip
+    python sample.py --prompt "|0|a red circle moves right|2|a red circle moves up" --segments 4
+    python sample.py --prompts jobs.txt       one a line, also with JSON: a dog {"num_frames": 16, "animate": "dog.png"}
+    python sample.py --again samples/00-a-red-circle.json --out again               the same frames
+    torchrun --nproc-per-node 8 sample.py --prompts jobs.txt --sp 4                 four GPUs a video, two at once
 
-Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095),
-classifier-free guidance (2207.12598), v-prediction (2202.00512).
+Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095), UniPC
+(2302.04867), classifier-free guidance (2207.12598), its rescaling (2305.08891), v (2202.00512), editing (2108.01073).
 
 Quirks of the released sampler, numbered on from model.py's; the fields of SampleQuirks, all off unless asked for:
 Q4  guide_3_channels   of the 4 latent channels the first 3 are guided
 Q5  cut_null           the null caption is cut to the length of the prompt that it stands beside
 Q6  ar_h_over_w        ar is told as height / width, while training told width / height
 Q7  raw_fps            fps is told as the source file's, whatever the frame interval
+Q8  join_untold        iddpm noises and changes a given frame one step before the model is told, a held one at the last
 """
 
 import argparse
+import json
+import pickle
 import re
+import shutil
+import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from itertools import groupby, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
+import av
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from einops import rearrange, repeat
-from safetensors.torch import load_file
+from PIL import Image
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import configs
 from data import (ASPECT, IMAGE_FPS, Bucket, fail, read_window, resize_crop, slot_generator, stride, to_uint8, to_video,
                   write_video)
 from kernels import start_processes
-from model import STDiT
-from vae import load_text_encoder, load_vae
+from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
+                   parse_strategy, seamless)
+from model import QUIRKS, STDiT, forward_bytes, num_params, upstream_config, with_weights
+from vae import (DECODER_BYTES, fingerprint, frames_at_once, load_text_encoder, load_vae, read_note, remember, stamp,
+                 write_whole)
 
 ROOT = Path(__file__).parent
-SAMPLERS = ("iddpm", "ddim", "dpm")
+SAMPLERS = ("iddpm", "ddim", "dpm", "unipc")
 NUM_TIMESTEPS = 1000
-DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20}
+FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           # and the ends of their names
+T5_BLOCKS = 24                          # of the XXL
+DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20, "unipc": 20}
 
 
 @dataclass(frozen=True)
@@ -51,9 +75,11 @@ class SampleQuirks:
     cut_null: bool = False                                              # Q5
     ar_h_over_w: bool = False                                           # Q6
     raw_fps: bool = False                                               # Q7
+    join_untold: bool = False                                           # Q8
 
 
-RELEASED = SampleQuirks(guide_3_channels=True, cut_null=True, ar_h_over_w=True, raw_fps=True)
+RELEASED = SampleQuirks(guide_3_channels=True, cut_null=True, ar_h_over_w=True, raw_fps=True, join_untold=True)
+PUBLISHED = replace(RELEASED, join_untold=False)            # what the weights are used to; Q8 is the sampler's fault
 
 
 # ---------------------------------------------------------------- the noise schedule
@@ -65,6 +91,8 @@ def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
     kind = {"eps": "epsilon", "v": "v_prediction"}[prediction]
     if sampler == "iddpm":                                              # by default it clips x_0 to -1..1
         scheduler = DDPMScheduler(prediction_type=kind, variance_type="learned_range", clip_sample=False)
+    elif sampler == "unipc":
+        scheduler = UniPCMultistepScheduler(prediction_type=kind)       # order 2
     else:
         # DPM-Solver++ of order 1 is DDIM. diffusers' DDIMScheduler always steps from t to t - 1000 // n, which is right
         # for evenly spaced t only; this class takes any list. No variance_type: with one it would keep 3 channels.
@@ -79,23 +107,51 @@ def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
 def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
     """`steps` of 999..0, evenly spaced with both ends, as in 999, 989, 979, .., 10, 0; a single one is 999.
 
-    dpm leaves out 0: log(SNR) rises so steeply there that its second-order step to 0 overshoots.  50 steps are 5% off
-    the exact solution with 0 and 1% without, for latents that are N(0.5, 0.3^2)."""
-    spaces = steps if sampler == "dpm" else max(1, steps - 1)
+    dpm and unipc leave out 0: log(SNR) rises so steeply there that a second-order step to 0 overshoots.  For latents
+    that are N(0.5, 0.3^2), 50 steps of either are 5% off the exact solution with 0 and 1% without."""
+    spaces = steps if sampler in ("dpm", "unipc") else max(1, steps - 1)
     if not 1 <= spaces < NUM_TIMESTEPS or steps < 1:
         raise ValueError(f"steps={steps}: expected 1 to {NUM_TIMESTEPS - 1}; usual are {DEFAULT_STEPS}")
     return [round(i * (NUM_TIMESTEPS - 1) / spaces) for i in range(spaces, spaces - steps, -1)]
 
 
+# ---------------------------------------------------------------- the noise level of each frame
+# strength    a frame              its last int(strength * steps) steps           the steps before it joins
+# 1           made from noise z    it is at level t, and the model is told t      none
+# 0 < r < 1   edited: from known   the same, from known noised with z to that t   clean, and the model is told t = 0
+# 0           held: known          none                                           the same, to the end
+# x_mask tells the model: True is t, False t = 0.
+def joining(strength, steps: int, join_untold: bool = False):
+    """(joins, told), int [B T]: how many steps are left when each frame joins, and when the model is first told so:
+    the same, but for Q8.  A frame made from noise has joined before the first: steps + 1.
+
+    In fp32, as upstream, where 0.29 of 100 steps are 29; in fp64 they are 28."""
+    told = (strength.float() * steps).int()
+    return torch.where(told == steps, steps + 1, told + join_untold), told
+
+
+def on_its_way(known, z, abar, prediction):
+    """x_t of frames `known` with noise z at the level abar (DDPM, eq. 4), and the eps, or v (2202.00512, appendix D),
+    from which a solver at x_t reads x_0 = known."""
+    signal, noise = abar.sqrt(), (1 - abar).sqrt()
+    return signal * known + noise * z, z if prediction == "eps" else signal * z - noise * known
+
+
 # ---------------------------------------------------------------- sampling in latent space
-def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None):
+def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, rescale: float = 0.0):
     """Classifier-free guidance (arXiv 2207.12598) of the model's answers with and without caption, [B C_out T h w].
 
     The first `channels` are guided (None: the first half, all of eps or v); the others, the variances among them, stay
-    as the caption has them.  v is linear in eps at a given x_t, so guiding either is the same."""
+    as the caption has them.  v is linear in eps at a given x_t, so guiding either is the same.
+    rescale: phi of 2305.08891, eq. 15 and 16: this share of the way back to the contrast before guidance, which a large
+    cfg_scale drives up.  Per frame, as there per image: a held frame's answer says nothing about the others."""
     channels = channels or out_cond.shape[1] // 2
     cond, null = out_cond[:, :channels], out_null[:, :channels]
-    return torch.cat([null + cfg_scale * (cond - null), out_cond[:, channels:]], dim=1)
+    guided = null + cfg_scale * (cond - null)
+    if rescale:
+        contrast = lambda answer: answer.std(dim=(1, 3, 4), keepdim=True)                                # [B 1 T 1 1]
+        guided = guided * (1 - rescale + rescale * contrast(cond) / contrast(guided).clamp(min=1e-6))
+    return torch.cat([guided, out_cond[:, channels:]], dim=1)
 
 
 def step_back(scheduler, out, t, x, generators):
@@ -110,97 +166,224 @@ def step_back(scheduler, out, t, x, generators):
 
 @torch.no_grad()
 def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler="iddpm", prediction="eps",
-                   cfg_scale=7.0, known=None, x_mask=None, quirks=SampleQuirks()):
+                   cfg_scale=7.0, rescale=0.0, known=None, strength=None, quirks=SampleQuirks(), progress=None):
     """Clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a dict of
-    height, width, num_frames, ar, fps, each [B].  generators: one per clip.
+    height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps): called after step i.
 
-    Frames with x_mask [B T] False are given: they are `known` [B C T h w], bit for bit, at every step and at the end.
-    They enter the model clean.  In upstream's training they carry the noise of t = 0, a hundredth of a standard
-    deviation: too little to miss, and the user's frames stay the user's.  x_mask None: everything is generated."""
-    B, C = z.shape[:2]
-    scheduler = noise_schedule(sampler, prediction)
-    scheduler.set_timesteps(timesteps=timesteps(steps, sampler))
+    strength [B T] says what each frame is, see above; None: all are made from noise.  known [B C T h w]: clean latents
+    of those with strength < 1.  A held frame is known bit for bit, at every step and at the end.  It enters the model
+    clean: in upstream's training it has the noise of t = 0, a hundredth of a standard deviation, too little to miss."""
+    B, C, T = z.shape[:3]
+    if (known is None) != (strength is None) or strength is not None and strength.shape != (B, T):
+        raise ValueError(f"strength must be [B T] = [{B} {T}] and stand with known, got "
+                         f"{[None if value is None else list(value.shape) for value in (strength, known)]}")
+    scheduler, times = noise_schedule(sampler, prediction), timesteps(steps, sampler)
+    if sampler == "unipc":                                              # takes no list; spaces them as `timesteps` does
+        scheduler.set_timesteps(steps)
+    else:
+        scheduler.set_timesteps(timesteps=times)
     guided = cfg_scale != 1
+    rows = 2 if guided else 1
     if guided:                                                          # rows 0..B-1 with caption, B..2B-1 without
         null_mask = y_mask if quirks.cut_null else torch.ones_like(y_mask)
         y, y_mask = torch.cat([y, model.null_y.to(y).expand_as(y)]), torch.cat([y_mask, null_mask])
         cond = {name: torch.cat([value, value]) for name, value in cond.items()}
-    rows = 2 if guided else 1
-    told_mask = None if x_mask is None else repeat(x_mask, "b t -> (rows b) t", rows=rows)
-    noised = None if x_mask is None else rearrange(x_mask, "b t -> b 1 t 1 1")
+    told_mask = None
+    if strength is not None:
+        joins, told = joining(strength.to(z.device), steps, quirks.join_untold and sampler == "iddpm")
+        joins = rearrange(joins, "b t -> b 1 t 1 1")
     x = z
-    for t in tqdm(scheduler.timesteps, desc=sampler, leave=False, disable=not sys.stderr.isatty()):
-        x = x if x_mask is None else torch.where(noised, x, known)
+    for i, t in enumerate(scheduler.timesteps):
+        left, x_in = steps - i, x
+        if strength is not None:
+            # The model sees a frame that has not joined clean.  To the solver it is on its way, at level t and with its
+            # x_0 predicted exactly: so dpm and unipc have a true history of a frame when it joins.
+            x_t, true = on_its_way(known, z, scheduler.alphas_cumprod[t], prediction)
+            x = torch.where(left < joins, x, x_t)
+            x_in = torch.where(left <= joins, x, known)
+            told_mask = repeat(left <= told, "b t -> (rows b) t", rows=rows)
         told_t = torch.full((rows * B,), int(t), device=x.device)
-        x_rows = repeat(x, "b c t h w -> (rows b) c t h w", rows=rows)
+        x_rows = repeat(x_in, "b c t h w -> (rows b) c t h w", rows=rows)
         out = model(x_rows, told_t, y, y_mask, x_mask=told_mask, **cond)
         if guided:
-            out = guide(*out.chunk(2), cfg_scale, 3 if quirks.guide_3_channels else C)
+            out = guide(*out.chunk(2), cfg_scale, 3 if quirks.guide_3_channels else C, rescale)
+        if strength is not None:
+            answer = torch.where(left <= joins, out[:, :C], true)
+            out = torch.cat([answer, out[:, C:]], dim=1)
         x = step_back(scheduler, out, t, x, generators)
-    return x if x_mask is None else torch.where(noised, x, known)
+        if progress:
+            progress(i + 1, steps)
+    return x if strength is None else torch.where(joins >= 1, x, known)
 
 
 # ---------------------------------------------------------------- from captions to frames
+@dataclass(frozen=True)
+class Job:
+    """One video: all that decides its frames but the checkpoint and the sampler's settings.  T is num_frames."""
+    prompts: tuple[str, ...]                # one per segment of T frames
+    num_frames: int
+    height: int                             # pixels; what does not fill a latent cell is dropped
+    width: int
+    fps: float                              # of the source that the video imitates,
+    frame_interval: int = 1                 # .. of which every so many-th frame is shown
+    references: tuple[str, ...] = ()        # images and videos, numbered from 0
+    strategy: str = ""                      # which frames are given from them, and from segments before (masks.Given)
+    overlap: int = 0                        # frames that a segment shares with the one before: they are shown once
+    loop: bool = False                      # the last segment shares as many with the first one
+    seed: int = 0                           # with number it decides the noise, whatever else is sampled
+    number: int = 0                         # of the prompt, from 0
+
+    @property
+    def name(self):
+        return f"{self.number:02d}-{slug(self.prompts[0])}" + f"-seed-{self.seed}" * (self.seed != 0)
+
+    def plans(self, lengths):
+        """masks.frame_plan of each segment, for references of `lengths` frames; segments before count as references."""
+        groups, T = parse_strategy(self.strategy), self.num_frames
+        return [frame_plan(groups, i, T, [*lengths, *[T] * i]) for i in range(len(self.prompts))]
+
+
 def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, steps=100,
-             sampler="iddpm", prediction="eps", cfg_scale=7.0, seed=0, references=None, numbers=None, batch_size=4,
-             quirks=SampleQuirks()):
-    """Videos, uint8 [B T H W 3], one per prompt.  Clip i depends on prompts[i], references[i], seed, numbers[i] (or i).
+             sampler="iddpm", prediction="eps", cfg_scale=7.0, rescale=0.0, seed=0, numbers=None, references=None,
+             strategies=None, segments=None, overlap=None, batch_size=4, quirks=SampleQuirks()):
+    """Videos, uint8 [B T H W 3], one per prompt.  Video i depends on seed, numbers[i] (or i), and on the i-th of:
 
-    height, width: pixels; what does not fill a latent cell is dropped.  fps: of a source of which every
-    frame_interval-th frame is taken.  references: per prompt None or uint8 [K H W 3] of any size: its first frames."""
-    references, numbers = references or [None] * len(prompts), numbers or range(len(prompts))
-    check_request(prompts, references, num_frames, height, width, fps, vae.down, model.config.patch_size)
-    device = model.null_y.device
-    shape = (vae.channels, num_frames, height // vae.down, width // vae.down)
-    ar = height / width if quirks.ar_h_over_w else width / height
-    told_fps = IMAGE_FPS if num_frames == 1 else fps if quirks.raw_fps else fps / frame_interval
-    told = dict(height=height, width=width, num_frames=num_frames, ar=ar, fps=told_fps)
-    clips = []
-    for i in range(0, len(prompts), batch_size):
-        texts = list(prompts[i : i + batch_size])
-        generators = [slot_generator(seed, 0, number, "sample") for number in numbers[i : i + batch_size]]  # of the CPU
-        z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
-        y, y_mask = text_encoder(texts)
-        cond = {name: torch.full((len(texts),), float(value), device=device) for name, value in told.items()}
-        known, x_mask = encode_references(vae, references[i : i + batch_size], z)
-        z = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators, steps=steps,
-                           sampler=sampler, prediction=prediction, cfg_scale=cfg_scale, known=known, x_mask=x_mask,
-                           quirks=quirks)
-        clips += [to_uint8(vae.decode(clip)[0]) for clip in z.split(1)]
-    return np.stack(clips)
+    prompts      a text, or "|0|text|3|text" for segments 0 to 2 and from 3 on
+    references   None or a list of uint8 [K H W 3] of any size
+    strategies   None or a list of masks.Given; None with references: the first frame of the first one comes first
+    With segments > 1, T = segments * (num_frames - overlap) + overlap.  fps: of a source of which every
+    frame_interval-th frame is taken."""
+    many = len(prompts)
+    references, strategies = references or [None] * many, strategies or [None] * many
+    if not len(references) == len(strategies) == many:
+        raise ValueError(f"{len(references)} references and {len(strategies)} strategies for {many} prompts: expected "
+                         "one (or None) per prompt")
+    references = [[np.asarray(frames) for frames in ([] if some is None else some)] for some in references]
+    for shape in (frames.shape for some in references for frames in some if frames.ndim != 4):
+        raise ValueError(f"references: expected per prompt a list of uint8 [K H W 3], got {list(shape)} in one")
+    jobs = []
+    for number, prompt, some, groups in zip(numbers or range(many), prompts, references, strategies):
+        groups = (animate() if some else []) if groups is None else groups
+        jobs.append(plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width,
+                             fps=fps, frame_interval=frame_interval, seed=seed, number=number))
+    check_jobs(jobs, references, vae.down, model.config.patch_size)
+    how = dict(steps=steps, sampler=sampler, prediction=prediction, cfg_scale=cfg_scale, rescale=rescale, quirks=quirks)
+    videos = []
+    for i in range(0, many, batch_size):
+        batch, some = jobs[i : i + batch_size], references[i : i + batch_size]
+        rounds = [z for z in sample_segments(model, vae, text_encoder, batch, some, [[] for _ in batch], **how)]
+        videos += [show(vae, job, [z[b] for z in rounds]) for b, job in enumerate(batch)]
+    return np.stack(videos)
 
 
-def check_request(prompts, references, num_frames, height, width, fps, down, patch_size):
-    if not prompts or not all(prompt.strip() for prompt in prompts):
-        raise ValueError(f"prompts {list(prompts)}: each must say something, as in \"a red circle moves right\"")
-    if len(references) != len(prompts):
-        raise ValueError(f"{len(references)} references for {len(prompts)} prompts: expected one (or None) per prompt")
+def plan_job(prompt, groups, segments, overlap, loop=False, **rest):
+    """The Job of a prompt: its text per segment, and each segment tied to the one before by `overlap` frames.
+
+    segments None: as many as the prompt names.  overlap None: a quarter of the frames, the most that training gives."""
+    if loop and segments is None:
+        segments = max(2, len(split_prompt(prompt)))
+    prompts, T = split_prompt(prompt, segments), rest["num_frames"]
+    overlap = max(1, T // 4) if overlap is None else overlap
+    if len(prompts) == 1 and not loop:
+        return Job(prompts, strategy=format_strategy(groups), **rest)
+    if not 0 < overlap < T:
+        raise ValueError(f"overlap={overlap} of segments of {T} frames: expected 1 to {T - 1}")
+    chain = [group for i in range(1, len(prompts)) for group in extend_after(overlap, segment=i, reference=-1)]
+    chain = seamless(overlap, len(prompts)) if loop else chain
+    return Job(prompts, strategy=format_strategy([*groups, *chain]), overlap=overlap, loop=loop, **rest)
+
+
+def split_prompt(prompt, segments=None):
+    """A text per segment: "|0|a cat|2|a dog" says "a cat" in segments 0 and 1 and "a dog" from 2 on; other prompts say
+    the same in all.  segments None: up to the last one named."""
+    if not prompt.startswith("|0|"):
+        return (prompt,) * (1 if segments is None else segments)
+    starts, texts = (prompt[1:].split("|")[i::2] for i in (0, 1))
+    good = len(starts) == len(texts) and all(start.strip().isdecimal() for start in starts)
+    starts = [int(start) for start in starts] if good else []
+    segments = max(starts, default=0) + 1 if segments is None else segments
+    if not good or sorted(starts) != starts or starts[-1] > segments:
+        raise ValueError(f"prompt {prompt!r}: expected |0|text|3|text, each text behind the segment, of {segments}, "
+                         "from which on it holds")
+    return tuple([text for start, text in zip(starts, texts) if start <= i][-1].strip() for i in range(segments))
+
+
+def check_jobs(jobs, references, down, patch_size):
+    """Raises ValueError, before anything is sampled, where one cannot be.  references: per job those with a length."""
     least = (down * patch_size[1], down * patch_size[2])
-    if not fps > 0:
-        raise ValueError(f"fps={fps}: expected more than 0")
-    if num_frames < 1 or height < least[0] or width < least[1]:
-        raise ValueError(f"{num_frames} frames of {height}x{width} (height x width): expected 1 frame or more of "
-                         f"{least[0]}x{least[1]} pixels, one patch, or more")
-    longest = max((len(frames) for frames in references if frames is not None), default=0)
-    if longest >= num_frames:
-        raise ValueError(f"{longest} reference frames leave nothing of {num_frames} frames to generate: give fewer")
-    if height % down or width % down:
-        made = f"{height // down * down}x{width // down * down}"
-        print(f"{height}x{width} asked, {made} made: a latent cell is {down} pixels wide")
+    if not jobs:
+        raise ValueError("no prompts: expected at least one, as in \"a red circle moves right\"")
+    for job, some in zip(jobs, references):
+        if not job.prompts or not all(prompt.strip() for prompt in job.prompts):
+            raise ValueError(f"prompt {job.number}, {list(job.prompts)}: expected one segment or more, and each must "
+                             "say something, as in \"a red circle moves right\"")
+        if not job.fps > 0 or job.frame_interval < 1:
+            raise ValueError(f"fps={job.fps}, frame_interval={job.frame_interval}: expected more than 0")
+        if job.num_frames < 1 or job.height < least[0] or job.width < least[1]:
+            raise ValueError(f"{job.num_frames} frames of {job.height}x{job.width} (height x width): expected 1 frame "
+                             f"or more of {least[0]}x{least[1]} pixels, one patch, or more")
+        job.plans([len(frames) for frames in some])
+    for height, width in dict.fromkeys((job.height, job.width) for job in jobs):
+        if height % down or width % down:
+            made = f"{height // down * down}x{width // down * down}"
+            print(f"{height}x{width} asked, {made} made: a latent cell is {down} pixels wide")
 
 
-def encode_references(vae, references, z):
-    """known [B C T h w], the given frames' latents and 0 elsewhere, and x_mask [B T]; (None, None) without any."""
-    if all(frames is None for frames in references):
-        return None, None
-    B, _, T, h, w = z.shape
-    known, x_mask = torch.zeros_like(z), torch.ones(B, T, dtype=torch.bool, device=z.device)
-    for b, frames in enumerate(references):
-        if frames is not None:
-            video = to_video(resize_crop(torch.as_tensor(frames), h * vae.down, w * vae.down))         # [3 K H W]
-            known[b, :, : len(frames)] = vae.encode(video[None].to(z.device))[0].to(z)
-            x_mask[b, : len(frames)] = False
-    return known, x_mask
+def sample_segments(model, vae, text_encoder, jobs, references, made, progress=None, **how):
+    """Yields the latents [B C T h w] of one segment after the other, for jobs of one shape.
+
+    references: per job a list of uint8 [K H W 3].  made: per job its first segments, [C T h w], if they are there
+    already.  how: the settings of sample_latents."""
+    H, W, device = jobs[0].height // vae.down, jobs[0].width // vae.down, model.null_y.device
+    plans = [job.plans([len(frames) for frames in some]) for job, some in zip(jobs, references)]
+    sources = [[*encode_references(vae, some, plan, H, W, device), *(z.to(device) for z in parts)]
+               for some, plan, parts in zip(references, plans, made)]
+    for segment in range(len(made[0]), len(jobs[0].prompts)):
+        generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]             # of the CPU
+        shape = (vae.channels, jobs[0].num_frames, H, W)
+        z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
+        strength = torch.stack([plan[segment][1] for plan in plans]).to(device)                           # [B T]
+        known = torch.zeros_like(z)
+        for b, plan in enumerate(plans):
+            for t, source in enumerate(plan[segment][0]):
+                if source:
+                    known[b, :, t] = sources[b][source[0]][:, source[1]]
+        given = dict(known=known, strength=strength) if (strength < 1).any() else {}
+        y, y_mask = text_encoder([job.prompts[segment] for job in jobs])
+        told = [conditions(job, how["quirks"]) for job in jobs]
+        cond = {name: torch.tensor([float(row[name]) for row in told], device=device) for name in told[0]}
+        z = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators, progress=progress,
+                           **given, **how)
+        for parts, latent in zip(sources, z):
+            parts.append(latent)
+        yield z
+
+
+def conditions(job, quirks):
+    """What the model is told of a clip, beside its text."""
+    ar = job.height / job.width if quirks.ar_h_over_w else job.width / job.height
+    fps = IMAGE_FPS if job.num_frames == 1 else job.fps / (1 if quirks.raw_fps else job.frame_interval)
+    return dict(height=job.height, width=job.width, num_frames=job.num_frames, ar=ar, fps=fps)
+
+
+def encode_references(vae, references, plans, H, W, device):
+    """The latents [C K H W] of each reference, uint8 [K height width 3]; only of frames that a plan takes, else 0."""
+    taken = {source for sources, _ in plans for source in sources if source}
+    for r, frames in enumerate(references):
+        z, used = torch.zeros(vae.channels, len(frames), H, W, device=device), sorted(f for n, f in taken if n == r)
+        if used:
+            video = to_video(resize_crop(torch.as_tensor(frames[used]), H * vae.down, W * vae.down))
+            z[:, used] = vae.encode(video[None].to(device))[0].to(z)    # the posterior's mean
+        yield z
+
+
+def show(vae, job, segments):
+    """The video, uint8 [T_total H W 3], of a job's segments [C T h w]; frames that two of them share are shown once."""
+    T, videos = job.num_frames, []
+    for i, z in enumerate(segments):
+        first, last = job.overlap * (i > 0), job.overlap * (job.loop and i == len(segments) - 1)
+        videos.append(to_uint8(vae.decode(z[None, :, first : T - last])[0]))
+    return np.concatenate(videos)
 
 
 # ---------------------------------------------------------------- checkpoints and the command line
@@ -209,29 +392,257 @@ def find(name):
     return next((str(path) for path in (Path(name), ROOT / name) if path.exists()), name)
 
 
-def load_checkpoint(folder, device="cpu"):
-    """(model, config) of a folder with config.py and model.safetensors: a run, or weights shipped as assets/tiny."""
-    files = [Path(find(folder)) / name for name in ("config.py", "model.safetensors")]
-    for file in files:
-        if not file.is_file():
-            raise FileNotFoundError(f"no checkpoint {folder}: there is no {file}. `python train.py configs/tiny.py` "
-                                    "writes one to runs/tiny; assets/tiny comes with this repository")
-    config = configs.load(str(files[0]))
-    model = STDiT(config.model)
-    model.load_state_dict(load_file(files[1]))
-    return model.to(device, weight_dtype(config, device)).eval(), config
+def fetch(name, files, missing):
+    """The folder with a hub name's files, downloaded once.  FileNotFoundError: `missing`, and what the hub said."""
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=files))
+    except (OSError, HFValidationError) as error:                           # no such name, no connection
+        raise FileNotFoundError(f"{missing}, which gave: {str(error).splitlines()[0]}") from error
+
+
+class Found(NamedTuple):
+    """A checkpoint before its weights are read: the captions can be encoded, and T5 be gone, when they are."""
+    file: Path                                                              # .safetensors, else a .pth
+    config: configs.Config
+    quirks: SampleQuirks
+
+
+class Checkpoint(NamedTuple):
+    model: STDiT
+    config: configs.Config                                                  # of an own run; else what sampling needs
+    quirks: SampleQuirks
+
+
+def find_checkpoint(ckpt) -> Found:
+    """Where a checkpoint's weights are, and what belongs to them.  ckpt is one of
+
+    our runs, or assets/tiny   a folder with config.py and model.safetensors
+    Open-Sora's weights        a folder with config.json and model.safetensors, the name of one on the hub, or the
+                               weights' file alone, .safetensors or .pth: without a config.json beside it, of XL/2"""
+    path = Path(find(ckpt))
+    missing = ("no checkpoint {}: there is no {}, expected a run (config.py and model.safetensors, as `python train.py "
+               "configs/tiny.py` writes to runs/tiny; assets/tiny comes with this repository), or Open-Sora's weights: "
+               "a folder with config.json and model.safetensors, a .safetensors, a .pth").format
+    if not path.exists():
+        path = fetch(ckpt, ["config.json", "model.safetensors"], missing(ckpt, path) + ", or their name on the hub")
+    folder, file = (path, path / "model.safetensors") if path.is_dir() else (path.parent, path)
+    if not file.is_file():
+        raise FileNotFoundError(missing(ckpt, file))
+    if (folder / "config.py").is_file():
+        config = configs.load(str(folder / "config.py"))
+        return Found(file, config, SampleQuirks(raw_fps=config.raw_fps))
+    written = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    config = replace(configs.load("configs/stage3.py"), model=upstream_config(written), raw_fps=True,
+                     captions_cleaned=True, buckets={"240p": {16: (1.0, 1)}})
+    return Found(file, config, PUBLISHED)
+
+
+def load(ckpt, device="cpu", dtype=None, offload=False) -> Checkpoint:
+    """The model of find_checkpoint(ckpt), ready to sample, its config, and the quirks to sample it with.
+
+    dtype: None is bf16 on a GPU where it was trained so, else fp32.  offload: its blocks stay in host memory.
+    ValueError names weights that are missing, unknown or misshapen."""
+    file, config, quirks = find_checkpoint(ckpt)
+    on = [name for name in QUIRKS if getattr(config.model, name)] + [name for name, on in asdict(quirks).items() if on]
+    alone = not any((file.parent / name).is_file() for name in ("config.py", "config.json"))
+    if (on or alone) and not (dist.is_initialized() and dist.get_rank()):
+        print(f"{ckpt}: " + "no config.json beside it, so taken for XL/2 as published; " * alone
+              + f"quirks on: {', '.join(on)}" + "; captions are cleaned" * config.captions_cleaned)
+    model = with_weights(config.model, read_weights(file), file).requires_grad_(False).eval()
+    model.to(dtype or weight_dtype(config, device))
+    return Checkpoint(visiting(model, model.blocks, device) if offload else model.to(device), config, quirks)
+
+
+def read_weights(file):
+    """A dict of tensors, of a .safetensors or of what torch.save wrote.  No code in the file is run."""
+    try:
+        if file.suffix == ".safetensors":
+            return load_file(file)
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]} - is it whole?") from error
+    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
+    return {name: value for name, value in weights.items() if torch.is_tensor(value)}
 
 
 def weight_dtype(config, device):
     return torch.bfloat16 if config.dtype == "bf16" and torch.device(device).type == "cuda" else torch.float32
 
 
-def read_references(paths, num_prompts, num_frames, frame_interval):
-    """Per prompt None or uint8 [K H W 3]; one path serves all prompts."""
-    if len(paths) not in (0, 1, num_prompts):
-        raise ValueError(f"{len(paths)} --reference files for {num_prompts} prompts: expected one, or one per prompt")
-    clips = [read_window(path, num_frames, frame_interval, start=0)[0] for path in paths] or [None]
-    return clips if len(clips) == num_prompts else clips * num_prompts
+def visiting(net, blocks, device):
+    """net on device but for its blocks, which stay in host memory and are copied there one by one as they compute.
+
+    Of T5-XXL in bf16 0.4 GB at a time are there instead of 9, of XL/2 54 MB instead of 1.5 GB; a forward copies all."""
+    staying = {parameter for block in blocks for parameter in block.parameters()}
+    for tensor in (*net.parameters(), *net.buffers()):
+        if tensor not in staying:
+            tensor.data = tensor.data.to(device)
+    for block in blocks:
+        at_home = {parameter: parameter.data for parameter in block.parameters()}
+
+        def come(block, args, at_home=at_home):
+            for parameter, data in at_home.items():
+                parameter.data = data.to(device)
+
+        def leave(block, args, out, at_home=at_home):
+            for parameter, data in at_home.items():
+                parameter.data = data
+
+        block.register_forward_pre_hook(come)
+        block.register_forward_hook(leave)
+    return net
+
+
+def encode_texts(config, captions, device="cpu", dtype=None, folder=None, offload=False):
+    """A text encoder for generate() that knows these captions, all that will be asked for; T5 itself is gone again.
+
+    folder: keeps the embeddings for the next time, and then T5 is not read at all.  A local T5 is told from another by
+    its files' sizes and times, one on the hub by its name.  offload: its blocks stay in host memory.
+    Warns of captions that are cut, and of words that the tokenizer does not know."""
+    name, dtype, L = find(config.text_encoder), dtype or weight_dtype(config, device), config.model.model_max_length
+
+    def load_it():
+        encoder = load_text_encoder(name, L, dtype, "cpu" if offload else device, config.captions_cleaned)
+        if offload:
+            visiting(encoder.net, encoder.net.encoder.block, device)
+        for caption, length in zip(captions, encoder.lengths(captions), strict=True):
+            if unknown := encoder.unknown(caption):
+                print(f"warning: {name} does not know: {', '.join(unknown)}", file=sys.stderr)
+            if length > L:
+                print(f"warning: cut at {L} of its {length} tokens: {caption}", file=sys.stderr)
+        return encoder
+
+    files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
+    identity = [(file.name, stamp(file)[1]) for file in files] or name
+    return remember(load_it, captions, folder, (identity, str(dtype), L, config.captions_cleaned))
+
+
+def export(ckpt, folder):
+    """One of our runs in the layout of Open-Sora 1.1, whose STDiT2.from_pretrained(folder) then reads it.
+
+    Its config.py lies beside config.json and model.safetensors, so that `load` takes the folder for the run that it is.
+    ValueError where Open-Sora would compute something else: it has no embedding of the frame, rotates queries and keys
+    before QK-norm, and samples eps with a learned variance."""
+    model, config, quirks = load(ckpt, dtype=torch.float32)
+    m = config.model
+    faults = {"model.temporal_pos=True": m.temporal_pos, "model.pred_sigma=False": not m.pred_sigma,
+              "model.rope_before_norm=False": m.qk_norm and not m.rope_before_norm,
+              f"prediction={config.prediction!r}": config.prediction != "eps"}
+    if any(faults.values()):
+        raise ValueError(f"{ckpt} was trained with {', '.join(name for name, wrong in faults.items() if wrong)}: "
+                         "Open-Sora would read its weights and compute something else. Expected the opposite of each")
+    notes = {"round_conditions": "in bf16 it rounds t, sizes and fps; in fp32 it does not",
+             "final_twice": "given frames leave its last layer otherwise, and its sampler keeps that at t = 0"}
+    for name in (name for name in notes if not getattr(m, name)):
+        print(f"note: Open-Sora computes with {name}, this model was trained without: {notes[name]}")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = {name: value for name, value in asdict(m).items() if name not in (*QUIRKS, "temporal_pos")}
+    written |= {"model_type": "STDiT2", "architectures": ["STDiT2"], "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    if quirks != PUBLISHED:
+        (folder / "config.py").write_text(configs.dump(config))
+    save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})   # transformers refuses it without
+
+
+# ---------------------------------------------------------------- command line: which videos
+def add_job_options(parser):
+    """What one prompt asks for: these can stand in its JSON too, as "num_frames" or "num-frames"."""
+    add = parser.add_argument_group("one video (or in a prompt's JSON)").add_argument
+    add("--num-frames", type=int, metavar="T", help="default: of the shortest videos the checkpoint was trained on")
+    add("--size", help="HEIGHTxWIDTH in pixels, as in 240x426; default: the largest trained at that length")
+    add("--fps", type=float, help="frames per second of the source that it imitates; default: the config's")
+    add("--frame-interval", type=int, metavar="N", help="of these it shows every N-th; default: the config's")
+    add("--seed", "--seeds", dest="seeds", type=int, nargs="+", default=[0], help="a video for each; default: 0")
+    add("--segments", type=int, metavar="N", help="length: N * (T - overlap) + overlap frames; default: 1, or as many "
+                                                  "as a prompt |0|text|3|text names")
+    add("--overlap", type=int, metavar="FRAMES", help="that a segment takes from the one before; default: T / 4")
+    add("--seamless", action="store_true", default=False, help="the last segment leads back to the first: a loop")
+    add = parser.add_argument_group("frames that are given: one of these (or in a prompt's JSON)").add_argument
+    add("--animate", metavar="IMAGE", help="the first frame")
+    add("--extend-after", metavar="CLIP", help="its last frames come first")
+    add("--extend-before", metavar="CLIP", help="its first frames come last")
+    add("--connect", nargs=2, metavar=("A", "B"), help="clips or images: the video leads from A to B")
+    add("--keep", type=int, metavar="FRAMES", help="that these share with the video; default: T / 4, --connect: 1")
+    add("--edit", metavar="CLIP", help="its first T frames, changed by --strength")
+    add("--strength", type=float, default=0.5, help="0: not at all, to 1: all new; default: %(default)s")
+    add("--infill", nargs=2, metavar=("CLIP", "START:STOP"), help="frames START to STOP - 1, from 0, are made anew")
+    add("--reference", "--reference-path", nargs="+", metavar="PATH", help="or \"a.png;b.mp4\", images and clips, for")
+    add("--mask-strategy", metavar="GROUPS", help="segment,reference,ref_start,target_start,length,edit;.. - see "
+                                                  "`python masks.py 0,0,-4,0,4`; default: 0, the first frame is given")
+
+
+def given_frames(asked, T):
+    """(references, groups) of the option in use."""
+    keep = max(1, T // 4) if asked.keep is None else asked.keep
+    groups = [] if asked.mask_strategy is None else parse_strategy(asked.mask_strategy)
+    forms = {"animate": lambda path: ([path], animate()),
+             "extend_after": lambda path: ([path], extend_after(keep)),
+             "extend_before": lambda path: ([path], extend_before(keep)),
+             "connect": lambda paths: (paths, connect(1 if asked.keep is None else keep)),
+             "edit": lambda path: ([path], edit(asked.strength, T)),
+             "infill": lambda words: ([words[0]], infill(*parse_pair(words[1], ":", "--infill", "4:12"), T)),
+             "reference": lambda paths: (";".join(paths).split(";"),
+                                         animate() if asked.mask_strategy is None else groups)}
+    used = [name for name in forms if getattr(asked, name) is not None]
+    if len(used) > 1 or used != ["reference"] and used and groups:
+        names = ["--" + name.replace("_", "-") for name in (*used, "mask_strategy")][:2]
+        raise ValueError(f"{' and '.join(names)}: expected one of them; --reference with --mask-strategy says it all")
+    return forms[used[0]](getattr(asked, used[0])) if used else ([], groups)
+
+
+def read_jobs(args, config):
+    """The jobs of the command line or of a file of prompts: number i of each prompt, once per seed."""
+    lines = args.prompt or [line for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
+    jobs = []
+    for number, line in enumerate(lines):
+        text, asked = split_json(line, args)
+        T, height, width = default_bucket(config.buckets)
+        T = T if asked.num_frames is None else asked.num_frames
+        height, width = parse_pair(asked.size, "x", "--size", "240x426") if asked.size else (height, width)
+        fps = config.fps if asked.fps is None else asked.fps
+        interval = int(stride(fps, config)) if asked.frame_interval is None else asked.frame_interval
+        references, groups = given_frames(asked, T)
+        jobs += [plan_job(text, groups, asked.segments, asked.overlap, asked.seamless, num_frames=T, height=height,
+                          width=width, fps=fps, frame_interval=interval, references=tuple(references), seed=seed,
+                          number=number) for seed in asked.seeds]
+    return jobs
+
+
+def split_json(line, args):
+    """(text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ..}, overrides those of the command line."""
+    text, brace, rest = line.partition("{")
+    try:
+        told = json.loads(brace + rest or "{}")
+    except json.JSONDecodeError as error:
+        raise ValueError(f"prompt {line!r}: a brace starts JSON that ends it, as in a cat {{\"num_frames\": 16}}: "
+                         f"{error}") from None
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_job_options(parser)
+    words = []
+    for name, value in told.items():
+        option = "--" + name.replace("_", "-")
+        words += [option] * (value is not False) if isinstance(value, bool) else (
+            [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"])
+    try:
+        asked, unknown = parser.parse_known_args(words, argparse.Namespace(**vars(args)))
+    except argparse.ArgumentError as error:
+        raise ValueError(f"prompt {line!r}: {error}") from None
+    if unknown:
+        names = [action.dest for action in parser._actions]
+        raise ValueError(f"prompt {line!r}: {unknown[0].split('=')[0]!r} is none of {', '.join(names)}")
+    return text, asked
+
+
+def parse_pair(text, sign, option, example):
+    if not re.fullmatch(rf"\d+{sign}\d+", text):
+        raise ValueError(f"{option} {text}: expected two whole numbers, as in {example}")
+    return tuple(map(int, text.split(sign)))
+
+
+def slug(prompt):
+    """The caption's first letters and digits, as a part of a file name on any system."""
+    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
 
 
 def default_bucket(buckets):
@@ -247,35 +658,55 @@ def usual_aspect(resolution):
     return "0.56" if "0.56" in ASPECT[resolution] else min(ASPECT[resolution], key=lambda ar: abs(float(ar) - 1))
 
 
-def parse_size(text):
-    if not re.fullmatch(r"\d+x\d+", text):
-        raise ValueError(f"--size {text}: expected HEIGHTxWIDTH in pixels, as in 240x426")
-    return tuple(map(int, text.split("x")))
+def read_references(job, down):
+    """uint8 [K H W 3] of each reference, at the job's size and at about its frame rate, all of it."""
+    groups, many = parse_strategy(job.strategy), len(job.references)
+    for r, path in enumerate(job.references):
+        at_end = any(group.ref_start < 0 and group.reference in (r, r - many) for group in groups)
+        yield read_reference(path, job.height // down * down, job.width // down * down, job.fps / job.frame_interval,
+                             at_end)
 
 
-def slug(prompt):
-    """The caption's first letters and digits, as a part of a file name on any system."""
-    return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
+@lru_cache(maxsize=16)                                              # several prompts or seeds for one clip
+def read_reference(path, height, width, fps, at_end):
+    """at_end: the last frame is among those taken, otherwise the first."""
+    frames, _ = read_window(find(path), start=0)
+    every = 1
+    if len(frames) > 1:
+        with av.open(find(path)) as container:
+            every = max(1, round((container.streams.best("video").average_rate or fps) / fps))
+    return resize_crop(frames[(len(frames) - 1) % every if at_end else 0 :: every], height, width).numpy()
 
 
+# ---------------------------------------------------------------- command line: how, and where to
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Samples one video per prompt.")
-    add = parser.add_argument
-    add("--prompt", nargs="+", required=True, help="captions, each in quotes")
-    add("--ckpt", default="assets/tiny", help="folder with config.py and model.safetensors (default: %(default)s)")
-    add("--out", default="samples", help="folder for videos and contact sheets (default: %(default)s)")
-    add("--num-frames", type=int, help="default: of the shortest videos that the checkpoint was trained on")
-    add("--size", help="HxW in pixels, as in 240x426; default: the largest trained at that length")
-    add("--fps", type=float, help="of the source; the video plays at fps / frame interval; default: the config's")
-    add("--seed", type=int, default=0)
-    add("--sampler", choices=SAMPLERS, default="iddpm")
-    add("--steps", type=int, help=f"default: {DEFAULT_STEPS}")
-    add("--cfg-scale", type=float, help="guidance; 1 = none, at half the time; default: the config's")
-    add("--reference", nargs="+", default=[], help="image or video that gives the first frames: one, or one per prompt")
-    add("--reference-frames", type=int, default=1, help="how many of them (default: %(default)s)")
-    add("--batch-size", type=int, default=4, help="prompts sampled at once (default: %(default)s)")
-    add("--sp", type=int, default=1, help="under torchrun: GPUs that share each clip; the groups share the prompts")
-    add("--quirks", action="store_true", help="sample as the release does, Q4 to Q7: for the published weights")
+    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], allow_abbrev=False, usage="see --help",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", help="captions, each in quotes")
+    what.add_argument("--prompts", metavar="FILE", help="of captions, one a line")
+    what.add_argument("--again", metavar="JSON", help="the file beside a video: makes this video again")
+    what.add_argument("--plan", action="store_true", help="print the memory that sampling takes, and stop")
+    what.add_argument("--export", metavar="FOLDER", help="write --ckpt as Open-Sora reads it, and stop")
+    add_job_options(parser)
+    add = parser.add_argument_group("how").add_argument
+    add("--ckpt", default="assets/tiny", help="a run's folder, or Open-Sora's weights: a folder, a file, a name on the "
+                                              "hub as hpcai-tech/OpenSora-STDiT-v2-stage3; default: %(default)s")
+    add("--sampler", choices=SAMPLERS, default="iddpm", help="default: %(default)s")
+    add("--steps", type=int, help="default: " + ", ".join(f"{name} {n}" for name, n in DEFAULT_STEPS.items()))
+    add("--cfg-scale", type=float, help="guidance; 1: none, at half the time; default: the config's")
+    add("--rescale", type=float, default=0.0, help="of the guidance, 0 to 1; default: %(default)s")
+    add("--quirks", action="store_true", help="Q4 to Q8 on, as in the release; default: what the weights expect")
+    add = parser.add_argument_group("files").add_argument
+    add("--out", default="samples", help="folder; default: %(default)s")
+    add("--format", choices=FORMATS, default="mp4", help="beside the contact sheet, .png; default: %(default)s")
+    add("--grid", action="store_true", help="a picture of the contact sheets of all seeds of a prompt")
+    add("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=int, default=4, help="videos of one size sampled at once; default: %(default)s")
+    add("--offload", action="store_true", help="blocks of T5 and of the model stay in host memory until they compute")
+    add("--text-cache", metavar="FOLDER", help="keeps the embeddings of captions; T5 is not loaded for those in it")
+    add("--sp", type=int, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     add("--debug", action="store_true", help="errors with their traceback")
     return parser.parse_args(argv)
@@ -283,57 +714,168 @@ def parse_args(argv=None):
 
 def run(args):
     start, place = time.perf_counter(), start_processes(sp=args.sp, device=args.device)
-    model, config = load_checkpoint(args.ckpt, place.device)
-    model.group = place.group
-    num_frames, height, width = default_bucket(config.buckets)
-    num_frames = num_frames if args.num_frames is None else args.num_frames
-    height, width = parse_size(args.size) if args.size else (height, width)
-    fps = config.fps if args.fps is None else args.fps
-    interval = int(stride(fps, config))
-    references = read_references(args.reference, len(args.prompt), args.reference_frames, interval)
-    steps = DEFAULT_STEPS[args.sampler] if args.steps is None else args.steps
-    cfg_scale = config.cfg_scale if args.cfg_scale is None else args.cfg_scale
+    told, job = read_record(args.again) if args.again else ({}, None)
+    ckpt = told.get("ckpt", args.ckpt)
+    file, config, quirks = find_checkpoint(ckpt)
+    how = told.get("sampling") or dict(
+        steps=DEFAULT_STEPS[args.sampler] if args.steps is None else args.steps, sampler=args.sampler,
+        cfg_scale=config.cfg_scale if args.cfg_scale is None else args.cfg_scale, rescale=args.rescale,
+        quirks=asdict(RELEASED if args.quirks else quirks))
+    timesteps(how["steps"], how["sampler"])                                 # raises where there are none
+    if not 0 <= how["rescale"] <= 1:
+        raise ValueError(f"--rescale {how['rescale']}: expected 0, no change, to 1")
+    jobs = [job] if job else read_jobs(args, config)
     vae = load_vae(find(config.vae), device=place.device)
-    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length,
-                                     dtype=weight_dtype(config, place.device), device=place.device)
-    for prompt in args.prompt if place.rank == 0 else ():
-        if unknown := text_encoder.unknown(prompt):
-            print(f"warning: the text encoder of {args.ckpt} does not know: {', '.join(unknown)}", file=sys.stderr)
+    check_jobs(jobs, (list(read_references(job, vae.down)) for job in jobs), vae.down, config.model.patch_size)
+    weights = fingerprint(read_weights(file))
+    if told.get("weights", weights) != weights:
+        place.say(f"note: the weights in {ckpt} are others than those that made {args.again}")
+    as_read = lambda record: json.loads(json.dumps(record))
+    records = {job: as_read(dict(job=asdict(job), sampling=how, ckpt=ckpt, weights=weights)) for job in jobs}
+    todo = [job for job in jobs if args.overwrite or not there(job, records[job], args, place)]
+    made = {job: read_segments(job, records[job], args.out) for job in todo}
+    for job in todo:
+        if made[job]:
+            place.say(f"{job.name}: goes on behind {len(made[job])} of {len(job.prompts)} segments")
+    dist.barrier()                          # collective; nobody writes before all have seen what is there
     share, shares = place.share
-    mine = lambda items: items[share::shares]
-    if not mine(args.prompt):
-        return
-    videos = generate(model, vae, text_encoder, mine(args.prompt), num_frames=num_frames, height=height, width=width,
-                      fps=fps, frame_interval=interval, steps=steps, sampler=args.sampler,
-                      prediction=config.prediction, cfg_scale=cfg_scale, seed=args.seed, references=mine(references),
-                      numbers=mine(range(len(args.prompt))), batch_size=args.batch_size,
-                      quirks=RELEASED if args.quirks else SampleQuirks(raw_fps=config.raw_fps))
-    for i, prompt, frames in zip(mine(range(len(args.prompt))), mine(args.prompt), videos, strict=True):
-        if place.reads:                                                     # one of those who share the clip
-            save(Path(args.out) / f"{i:02d}-{slug(prompt)}", frames, fps / interval)
-    seconds = time.perf_counter() - start
-    place.say(f"{len(args.prompt)} x {num_frames} frames, {steps} {args.sampler} steps: {seconds:.1f} s, with loading")
+    mine = todo[share::shares]
+    if mine:                                                                # T5 comes and goes before the model comes
+        captions = list(dict.fromkeys(prompt for job in mine for prompt in job.prompts))
+        text_encoder = encode_texts(config, captions, place.device, folder=args.text_cache, offload=args.offload)
+        model = load(ckpt, place.device, offload=args.offload).model
+        model.group = place.group
+    batches = alike(mine, made, args.batch_size)
+    total = how["steps"] * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
+    how = how | dict(quirks=SampleQuirks(**how["quirks"]), prediction=config.prediction)
+    with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
+        for batch in batches:
+            references = [list(read_references(job, vae.down)) for job in batch]
+            parts, step = [made[job] for job in batch], lambda *_: bar.update()
+            for z in sample_segments(model, vae, text_encoder, batch, references, parts, step, **how):
+                for job, latent in zip(batch, z):
+                    made[job].append(latent)
+                    if place.reads and len(job.prompts) > 1:
+                        path = segment_file(job, args.out, len(made[job]) - 1)
+                        path.parent.mkdir(parents=True, exist_ok=True)
+                        write_whole(path, {"z": latent.cpu().contiguous()}, records[job])
+            for job in batch if place.reads else ():                        # one of those who share it
+                save(job, show(vae, job, made.pop(job)), records[job], args)
+    if args.grid and place.reads:
+        for number in sorted({job.number for job in jobs}):
+            write_grid([job for job in jobs if job.number == number], args.out)
+    place.say(f"{len(todo)} of {len(jobs)} made, {how['steps']} {how['sampler']} steps: "
+              f"{time.perf_counter() - start:.1f} s, with loading")
 
 
-def save(stem, frames, fps):
-    """An .mp4 (unless it is a still image) and a .png that shows all frames side by side, row by row."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    T, H, W, _ = frames.shape
-    if T > 1:
-        write_video(f"{stem}.mp4", frames, fps)
-        print(f"{stem}.mp4  {T} frames of {H}x{W}, {fps:g} per second")
-    write_video(f"{stem}.png", frames, fps)
-    print(f"{stem}.png  " + ("the image" if T == 1 else "the same frames in reading order"))
+def alike(jobs, made, size):
+    """Lists of at most `size` jobs that are sampled together: of one shape, with as many segments made."""
+    shape = lambda job: (job.num_frames, job.height, job.width, len(job.prompts), len(made[job]))
+    groups = [list(group) for _, group in groupby(sorted(jobs, key=shape), key=shape)]
+    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+
+
+# out/00-name.png is the contact sheet, .mp4 the video, .json what made them, written last: where it is, all are.
+# out/.00-name/segment-0.safetensors are the latents of its segments, while there are more to come.
+def pictures(job, args):
+    kinds = [".png"] + [FORMATS[args.format]] * (job.num_frames > 1 and args.format != "png")
+    return [Path(args.out) / f"{job.name}{kind}" for kind in kinds]
+
+
+def save(job, frames, record, args):
+    (T, H, W, _), fps = frames.shape, job.fps / job.frame_interval
+    for path in pictures(job, args):
+        write_video(path, frames, fps)
+        what = f"{T} frames of {H}x{W}" + (f", {fps:g} per second" if path.suffix != ".png" else " in reading order")
+        tqdm.write(f"{path}  " + (what if T > 1 else f"an image of {H}x{W}"))
+    (Path(args.out) / f"{job.name}.json").write_text(json.dumps(record | {"commit": commit()}, indent=1), "utf-8")
+    shutil.rmtree(segment_file(job, args.out, 0).parent, ignore_errors=True)
+
+
+def there(job, record, args, place):
+    note, last = Path(args.out) / f"{job.name}.json", pictures(job, args)[-1]
+    if not note.exists() or not last.exists():
+        return False
+    if json.loads(note.read_text("utf-8")) | {"commit": None} != record | {"commit": None}:
+        raise ValueError(f"{last} is there, of another prompt or made with other settings (see its .json): choose "
+                         "another --out, or let it go with --overwrite")
+    place.say(f"{last} is there: skipped, --overwrite makes it anew")
+    return True
+
+
+def segment_file(job, out, segment):
+    return Path(out) / f".{job.name}" / f"segment-{segment}.safetensors"
+
+
+def read_segments(job, record, out):
+    """Latents [C T h w] of the segments that a stopped start of the very same job has left."""
+    paths = (segment_file(job, out, i) for i in range(len(job.prompts)))
+    return [load_file(path)["z"] for path in takewhile(lambda path: path.exists() and read_note(path) == record, paths)]
+
+
+def read_record(path):
+    """(what the .json beside a video tells, its Job)."""
+    try:
+        told = json.loads(Path(path).read_text("utf-8"))
+        job = told["job"]
+        return told, Job(**job | {name: tuple(job[name]) for name in ("prompts", "references")})
+    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f"--again {path}: expected the .json beside a video that was made here: {error!r}") from None
+
+
+def commit():
+    try:
+        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
+    except OSError:                                                         # there is no git
+        return None
+    return git.stdout.strip() or None
+
+
+def write_grid(jobs, out):
+    """The contact sheets of one prompt's seeds as one picture, by whoever finishes last."""
+    paths = [Path(out) / f"{job.name}.png" for job in jobs]
+    if all(path.exists() for path in paths):
+        sheets = np.concatenate([np.asarray(Image.open(path)) for path in paths], axis=int(jobs[0].num_frames == 1))
+        path = Path(out) / f"{jobs[0].number:02d}-{slug(jobs[0].prompts[0])}-grid.png"
+        Image.fromarray(sheets).save(path)
+        print(f"{path}  seeds {' '.join(str(job.seed) for job in jobs)}")
+
+
+def print_plan(ckpt):
+    """GiB that sampling one video with guidance holds on a GPU: T5 comes and goes, then the model and the VAE."""
+    config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt).config
+    m, dtype, gib = config.model, config.torch_dtype, 2**30
+    t5, vae = (configs.FROZEN.get(name) for name in (config.text_encoder, config.vae))
+    t5, vae, model = (t5 or 0) * dtype.itemsize, (vae or 0) * 4, num_params(m) * dtype.itemsize
+    counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
+    print(f"{ckpt}, {config.dtype}, GiB: T5 {t5 / gib:.2f}, VAE {vae / gib:.2f} (fp32), model {model / gib:.2f}"
+          f"{counted}\n{'video':>15}{'activations':>13}{'decoding':>10}{'peak':>8}{'with --offload':>16}")
+    for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):
+        held = forward_bytes(m, 2, T, height // 8, width // 8, m.model_max_length, dtype)
+        pixels = height * width
+        decoding = (DECODER_BYTES * min(T, frames_at_once(height, width)) + 3 * 4 * T) * pixels * bool(vae)
+        peak = vae + max(t5, model + held, model + decoding)
+        lean = vae + max(t5 / T5_BLOCKS, model / m.depth + held, decoding)
+        print(f"{T:>4} x {height:>3}x{width:<4}{held / gib:>13.2f}{decoding / gib:>10.2f}{peak / gib:>8.2f}"
+              f"{lean / gib:>16.2f}")
 
 
 def main():
     args = parse_args()
     try:
-        run(args)
+        if args.export:
+            export(args.ckpt, args.export)
+        elif args.plan:
+            print_plan(args.ckpt)
+        else:
+            run(args)
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
             raise
         sys.exit(fail(error))
+    except KeyboardInterrupt:
+        print("\nstopped; the same command goes on from what is whole", file=sys.stderr)
+        sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -38,8 +38,6 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from einops import rearrange, reduce
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -53,9 +51,9 @@ from kernels import Place, all_frames, own_frames, start_processes
 from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, name_key, read_meta, slot_generator,
                   stride, to_video, uniform, write_video)
 from masks import draw_mask
-from model import STDiT, from_pixart
-from sample import SampleQuirks, default_bucket, find, generate, noise_schedule, usual_aspect
-from vae import CachedClips, fingerprint as weights_name, load_text_encoder, load_vae, write_cache
+from model import QUIRKS, STDiT, check_weights, from_pixart
+from sample import SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, usual_aspect
+from vae import CachedClips, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
 LOG_EVERY = 10
 
@@ -231,17 +229,13 @@ def shard_blocks(model, mesh, dtype):
 
 
 def find_weights(name):
-    """Where the weights that a run starts from are: a file or folder, else PixArt's from the hub; FileNotFoundError."""
+    """Where the weights that a run starts from are: a file or folder, else from the hub; FileNotFoundError."""
     path = Path(find(name))
     if path.exists() and not (path.is_dir() and not any(path.iterdir())):
         return path
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["transformer/*"]))
-    except (OSError, HFValidationError) as error:       # no such name, no connection
-        raise FileNotFoundError(
-            f"init={str(name)!r} is not there, expected a run's folder, a model.safetensors, or PixArt's weights: a "
-            ".pth, a folder in diffusers' layout, or its name on the hub, which gave: "
-            + str(error).splitlines()[0]) from error
+    return fetch(name, ["transformer/*", "config.json", "model.safetensors"],
+                 f"init={str(name)!r} is not there, expected a run's folder, a model.safetensors, or PixArt's or "
+                 "Open-Sora's weights: a .pth (PixArt's), a folder, or its name on the hub")
 
 
 def start_from(run, path):
@@ -255,25 +249,28 @@ def start_from(run, path):
     elif run.config.init_optimizer:
         raise ValueError(f"init_optimizer=True: {path} holds weights only, expected a run's folder with checkpoints")
     else:
+        off = [name for name in QUIRKS if not getattr(run.config.model, name)]
+        if off and (path / "config.json").is_file() and (path / "model.safetensors").is_file():
+            run.place.say("note: Open-Sora's weights were trained with what this config has off: "
+                          + " ".join(f"--model.{name}=True" for name in off))
         load_weights(run.model, path, run.config.seed)
         run.ema.restart()
 
 
 def load_weights(model, path, seed=0):
-    """The weights of model.safetensors, or of a folder with one, or of PixArt-alpha, into a sharded model.
+    """The weights of model.safetensors, or of a folder with one (a run's, Open-Sora's), or of PixArt-alpha, into a
+    sharded model.
 
     PixArt's: a .pth as it was published, or a folder in diffusers' layout; what it lacks is drawn from the seed."""
     path = Path(path)
-    if path.suffix == ".pth" or (path / "transformer").is_dir() or (path / "config.json").is_file():
+    pixarts = (path / "config.json").is_file() and not (path / "model.safetensors").is_file()   # Open-Sora's has both
+    if path.suffix == ".pth" or (path / "transformer").is_dir() or pixarts:
         weights = from_pixart(path, model.config, seed)
     else:
         weights = load_file(path / "model.safetensors" if path.is_dir() else path)
-    own = model.state_dict()
-    if set(weights) != set(own) or any(weights[k].shape != own[k].shape for k in own):
-        odd = sorted(set(weights) ^ set(own)) or [k for k in own if weights[k].shape != own[k].shape]
-        raise ValueError(f"{path} does not fit this config's model: {odd[0]} and {len(odd) - 1} more differ")
+    check_weights(model, weights, path)
     with torch.no_grad():
-        for name, value in own.items():
+        for name, value in model.state_dict().items():
             full = weights[name].to(value.device, value.dtype)
             if isinstance(value, DTensor):                                  # src_data_rank=None: all have read the file
                 full = distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)
@@ -431,7 +428,7 @@ def fingerprint(meta, vae, text_encoder):
     digest = 0
     for name in ("key", "num_frames", "height", "width", "fps", "size"):
         digest = zlib.crc32(np.ascontiguousarray(meta[name]), digest)
-    nets = "".join(weights_name(net) for net in (vae.net, text_encoder.net))
+    nets = "".join(weights_name(net.state_dict()) for net in (vae.net, text_encoder.net))
     return f"{len(meta)} clips, checksum {digest:08x}, networks {zlib.crc32(nets.encode()):08x}"
 
 
@@ -631,12 +628,6 @@ def preview(run, vae, text_encoder, step):
         write_video(run.folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))
 
 
-def remember(text_encoder, prompts):
-    """The text encoder of these prompts alone, so that the network can go: T5-XXL takes 9 GiB in bf16."""
-    known = {prompt: text_encoder([prompt]) for prompt in prompts}
-    return lambda texts: tuple(torch.cat(parts) for parts in zip(*(known[text] for text in texts)))
-
-
 # ---------------------------------------------------------------- the loop
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -691,7 +682,7 @@ def train(config, allow_changes=False):
 
     vae = load_vae(find(config.vae), config.torch_dtype, place.device)
     text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, config.torch_dtype,
-                                     place.device)
+                                     place.device, config.captions_cleaned)
     read = fingerprint(meta, vae, text_encoder)
     if checkpoint:
         check_changes(config, read, allow_changes, place.say)
@@ -706,7 +697,7 @@ def train(config, allow_changes=False):
         index = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
         dataset = CachedClips(meta, config, index)
     validation = Validation(config, meta, place, first, encode) if config.validate_every else None
-    prompts = remember(text_encoder, config.prompts)
+    prompts = remember(lambda encoder=text_encoder: encoder, config.prompts)
     if config.cache:
         encode = dict
     del text_encoder                                                        # with a cache, it is gone here

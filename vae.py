@@ -16,15 +16,21 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
+import struct
 import sys
+import tempfile
 import time
+import unicodedata
 from bisect import bisect_right
 from collections import defaultdict
 from datetime import timedelta
+from html import unescape
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote_plus
 
 import transformers.utils.import_utils
 for module in (transformers.utils, transformers.utils.import_utils):
@@ -36,8 +42,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from einops import rearrange
+from huggingface_hub import hf_hub_download
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
@@ -46,12 +53,13 @@ from data import (Bucket, Plan, UnreadableClip, batches, bucket_list, fail, reac
                   resize_crop, stride, to_uint8, to_video, window_generator, window_number, write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
-FRAMES_AT_ONCE = 16         # the decoder of sd-vae-ft-ema peaks near 1 GiB per 512 x 512 frame; small ones lose nothing
+PIXELS_AT_ONCE = 2**20      # of frames that pass through the autoencoder together: its decoder's peak is then 3 GiB
+DECODER_BYTES = 768 * 4     # that sd-vae-ft-ema's decoder holds for a pixel at its peak, in fp32; its encoder less
 
 
 # ---------------------------------------------------------------- pixels <-> latents
 class VAE:
-    """diffusers' AutoencoderKL over video: each frame by itself, FRAMES_AT_ONCE at a time, frozen."""
+    """diffusers' AutoencoderKL over video: each frame by itself, PIXELS_AT_ONCE, frozen."""
 
     def __init__(self, net):
         self.net = net.eval().requires_grad_(False)
@@ -66,7 +74,7 @@ class VAE:
         if video.ndim != 5 or video.shape[1] != 3:
             raise ValueError(f"video must be [B 3 T H W], got {list(video.shape)}")
         frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.net.dtype)
-        posteriors = [self.net.encode(part).latent_dist for part in frames.split(FRAMES_AT_ONCE)]
+        posteriors = [self.net.encode(part).latent_dist for part in frames.split(frames_at_once(*video.shape[3:]))]
         join = lambda parts: rearrange(torch.cat(parts).float() * self.scale, "(b t) c h w -> b c t h w", b=len(video))
         return join([p.mean for p in posteriors]), join([p.std for p in posteriors])
 
@@ -79,8 +87,13 @@ class VAE:
     def decode(self, z):
         """video [B 3 T 8h 8w] in -1..1, fp32, of z [B C T h w]."""
         frames = rearrange(z / self.scale, "b c t h w -> (b t) c h w").to(self.net.dtype)
-        video = torch.cat([self.net.decode(part).sample.float() for part in frames.split(FRAMES_AT_ONCE)])
+        parts = frames.split(frames_at_once(*(self.down * side for side in z.shape[3:])))
+        video = torch.cat([self.net.decode(part).sample.float() for part in parts])
         return rearrange(video, "(b t) c h w -> b c t h w", b=len(z)).clamp(-1, 1)
+
+
+def frames_at_once(H, W):
+    return max(1, PIXELS_AT_ONCE // (H * W))
 
 
 def load_vae(name, dtype=torch.float32, device="cpu"):
@@ -103,34 +116,167 @@ def psnr(a, b):
 
 # ---------------------------------------------------------------- captions -> embeddings
 class TextEncoder:
-    """transformers' T5EncoderModel with its tokenizer, frozen.  cut: how many captions were longer than max_length."""
+    """transformers' T5EncoderModel with its tokenizer, frozen.  cut: how many captions were longer than max_length.
 
-    def __init__(self, net, tokenizer, max_length):
+    clean: captions pass through clean_caption first."""
+
+    def __init__(self, net, tokenizer, max_length, clean=False):
         self.net, self.tokenizer, self.max_length = net.eval().requires_grad_(False), tokenizer, max_length
-        self.cut = 0
+        self.clean, self.cut = clean_caption if clean else str, 0
 
     @torch.no_grad()
     def __call__(self, captions):
         """y [B L C], fp32, and y_mask [B L] (True = a token, not padding) of a list of captions; L = max_length."""
-        tokens = self.tokenizer(captions, max_length=self.max_length, padding="max_length", truncation=True,
-                                return_tensors="pt").to(self.net.device)
+        tokens = self.tokenizer([self.clean(caption) for caption in captions], max_length=self.max_length,
+                                padding="max_length", truncation=True, return_tensors="pt").to(self.net.device)
         self.cut += sum(length > self.max_length for length in self.lengths(captions))
         y = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
         return y.float(), tokens.attention_mask.bool()
 
     def lengths(self, captions):
         """How many tokens each caption has, before it is cut at max_length."""
+        captions = [self.clean(caption) for caption in captions]
         return [len(tokens) for tokens in self.tokenizer(captions, verbose=False).input_ids]
 
     def unknown(self, caption):
         """The words of a caption that the tokenizer does not know."""
-        return [w for w in caption.split() if self.tokenizer.unk_token_id in self.tokenizer(w).input_ids]
+        return [w for w in self.clean(caption).split() if self.tokenizer.unk_token_id in self.tokenizer(w).input_ids]
 
 
-def load_text_encoder(name, max_length, dtype=torch.float32, device="cpu"):
+def load_text_encoder(name, max_length, dtype=torch.float32, device="cpu", clean=False):
     """A T5 encoder and tokenizer by hub name ("DeepFloyd/t5-v1_1-xxl") or folder."""
     net = from_pretrained(T5EncoderModel, name, dtype=dtype).to(device)
-    return TextEncoder(net, from_pretrained(AutoTokenizer, name), max_length)
+    return TextEncoder(net, load_tokenizer(name), max_length, clean)
+
+
+def load_tokenizer(name):
+    """T5's, of a folder or hub name.  DeepFloyd's has only SentencePiece's spiece.model, for which transformers would
+    need two more packages: that file is read here."""
+    spiece = None if file_of(name, "tokenizer.json") else file_of(name, "spiece.model")
+    return from_sentencepiece(spiece.read_bytes()) if spiece else from_pretrained(AutoTokenizer, name)
+
+
+def file_of(name, file):
+    """The path of a file of a folder, or of a model on the hub; None where there is none."""
+    try:
+        path = Path(name) / file if Path(name).is_dir() else Path(hf_hub_download(str(name), file))
+    except OSError:         # the hub has no such file, or is out of reach
+        return None
+    return path if path.is_file() else None
+
+
+def from_sentencepiece(data):
+    """T5's tokenizer from the bytes of its spiece.model, with the 100 <extra_id_N> that transformers adds.
+
+    Fields read, by sentencepiece_model.proto: ModelProto 1 pieces, 3 normalizer_spec; SentencePiece 1 piece, 2 score;
+    NormalizerSpec 2 precompiled_charsmap."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+    try:
+        message = list(protobuf(data))
+        pieces = [dict(protobuf(value)) for number, value in message if number == 1]
+        vocabulary = [(piece[1].decode(), struct.unpack("<f", piece[2])[0]) for piece in pieces]
+        charsmap = dict(protobuf(dict(message).get(3, b""))).get(2)     # without one, text stays as it is
+        place = {piece: i for i, (piece, _) in enumerate(vocabulary)}
+        special = [place[piece] for piece in ("<unk>", "</s>", "<pad>")]
+    except (LookupError, ValueError, TypeError, struct.error) as error:
+        raise ValueError(f"spiece.model: expected T5's pieces as SentencePiece writes them ({error!r})") from error
+    extra = [f"<extra_id_{i}>" for i in reversed(range(100))]
+    tokenizer = Tokenizer(models.Unigram(vocabulary + [(piece, 0.0) for piece in extra], unk_id=special[0]))
+    if charsmap:
+        tokenizer.normalizer = normalizers.Precompiled(charsmap)        # mostly Unicode's NFKC
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
+    tokenizer.decoder = decoders.Metaspace()
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", special[1])])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+                                   extra_special_tokens=extra)
+
+
+def protobuf(data):
+    """The fields of a message (protobuf.dev, "Encoding") as (number, value): an int, or the bytes of all else."""
+    at = 0
+
+    def varint():           # 7 bits a byte, the lowest first; the last byte is below 128
+        nonlocal at
+        start = at
+        while data[at] > 127:
+            at += 1
+        at += 1
+        return sum((byte & 127) << 7 * i for i, byte in enumerate(data[start:at]))
+
+    while at < len(data):
+        number, kind = divmod(varint(), 8)
+        if kind == 0:
+            yield number, varint()
+        else:
+            size = {1: 8, 5: 4}[kind] if kind != 2 else varint()
+            at += size
+            if at > len(data):
+                raise ValueError(f"ends at byte {len(data)} of {at}")
+            yield number, data[at - size:at]
+
+
+# What the captions of the published weights went through, written anew from recorded pairs, which are in
+# tests/golden/e_clean_caption.json: in this order, a pattern -> what takes its place.
+CLEANING = [(re.compile(pattern), new) for pattern, new in (
+    (r"https?:\S*|www\.\S+|\b[\w.-]+\.(?:com|net|org|edu|gov)\b(?:/[\w/-]*)?", ""),         # addresses
+    (r"<(person)>", r"\1"), (r"</?[a-z!][^<>]*>", ""),                                        # HTML
+    (r"@\w+", ""),                                                                            # users
+    (r"[`´«»“”¨]", '"'), (r"[‘’]", "'"), (r'""+', '"'),
+    (r"#(?:\d{1,3}|\d{5,})\b|\b\d{6,}\b", ""),                                               # numbers of articles
+    (r"\S+\.(?:png|jpe?g|bmp|webp|pdf|mp4)\b|\bmp4\b", ""),                                  # files
+    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+|\.\.+|\s\.\s", " "),
+    (r"[\ufb00-\ufb06\uff01-\uffef]", lambda wide: unicodedata.normalize("NFKC", wide[0])),  # ligatures, full width
+    (r"\b(?:[a-z]{1,3}\d{3,15}|[a-z]+\d+[a-z]+(?:\d+[a-z\d]*)?|\d+[a-z]+\d+)\b", ""),        # jc6640, 6640vc231
+    (r"\bclick\s(?:for|on)\s\w+|\bpage\s+\d+\b", ""),
+    (r"\b\s+:\s+", ": "), (r"(\D[,.])\b", r"\1 "), (r"\s+", " "),
+    (r"^\s+|\s+$", ""), (r"""^["'](.+)["']$""", r"\1"), (r"^['_,:;-]|['_,:+-]$|^\.\S+$", ""), (r"^\s+|\s+$", ""),
+)]
+
+
+def clean_caption(text):
+    """A caption in lower case without addresses, numbers of articles and odd signs: what Open-Sora gives to its T5.
+
+    Upstream also mends wrongly decoded text (with ftfy) and parses HTML (with bs4).  Here text like "â€œ" stays, and of
+    HTML goes what looks like a tag.  T5's tokenizer makes wide letters and ligatures plain anyway."""
+    for _ in range(2):      # the second time it finds what the first laid bare: ":;,start" -> ";, start" -> ", start"
+        text = unescape(unescape(unquote_plus(str(text)).strip().lower()))
+        if len(re.findall("[-_]", text)) > 3:                   # this_is_the_name_of_a_file
+            text = re.sub("[-_]", " ", text)
+        for pattern, new in CLEANING:
+            text = pattern.sub(new, text)
+    return text
+
+
+def remember(load, captions, folder=None, key=()):
+    """The text encoder of these captions alone, without a network: T5-XXL takes 9 GiB in bf16.
+
+    load() gives the TextEncoder that encodes them, one by one, so that none depends on the others, and is then let go.
+    folder: where embeddings stay for the next time, a file per caption under a hash of it and of key, which names all
+    else that they depend on; load() is called only for a caption that is not there."""
+    known, encoder = {}, None
+    for caption in dict.fromkeys(captions):
+        path = Path(folder) / f"text-{short_hash(key, caption)}.safetensors" if folder else None
+        if path and path.is_file():
+            known[caption] = load_file(path)
+            continue
+        encoder = encoder or load()
+        y, y_mask = (part.cpu() for part in encoder([caption]))
+        known[caption] = {"y": y[y_mask], "y_mask": y_mask[0]}          # [tokens C], [L]
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:   # two processes may write the same caption
+                save_file(known[caption], Path(scratch) / path.name)
+                (Path(scratch) / path.name).replace(path)
+
+    def encode(captions):
+        """y [B L C], 0 where y_mask [B L] is False."""
+        rows = [known[caption] for caption in captions]
+        tokens, y_mask = torch.cat([row["y"] for row in rows]), torch.stack([row["y_mask"] for row in rows])
+        y = tokens.new_zeros(*y_mask.shape, tokens.shape[-1])
+        y[y_mask] = tokens
+        return y, y_mask
+
+    return encode
 
 
 def make_text_encoder(captions, folder, width=64, seed=0):
@@ -197,8 +343,9 @@ class CacheWriter:
         self.folder, self.dtype, self.width = Path(config.cache), config.torch_dtype, text_encoder.net.config.d_model
         assert vae.net.dtype == text_encoder.net.dtype == self.dtype, "a cache is kept in the dtype it is computed in"
         vocabulary = sorted(text_encoder.tokenizer.get_vocab().items())
-        self.vae_key = short_hash(fingerprint(vae.net), vae.scale, config.dtype)
-        self.text_key = short_hash(fingerprint(text_encoder.net), vocabulary, text_encoder.max_length, config.dtype)
+        self.vae_key = short_hash(fingerprint(vae.net.state_dict()), vae.scale, config.dtype)
+        self.text_key = short_hash(fingerprint(text_encoder.net.state_dict()), vocabulary, text_encoder.max_length,
+                                   config.dtype, text_encoder.clean.__name__)
         key = short_hash(meta.key, config.buckets, config.frame_interval, config.target_fps, config.holdout,
                          config.windows, self.vae_key, self.text_key)
         self.index = self.folder / f"index-{key}.safetensors"
@@ -412,10 +559,10 @@ def caption_hash(text):
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def fingerprint(net):
-    """A name for these weights: the first 64 values of every tensor, hashed."""
+def fingerprint(weights):
+    """A name for these weights, a dict of tensors: the first 64 values of each, in the order of their names, hashed."""
     sha = hashlib.sha1()
-    for value in net.state_dict().values():
+    for _, value in sorted(weights.items()):
         sha.update(value.flatten()[:64].float().cpu().numpy().tobytes())
     return sha.hexdigest()
 
@@ -456,7 +603,8 @@ def cache(config, vae, text_encoder):
     if world > 1:
         dist.init_process_group("gloo", timeout=timedelta(weeks=4))     # ranks end hours apart
     vae = load_vae(vae, config.torch_dtype, device)
-    text_encoder = load_text_encoder(text_encoder, config.model.model_max_length, config.torch_dtype, device)
+    text_encoder = load_text_encoder(text_encoder, config.model.model_max_length, config.torch_dtype, device,
+                                     config.captions_cleaned)
     write_cache(read_meta(config.data), config, vae, text_encoder, rank, world, recheck=True)
 
 

@@ -31,6 +31,7 @@ class Config:
     model: STDiTConfig = STDiTConfig()              # the network; the default is XL/2
     vae: str                                        # folder or hub name of the AutoencoderKL
     text_encoder: str                               # folder or hub name of the T5 encoder and its tokenizer
+    captions_cleaned: bool = False                  # rewrite captions as Open-Sora's T5 was given them (vae.py)
     data: str | tuple[str, ...]                     # meta.csv: a path, or a glob over several, or several of either
     buckets: Buckets                                # which clips are trained at which size (data.assign)
     frame_interval: int = 1                         # every n-th source frame is taken (data.stride), unless target_fps

@@ -7,7 +7,8 @@ hardware  one RTX 4090: --plan says 19.5 of 23.6 GiB, 14.3 of them fp32 weights,
 disk      12.3 GB a checkpoint and 3.1 GB of averaged weights; twice that while a new one is written, which takes as
           much main memory meanwhile
 steps     2,000, 20 to 50 times each clip; by --plan 2.6 s each, 1.5 hours, at the 30% MFU that it assumes. Not run
-start     stage 3's weights, runs/stage3.  Those that Open-Sora 1.1 published have the same shapes; a loader is to come
+start     the weights that Open-Sora 1.1 published, with the quirks that they were trained with: three of the model
+          (model.py), captions_cleaned (vae.py), raw_fps.  For --init=runs/stage3, a run of ours, turn all five off
 expect    the look and the motion of your clips; the loss on those held out, in validation.jsonl, falls, and once it
           rises they are being learnt by heart: take the checkpoint before, keep_every=250 keeps all
 From Open-Sora 1.1: sizes, interval, masks, no weight decay, gradient clip 1.0; its users met noise after fine-tuning
@@ -17,15 +18,17 @@ instead of 10,000; batches of about equal time by --plan, which leave 2 GiB; ste
 from configs import RECIPE, Config, STDiTConfig
 
 config = Config(
-    model=STDiTConfig(),  # XL/2 with QK-norm
+    model=STDiTConfig(rope_before_norm=True, round_conditions=True, final_twice=True),  # XL/2 as published
     vae="stabilityai/sd-vae-ft-ema",
     text_encoder="DeepFloyd/t5-v1_1-xxl",
+    captions_cleaned=True,
     data="data/mine/meta.csv",
     buckets={  # (keep probability, clips); large clips are trained at both sizes in turn
         "144p": {8: (1.0, 16), 16: (1.0, 8), 32: (1.0, 4)},
         "240p": {8: (0.7, 8), 16: (0.7, 4), 32: (0.7, 2)},
     },
     frame_interval=3,
+    raw_fps=True,
     holdout=0.1,
     windows=2,
     cache="data/mine/cache",
@@ -40,7 +43,7 @@ config = Config(
     sp=1,
     seed=42,
     out="runs/finetune",
-    init="runs/stage3",
+    init="hpcai-tech/OpenSora-STDiT-v2-stage3",
     save_every=250,
     keep_last=1,
     sample_every=250,

@@ -12,6 +12,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from data import COLORS, DIRECTIONS, SHAPES, coverage, held_out  # noqa: E402
+from masks import Given  # noqa: E402
 
 
 class Seen(NamedTuple):
@@ -91,17 +92,17 @@ class Judge:
     """A checkpoint and what it is asked to do; each method samples and returns shares or errors by name."""
 
     def __init__(self, ckpt, **settings):
-        from sample import find, generate, load_checkpoint
+        from sample import find, generate, load
         from vae import load_text_encoder, load_vae
-        self.model, self.config = load_checkpoint(ckpt)
+        self.model, self.config, _ = load(ckpt)
         self.vae = load_vae(find(self.config.vae))
         self.text_encoder = load_text_encoder(find(self.config.text_encoder), self.config.model.model_max_length)
         self.settings = dict(height=32, width=32, fps=8, num_frames=8, batch_size=32, cfg_scale=self.config.cfg_scale,
                              prediction=self.config.prediction) | settings
         self.generate = generate
 
-    def sample(self, texts, references=None):
-        return self.generate(self.model, self.vae, self.text_encoder, texts, references=references, **self.settings)
+    def sample(self, texts, **asked):
+        return self.generate(self.model, self.vae, self.text_encoder, texts, **self.settings | asked)
 
     def prompts(self, count):
         """How many of `count` prompts the samples obey, a third of them unseen combinations; and the samples."""
@@ -119,7 +120,8 @@ class Judge:
         clips = (shapes_clip(77, i) for i in range(10 ** 6))
         square = ((frames, text) for frames, text, _ in clips if frames.shape[:3] == (8, 32, 32))
         truth, texts = zip(*(next(square) for _ in range(count)))
-        videos = self.sample(list(texts), [frames[:given] for frames in truth])
+        videos = self.sample(list(texts), references=[[frames] for frames in truth],
+                             strategies=[[Given(length=given)]] * count)
         true, seen = (np.array([read_clip(v).centers for v in clips])[:, given - 1:] for clips in (truth, videos))
         away = lambda x: np.linalg.norm(x[:, 1:] - true[:, 1:], axis=-1)
         again = (self.vae.decode(self.vae.encode(to_video(frames[:given])[None]))[0] for frames in truth)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from configs import RECIPE, Config, dump, load
-from model import STDiT, STDiTConfig
+from model import QUIRKS, STDiT, STDiTConfig
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("image", "stage1_240p", "stage1_144p", "stage1", "stage2", "stage3")
@@ -38,8 +38,11 @@ def test_stages_have_upstreams_numbers(stage):
 
 
 def test_each_stage_starts_from_the_one_before():
-    for earlier, later in zip((*STAGES, "stage3"), (*STAGES[1:], "finetune")):
+    for earlier, later in zip(STAGES, STAGES[1:]):
         assert load(later).init == load(earlier).out
+    finetune = load("finetune")                                     # of the published weights, as these are used to
+    assert finetune.init == "hpcai-tech/OpenSora-STDiT-v2-stage3" and finetune.captions_cleaned and finetune.raw_fps
+    assert all(getattr(finetune.model, name) for name in QUIRKS)
     assert [name for name in STAGES if load(name).init_optimizer] == ["stage3"]      # of stage 2, as upstream
 
 

@@ -22,6 +22,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 
 import configs
+import sample
 import train
 from data import BucketSampler, read_meta, slot_generator, write_shapes
 from masks import RECIPE
@@ -673,9 +674,25 @@ def test_init_takes_pixarts_weights(world, monkeypatch):
                for name, value in model.state_dict().items())
 
 
+def test_init_takes_open_soras_weights(world, tmp_path):
+    """A folder with config.json and model.safetensors."""
+    model, given = train.build_model(world[0], train.start_processes().mesh), filled(world[0]).state_dict()
+    (tmp_path / "config.json").write_text("{}")
+    save_file(given, tmp_path / "model.safetensors")
+    train.load_weights(model, tmp_path)
+    assert all(torch.equal(value.full_tensor() if hasattr(value, "full_tensor") else value, given[name])
+               for name, value in model.state_dict().items())
+    save_file(given | {"rope.freqs": torch.ones(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"misshapen rope.freqs \[3\]"):
+        train.load_weights(model, tmp_path)
+
+
 def test_init_may_name_pixart_on_the_hub(tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "snapshot_download", lambda name, allow_patterns: str(tmp_path / name))
+    files = []
+    monkeypatch.setattr(sample, "snapshot_download",
+                        lambda name, allow_patterns: files.extend(allow_patterns) or str(tmp_path / name))
     assert train.find_weights("PixArt-alpha/PixArt-XL-2-1024-MS") == tmp_path / "PixArt-alpha/PixArt-XL-2-1024-MS"
+    assert files == ["transformer/*", "config.json", "model.safetensors"]   # the last two are Open-Sora's
     (tmp_path / "w.safetensors").touch()
     assert train.find_weights(tmp_path / "w.safetensors") == tmp_path / "w.safetensors"
 

@@ -1,11 +1,16 @@
 """vae.py: the networks against diffusers and transformers called directly; the cache; the small networks it makes."""
+import base64
 import csv
+import gc
+import json
 import os
 import pickle
 import re
 import shutil
+import struct
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,15 +18,17 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from transformers import AutoTokenizer, T5EncoderModel
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import vae as vae_module
 from configs import Config, dump
 from data import (BucketSampler, ClipDataset, UnreadableClip, batches, bucket_list, reachable, read_meta, shapes_clip,
                   to_video, window_number, write_shapes, write_video)
 from masks import RECIPE
-from model import TINY
-from vae import CachedClips, fit_vae, load_text_encoder, load_vae, make_text_encoder, psnr, write_cache
+from model import TINY, LiveBytes
+from vae import (CachedClips, clean_caption, fit_vae, from_sentencepiece, load_text_encoder, load_tokenizer, load_vae,
+                 make_text_encoder, psnr, remember, write_cache)
 
 ROOT = Path(__file__).parents[1]
 TINY_VAE, TINY_TEXT = str(ROOT / "assets/tiny/vae"), str(ROOT / "assets/tiny/text_encoder")
@@ -56,9 +63,20 @@ def test_frames_are_encoded_one_by_one_as_diffusers_does(vae, video):
 def test_micro_batches_change_nothing(vae, video, monkeypatch):
     z = vae.encode(video)
     again = vae.decode(z)
-    monkeypatch.setattr(vae_module, "FRAMES_AT_ONCE", 3)
+    monkeypatch.setattr(vae_module, "PIXELS_AT_ONCE", 3 * 32 * 32)
     torch.testing.assert_close(vae.encode(video), z, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(vae.decode(z), again, rtol=1e-4, atol=1e-4)
+
+
+def test_the_decoder_of_the_plan_is_the_released_one():
+    """DECODER_BYTES against live tensors of an autoencoder of sd-vae-ft-ema's shape."""
+    net = AutoencoderKL(block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4,
+                        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(84e6, rel=0.01)
+    z = torch.randn(1, 4, 16, 16)
+    with torch.no_grad(), LiveBytes([*net.parameters(), *net.buffers(), z]) as memory:
+        net.decode(z)
+    assert memory.peak / 128 ** 2 == pytest.approx(vae_module.DECODER_BYTES, rel=0.1)
 
 
 def test_a_generator_draws_from_the_posterior(vae, video):
@@ -111,6 +129,130 @@ def test_a_word_is_nearly_the_same_in_any_caption(tmp_path):
     y, _ = load_text_encoder(tmp_path, 8)(["a red circle moves right", "a red square"])
     like = torch.nn.functional.cosine_similarity(y[0, :, None], y[1, None], dim=-1)
     assert like[1, 1] > 0.9 and like[2, 2] < 0.5                              # red, red; circle, square
+
+
+PAIRS = json.loads((ROOT / "tests/golden/e_clean_caption.json").read_text())["rows"]
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=range(len(PAIRS)))
+def test_captions_are_cleaned_as_upstreams(pair):
+    assert clean_caption(pair["inp"]) == pair.get("twice", pair["once"])
+
+
+def test_what_else_upstream_was_seen_to_clean():
+    """FACTS.md 34."""
+    seen = {"a #123 and #12345 but #1234": "a and but 1234", "1girl in h264, mp4": "1girl in", "a dog, ": "a dog"}
+    assert {text: clean_caption(text) for text in seen} == seen
+    plain = "a red circle moves right, then it stops. it's 3.5 m wide: a well-known one!"
+    assert clean_caption(plain) == plain
+
+
+def test_a_text_encoder_cleans_where_told():
+    messy, plain, clean = "A red (circle)", load_text_encoder(TINY_TEXT, 8), load_text_encoder(TINY_TEXT, 8, clean=True)
+    assert all(map(torch.equal, clean([messy]), plain(["a red circle"])))
+    assert clean.unknown(messy) == [] and plain.unknown(messy) == ["A", "(circle)"]
+    assert clean.lengths(["a (red)/(circle)"]) == [4] and plain.lengths(["a (red)/(circle)"]) == [3]
+
+
+def field(number, value):
+    """A protobuf field: bytes, a float or a small int."""
+    def varint(n):
+        return bytes([n]) if n < 128 else bytes([n & 127 | 128]) + varint(n >> 7)
+    kind = {bytes: 2, float: 5, int: 0}[type(value)]
+    payload = {2: lambda: varint(len(value)) + value, 5: lambda: struct.pack("<f", value), 0: lambda: varint(value)}
+    return varint(number << 3 | kind) + payload[kind]()
+
+
+def spiece(vocabulary, charsmap=None):
+    """The bytes of a spiece.model, all of whose pieces also have a type; the trainer's part is not empty."""
+    pieces = [field(1, piece.encode()) + field(2, score) + field(3, 1) for piece, score in vocabulary]
+    normalizer = field(1, b"nmt_nfkc") + field(2, charsmap) + field(3, 1) if charsmap else field(1, b"identity")
+    trainer = field(1, b"corpus.txt") + field(4, 32000) + field(10, 0.9995)
+    return b"".join(field(1, piece) for piece in pieces) + field(2, trainer) + field(3, normalizer)
+
+
+SMALL = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0), ("▁a", -3.0), ("▁red", -5.0), ("▁re", -6.5),
+         ("d", -4.0), ("▁circle", -8.0), ("s", -3.5)]
+
+
+def test_a_folder_with_a_sentencepiece_file_only(tmp_path):
+    """As DeepFloyd/t5-v1_1-xxl: no tokenizer.json."""
+    config = T5Config(vocab_size=128, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    T5EncoderModel(config).save_pretrained(tmp_path)
+    (tmp_path / "spiece.model").write_bytes(spiece(SMALL))
+    settings = {"tokenizer_class": "T5Tokenizer", "eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    encoder = load_text_encoder(str(tmp_path), 6)
+    assert encoder.tokenizer(["a  red circles ", ""], padding="max_length", max_length=6).input_ids == [
+        [4, 5, 8, 9, 1, 0], [1, 0, 0, 0, 0, 0]]
+    y, y_mask = encoder(["a red circle"])
+    assert y.shape == (1, 6, 8) and y_mask.tolist() == [[True] * 4 + [False] * 2]
+    assert encoder.unknown("a zebra red") == ["zebra"] and len(encoder.tokenizer) == len(SMALL) + 100
+    with pytest.raises(ValueError, match="spiece.model: expected T5's pieces"):
+        from_sentencepiece(spiece(SMALL)[:-3])
+    with pytest.raises(ValueError, match="expected T5's pieces.*<pad>"):
+        from_sentencepiece(spiece(SMALL[1:]))
+
+
+CAPTIONS = [
+    "a red circle moves right", "", ".", "A busy street, at night: neon signs; 3 cars & 2 buses!",
+    "naïve café, ﬁne … Ｆｕｌｌ width １２３ ½ №5 ﷺ", "日本語 と 한국어 и русский", "emoji 😀🎬 and\nnew\tlines",
+    "don't — “quote” ‘it’", "50% off (today) [new]", "supercalifragilisticexpialidocious antidisestablishmentarianism",
+    "x" * 300, "1234567890 3.14159 1e-5 16:9 4K", "e\u0301 a\u0308 \u200bzero \u00a0width \ufeff.",
+    "<extra_id_0> and </s>", "  spaces   everywhere", " ".join(map(str, range(400))),
+    "waves roll onto a beach at sunset, " * 40]
+
+
+@pytest.mark.skipif(not os.environ.get("NANOSORA_MODELS"), reason="needs NANOSORA_MODELS, a folder with t5_tokenizer/")
+def test_t5s_pieces_give_t5s_tokens(tmp_path):
+    """All 32,000 pieces, as SentencePiece writes them, give the numbers that tokenizer.json gives."""
+    source = Path(os.environ["NANOSORA_MODELS"]) / "t5_tokenizer/tokenizer.json"
+    written, theirs = json.loads(source.read_text()), Tokenizer.from_file(str(source))
+    charsmap = base64.b64decode(written["normalizer"]["normalizers"][0]["precompiled_charsmap"])
+    for name in ("json", "spiece"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text('{"model_type": "t5"}')
+    shutil.copy(source, tmp_path / "json")
+    (tmp_path / "spiece/spiece.model").write_bytes(spiece(written["model"]["vocab"][:32000], charsmap))
+    ours, auto = load_tokenizer(tmp_path / "spiece"), AutoTokenizer.from_pretrained(tmp_path / "json")
+    assert ours.get_vocab() == theirs.get_vocab()
+    assert (ours.pad_token_id, ours.eos_token_id, ours.unk_token_id) == (0, 1, 2)
+    for caption in (*CAPTIONS, *(pair["inp"] or "" for pair in PAIRS)):
+        assert ours(caption, verbose=False).input_ids == auto(caption, verbose=False).input_ids, caption
+        if "</s>" not in caption:                                             # else it splits the text, as spaces do
+            assert ours(caption.rstrip(), verbose=False).input_ids == theirs.encode(caption.rstrip()).ids, caption
+    cut = dict(max_length=200, padding="max_length", truncation=True)
+    assert ours(CAPTIONS, **cut).input_ids == auto(CAPTIONS, **cut).input_ids
+
+
+def test_remembered_captions_need_no_network():
+    encoder = load_text_encoder(TINY_TEXT, 16)
+    captions, net = ["a red circle moves right", "a blue square"], weakref.ref(encoder.net)
+    expected = [encoder([caption]) for caption in captions]
+    given = [encoder]
+    again = remember(given.pop, [*captions, captions[0]])
+    del encoder
+    gc.collect()
+    assert net() is None
+    y, y_mask = again([captions[1], captions[0]])
+    for row, mask, (y_alone, mask_alone) in zip(y, y_mask, reversed(expected)):
+        assert torch.equal(mask, mask_alone[0]) and torch.equal(row[mask], y_alone[0][mask]) and not row[~mask].any()
+
+
+def test_embeddings_are_kept(tmp_path):
+    loaded = []
+
+    def load():
+        loaded.append(load_text_encoder(TINY_TEXT, 16))
+        return loaded[-1]
+
+    first = remember(load, ["a red circle"], tmp_path / "texts", "key")(["a red circle"])
+    again = remember(load, ["a red circle"], tmp_path / "texts", "key")(["a red circle"])
+    assert len(loaded) == 1 and all(map(torch.equal, first, again))
+    assert [file.suffix for file in (tmp_path / "texts").iterdir()] == [".safetensors"]     # nothing half-written
+    remember(load, ["a red circle"], tmp_path / "texts", "another key")
+    remember(load, ["a red circle", "a blue square"], tmp_path / "texts", "key")
+    assert len(loaded) == 3 and len(list((tmp_path / "texts").iterdir())) == 3
 
 
 # ---- the small VAE ----
@@ -316,7 +458,7 @@ CHANGES = {     # what changes -> kinds of files that are written anew, of "text
     "caption": ({"text"}, True), "clip": ({"32"}, False), "rendered": ({"32"}, True), "fps": ({"32"}, True),
     "vae": ({"32"}, True), "scale": ({"32"}, True), "windows": ({"32"}, True), "text_encoder": ({"text"}, True),
     "tokenizer": ({"text"}, True), "max_length": ({"text"}, True), "target_fps": ({"32", "text"}, True),
-    "holdout": ({"32", "text"}, True), "elsewhere": ({"32"}, True)}
+    "holdout": ({"32", "text"}, True), "elsewhere": ({"32"}, True), "clean": ({"text"}, True)}
 
 
 @pytest.mark.parametrize("change", CHANGES)
@@ -344,6 +486,8 @@ def test_changes_are_noticed(config, write, change):
         text_encoder.net.shared.weight.add_(0.01)
     if change == "tokenizer":
         text_encoder.tokenizer.add_tokens(["sideways"])
+    if change == "clean":
+        text_encoder.clean = clean_caption
     if change == "max_length":
         text_encoder.max_length = 5
     if change == "target_fps":
