@@ -692,6 +692,8 @@ def parse_args(argv=None):
     add = parser.add_argument_group("how").add_argument
     add("--ckpt", default="assets/tiny", help="a run's folder, or Open-Sora's weights: a folder, a file, a name on the "
                                               "hub as hpcai-tech/OpenSora-STDiT-v2-stage3; default: %(default)s")
+    add("--vae", metavar="NAME", help="folder or hub name of the autoencoder; default: the config's")
+    add("--text-encoder", metavar="NAME", help="folder or hub name of the T5; default: the config's")
     add("--sampler", choices=SAMPLERS, default="iddpm", help="default: %(default)s")
     add("--steps", type=int, help="default: " + ", ".join(f"{name} {n}" for name, n in DEFAULT_STEPS.items()))
     add("--cfg-scale", type=float, help="guidance; 1: none, at half the time; default: the config's")
@@ -717,6 +719,8 @@ def run(args):
     told, job = read_record(args.again) if args.again else ({}, None)
     ckpt = told.get("ckpt", args.ckpt)
     file, config, quirks = find_checkpoint(ckpt)
+    nets = {name: told.get(name) or getattr(args, name) or getattr(config, name) for name in ("vae", "text_encoder")}
+    config = replace(config, **nets)
     how = told.get("sampling") or dict(
         steps=DEFAULT_STEPS[args.sampler] if args.steps is None else args.steps, sampler=args.sampler,
         cfg_scale=config.cfg_scale if args.cfg_scale is None else args.cfg_scale, rescale=args.rescale,
@@ -731,7 +735,7 @@ def run(args):
     if told.get("weights", weights) != weights:
         place.say(f"note: the weights in {ckpt} are others than those that made {args.again}")
     as_read = lambda record: json.loads(json.dumps(record))
-    records = {job: as_read(dict(job=asdict(job), sampling=how, ckpt=ckpt, weights=weights)) for job in jobs}
+    records = {job: as_read(dict(job=asdict(job), sampling=how, ckpt=ckpt, weights=weights, **nets)) for job in jobs}
     todo = [job for job in jobs if args.overwrite or not there(job, records[job], args, place)]
     made = {job: read_segments(job, records[job], args.out) for job in todo}
     for job in todo:

@@ -881,7 +881,7 @@ def test_a_stopped_long_video_goes_on(checkpoint, tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(sample, "sample_latents", sample_latents)
 
     stop_at(3)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(SystemExit, match="130"):
         command(monkeypatch, *common, "--out", tmp_path / "two")
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == [".00-a-red-circle", ".01-a-cat"]
     note = read_note(tmp_path / "two/.01-a-cat/segment-0.safetensors")
@@ -1024,6 +1024,24 @@ def test_published_weights_are_sampled_as_the_release_does(xl):
     assert (config.vae, config.text_encoder, config.model.model_max_length) == (
         "stabilityai/sd-vae-ft-ema", "DeepFloyd/t5-v1_1-xxl", 200)
     assert sample.weight_dtype(config, "cuda") == torch.bfloat16 and configs.load  # as inference there
+
+
+def test_open_soras_weights_from_the_command_line(tmp_path, monkeypatch, capsys):
+    """A small model in upstream's layout, with an autoencoder and a T5 by folder; its .json makes the video again."""
+    told = {"depth": 1, "hidden_size": 48, "num_heads": 4, "in_channels": 16, "caption_channels": 64,
+            "model_max_length": 16, "qk_norm": True, "model_type": "STDiT2"}
+    (tmp_path / "config.json").write_text(json.dumps(told))
+    net = STDiT(STDiTConfig(**{name: value for name, value in told.items() if name != "model_type"}), seed=1)
+    save_file(net.state_dict(), tmp_path / "model.safetensors")
+    tiny = Path(__file__).parents[1] / "assets/tiny"
+    command(monkeypatch, "--prompt", "A Red Circle", "--ckpt", tmp_path, "--vae", tiny / "vae", "--text-encoder",
+            tiny / "text_encoder", "--steps", 2, "--num-frames", 3, "--size", "32x48", "--out", tmp_path / "one")
+    out = capsys.readouterr().out
+    assert "quirks on: rope_before_norm, round_conditions, final_twice, guide_3_channels" in out
+    assert "captions are cleaned" in out and "join_untold" not in out
+    command(monkeypatch, "--again", tmp_path / "one/00-a-red-circle.json", "--out", tmp_path / "two")
+    one, two = ((tmp_path / folder / "00-a-red-circle.png").read_bytes() for folder in ("one", "two"))
+    assert one == two
 
 
 def test_weights_alone_are_taken_for_xl_2(xl, tmp_path, capsys):
