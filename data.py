@@ -33,7 +33,7 @@ from bisect import bisect_right
 from codecs import BOM_UTF8
 from collections import deque
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -928,7 +928,16 @@ class BadClips:
                              f"{self.max_share:g} of them: mend or drop those in {self.path}, or raise max_bad")
 
 
-# ---- writing video ----
+# ---- writing ----
+
+@contextmanager
+def whole(path):
+    """A path to write to; then on the disk before it has its name, so that what has it is whole after a power cut."""
+    part = path.with_name(f".{path.name}.part")
+    yield part
+    with open(part, "rb+") as f:
+        os.fsync(f.fileno())
+    part.replace(path)
 
 def write_video(path, frames, fps=24):
     """Writes frames uint8 [T H W 3] as .mp4 (H.264), .gif, .png (a contact sheet, at most 8 frames a row), or for a
@@ -940,7 +949,7 @@ def write_video(path, frames, fps=24):
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"{path}: frames must be uint8 [T H W 3] with T > 0, got {frames.dtype} {list(frames.shape)}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    part = path.with_name(f".{path.stem}.part{path.suffix}")        # not `whole`: a folder, or a name that must end so
     if path.suffix == ".png":
         Image.fromarray(contact_sheet(frames)).save(part)
     elif path.suffix == ".gif":
@@ -1103,9 +1112,8 @@ def write_shapes(folder, num_clips=2000, seed=0, objects=1):
         else:
             Image.fromarray(frames[0]).save(folder / name)
         rows.append((name, caption, T, H, W, SHAPES_FPS if T > 1 else IMAGE_FPS))
-    with open(folder / ".meta.csv.part", "w", newline="") as f:
+    with whole(folder / "meta.csv") as part, open(part, "w", newline="") as f:
         csv.writer(f).writerows([COLUMNS, *rows])
-    (folder / ".meta.csv.part").replace(folder / "meta.csv")
     print(f"{folder / 'meta.csv'}: {num_clips} clips")
 
 

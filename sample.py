@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 import configs
 from data import (ASPECT, IMAGE_FPS, Bucket, fail, read_window, resize_crop, slot_generator, stride, to_uint8, to_video,
-                  write_video)
+                  whole, write_video)
 from kernels import start_processes
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
@@ -792,7 +792,8 @@ def save(job, frames, record, args):
         write_video(path, frames, fps)
         what = f"{T} frames of {H}x{W}" + (f", {fps:g} per second" if path.suffix != ".png" else " in reading order")
         tqdm.write(f"{path}  " + (what if T > 1 else f"an image of {H}x{W}"))
-    (Path(args.out) / f"{job.name}.json").write_text(json.dumps(record | {"commit": commit()}, indent=1), "utf-8")
+    with whole(Path(args.out) / f"{job.name}.json") as part:
+        part.write_text(json.dumps(record | {"commit": commit()}, indent=1), "utf-8")
     shutil.rmtree(segment_file(job, args.out, 0).parent, ignore_errors=True)
 
 

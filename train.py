@@ -25,7 +25,6 @@ import warnings
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
@@ -49,7 +48,7 @@ from tqdm import tqdm
 import configs
 from kernels import Place, all_frames, own_frames, start_processes
 from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, name_key, read_meta, slot_generator,
-                  stride, to_video, uniform, write_video)
+                  stride, to_video, uniform, whole, write_video)
 from masks import draw_mask
 from model import QUIRKS, STDiT, check_weights, from_pixart
 from sample import SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, usual_aspect
@@ -440,16 +439,6 @@ def export(checkpoint, path):
     dcp.load(ema, checkpoint_id=checkpoint, no_dist=True)
     with whole(path) as part:
         save_file({name.removeprefix("ema."): value for name, value in ema.items()}, part)
-
-
-@contextmanager
-def whole(path):
-    """A path to write to; then on the disk before it has its name, so that what has it is whole after a power cut."""
-    part = path.with_name(f".{path.name}.part")
-    yield part
-    with open(part, "rb+") as f:
-        os.fsync(f.fileno())
-    part.replace(path)
 
 
 def write_text(path, text):

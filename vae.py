@@ -50,7 +50,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5Enc
 from transformers.utils.logging import disable_progress_bar
 
 from data import (Bucket, Plan, UnreadableClip, batches, bucket_list, fail, reachable, read_meta, read_window,
-                  resize_crop, stride, to_uint8, to_video, window_generator, window_number, write_video)
+                  resize_crop, stride, to_uint8, to_video, window_generator, window_number, whole, write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
 PIXELS_AT_ONCE = 2**20      # of frames that pass through the autoencoder together: its decoder's peak is then 3 GiB
@@ -578,10 +578,8 @@ def short_hash(*what):
 
 
 def write_whole(path, tensors, note):
-    """Written beside its place and renamed, so that a file that is there is whole."""
-    part = path.with_suffix(".part")
-    save_file(tensors, part, {"note": json.dumps(note)})    # one piece of metadata: the order of several is random
-    part.replace(path)
+    with whole(path) as part:
+        save_file(tensors, part, {"note": json.dumps(note)})    # one piece of metadata: the order of several is random
 
 
 def read_note(path):
