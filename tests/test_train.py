@@ -338,11 +338,9 @@ def test_killed_and_started_again(world, tmp_path):
 
 def test_a_process_that_dies_takes_the_others_along_and_torchrun_starts_them_again(world, tmp_path):
     config = replace(world[0], out=str(tmp_path / "died"), save_every=4)
-    begun = time.monotonic()
     done = start(config, "die-once", 11, torchrun=2)
     assert done.returncode == 0, done.stderr
     assert re.findall(r"steps (\d+) to 20", done.stdout) in (["0", "8"], ["0", "4"])
-    assert time.monotonic() - begun < 60
     assert max(abs(a["loss"] / b["loss"] - 1) for a, b in zip(rows(config), world[1], strict=True)) < 1e-6
 
 
