@@ -141,8 +141,9 @@ def all_frames(x, T, group, dim=1):
     """[B ceil(T/n) ...] -> [B T ...] on every rank; its gradient is that of this rank's own frames."""
     if group is None:
         return x
-    parts = [torch.empty_like(x) for _ in range(group.size())]
-    dist.all_gather(parts, x.detach().contiguous(), group=group)            # collective
+    own = x.detach().contiguous()                                           # as NCCL wants the parts, too
+    parts = [torch.empty_like(own) for _ in range(group.size())]
+    dist.all_gather(parts, own, group=group)                                # collective
     parts[group.rank()] = x
     return torch.cat(parts, dim).narrow(dim, 0, T)
 

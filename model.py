@@ -564,9 +564,7 @@ def _kept(config, B, T, h, w, L, dtype):
     with torch.device("meta"):
         model = STDiT(config)
     with FakeTensorMode():      # not meta: there attention would keep its N x N table, which no fused kernel does
-        weights = {name: torch.empty(value.shape, dtype=dtype, requires_grad=value.requires_grad)
-                   for name, value in model.state_dict(keep_vars=True).items()}
-        inputs = example_inputs(config, B, T, h, w, L) | {"x_mask": torch.ones(B, T, dtype=torch.bool)}
+        weights, inputs = _weights_and_inputs(model, dtype, B, T, h, w, L)
         own = {value.untyped_storage()._cdata for value in weights.values()}
         kept = []               # holds the tensors: the address of a freed storage could come again
         with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
@@ -575,13 +573,19 @@ def _kept(config, B, T, h, w, L, dtype):
         return sum(size for key, size in storages.items() if key not in own)
 
 
+def _weights_and_inputs(model, dtype, B, T, h, w, L):
+    """Of the right shapes, as dicts; what is in them is left open."""
+    weights = {name: torch.empty(value.shape, dtype=dtype, requires_grad=value.requires_grad)
+               for name, value in model.state_dict(keep_vars=True).items()}
+    return weights, example_inputs(model.config, B, T, h, w, L) | {"x_mask": torch.ones(B, T, dtype=torch.bool)}
+
+
 def forward_bytes(config: STDiTConfig, B, T, h, w, L, dtype):
     """The most bytes of activations at once in a forward without gradients, of the same arguments."""
     with torch.device("meta"):
         model = STDiT(replace(config, depth=2))     # blocks come one after another
     with FakeTensorMode(), torch.no_grad():
-        weights = {n: torch.empty(value.shape, dtype=dtype) for n, value in model.state_dict(keep_vars=True).items()}
-        inputs = example_inputs(config, B, T, h, w, L) | {"x_mask": torch.ones(B, T, dtype=torch.bool)}
+        weights, inputs = _weights_and_inputs(model, dtype, B, T, h, w, L)
         with LiveBytes([*weights.values(), *inputs.values()]) as memory:
             functional_call(model, weights, kwargs=inputs)
         return memory.peak

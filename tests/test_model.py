@@ -494,6 +494,16 @@ def share_clips(rank, store, cases):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=dist.FileStore(store, 4), rank=rank, world_size=4)
     groups = [dist.new_subgroups(size)[0] for size in (2, 4)]
+    gather, frames = dist.all_gather, torch.arange(24.0).view(2, 3, 4).mT                       # [2 4 3]
+
+    def as_nccl_does(parts, x, group):
+        assert all(part.is_contiguous() for part in (*parts, x)), "NCCL takes nothing else"
+        gather(parts, x, group=group)
+
+    dist.all_gather = as_nccl_does
+    for group in groups:
+        own = kernels.own_frames(frames, 4, group).mT.contiguous().mT
+        assert torch.equal(kernels.all_frames(own, 4, group), frames)
     for config, args in cases:
         net = awake(config)
         one, one_grads = gradients(net, args)
