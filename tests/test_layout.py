@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
     "kernels": set(), "masks": set(), "data": set(),
-    "model": {"kernels"}, "vae": {"data"}, "configs/__init__": {"model", "data", "masks"},
+    "model": {"kernels"}, "vae": {"data"}, "curate": {"data", "vae"}, "configs/__init__": {"model", "data", "masks"},
     "sample": {"kernels", "masks", "data", "model", "vae", "configs"},
     "train": {"kernels", "masks", "data", "model", "vae", "configs", "sample"},
 }
