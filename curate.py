@@ -31,7 +31,6 @@ import signal
 import sys
 import threading
 import time
-import zlib
 from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -167,7 +166,7 @@ def decoded(path, fast=False):
 
     fast leaves out H.264's deblocking: a third of the time, and nothing that is seen at a quarter of the size.
     """
-    count, seconds = 0, 0.0
+    count, seconds, last = 0, 0.0, -math.inf
     options = {"max_pixels": str(MAX_PIXELS)} | ({"skip_loop_filter": "all"} if fast else {})
     try:
         with av.open(str(path), options={"max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore") as container:
@@ -180,8 +179,10 @@ def decoded(path, fast=False):
                 if frame.is_corrupt:
                     raise UnreadableClip(f"{path}: frame {count} is damaged")
                 seconds = seconds + gap if frame.pts is None else float(frame.pts * stream.time_base)
+                if seconds <= last:
+                    raise UnreadableClip(f"{path}: frame {count} is due at {seconds:g} s, the one before at {last:g}")
                 yield seconds, frame, stream
-                count += 1
+                count, last = count + 1, seconds
     except (av.FFmpegError, OSError) as error:
         raise UnreadableClip(f"{path}: {error.strerror} after {count} frames") from error
     if not count:
@@ -617,25 +618,25 @@ def longest(flags) -> int:
 
 
 def lit_share(g):
-    """Of a grey frame [h w] the share of each row, and of each column, that is no black: float16 [h], [w]."""
-    lit = (g > BAR).float()
-    return lit.mean(1).half().numpy(), lit.mean(0).half().numpy()
+    """Of a grey frame [h w] the share of each row, and of each column, that is no black, in 1/255: bytes [h], [w]."""
+    lit = 255 * (g > BAR).float()
+    return tuple(bytes(lit.mean(axis).round().byte().tolist()) for axis in (1, 0))
 
 
 def bars(rows, columns) -> np.ndarray:
     """Black rows above and below, columns left and right, that hold over T frames: [4].
 
-    rows [T h], columns [T w]: `lit_share`.  A bar ends in a straight edge: most of the first line after it is lit in
-    some frame, which titles on black and night skies are not; frames too dark for that give 0.
+    rows [T h], columns [T w] in 1/255: `lit_share`.  A bar ends in a straight edge: most of the first line after it is
+    lit in some frame, which titles on black and night skies are not; frames too dark for that give 0.
     """
     return np.array([edge(rows), edge(rows[:, ::-1]), edge(columns), edge(columns[:, ::-1])])
 
 
 def edge(lit) -> int:
     """Dark lines of [T h] before the first lit one; 0 when no straight edge ends them or over a third is dark."""
-    spots = np.quantile(lit, 0.98, 0)  # [h] share of the line in a bright frame; one in fifty may be broken
+    spots = np.quantile(lit, 0.98, 0) / 255  # [h] share of the line in a bright frame; one in fifty may be broken
     dark = int((spots < 0.02).cumprod().sum())
-    return dark if 0 < dark <= lit.shape[1] // 3 and lit[:, dark:dark + 3].max() > 0.5 else 0
+    return dark if 0 < dark <= lit.shape[1] // 3 and lit[:, dark:dark + 3].max() > 127 else 0
 
 
 def crop(bar, small, height, width) -> tuple[int, int, int, int]:
@@ -677,16 +678,19 @@ class Measured(NamedTuple):
 
 
 def measure(path) -> Measured:
-    """Decodes a video (or an image: one frame) once, small, and holds a second of it."""
+    """Decodes a video (or an image: one frame) once, small, and holds a second of it.
+
+    What stays is in lists of numbers: small arrays would lie among the freed large ones, and 10 minutes of video would
+    take another GiB."""
     cuts, times, looks, moves, woven, samples = Cuts(), [], [], [], [], []
     count, last, quarter, starts, pairs = 0, None, -1, [], []
     for seconds, frames, coded in small_frames(path):
         cuts.add(frames)
         g = grey(frames)
         same = repeats(torch.cat((g[:1] if last is None else last, g)))
-        looks.append(torch.stack((brightness(g), contrast(g), sharpness(g), same.float()), 1).numpy())
+        looks += torch.stack((brightness(g), contrast(g), sharpness(g), same.float()), 1).tolist()
         woven.append((count, combs(torch.from_numpy(coded).float()).item()))
-        quarters = np.floor((seconds - (times[0][0] if times else seconds[0])) * PAIRS_PER_SECOND + 1e-3)
+        quarters = np.floor((seconds - (times or seconds)[0]) * PAIRS_PER_SECOND + 1e-3)
         for i in np.flatnonzero(np.diff(quarters, prepend=quarter)):
             samples.append((count + int(i), *lit_share(g[i]), perceptual_hash(g[i])))
             starts.append((count + int(i), seconds[i], g[i]))
@@ -694,21 +698,21 @@ def measure(path) -> Measured:
             first, since, a = starts.pop(0)
             pairs.append((first, count + j, a, g[j], seconds[j] - since))
         if len(pairs) >= 8:
-            moves.append(moves_of(pairs))
+            moves += moves_of(pairs)
             pairs = []
         count, last, quarter = count + len(g), g[-1:], quarters[-1]
-        times.append(seconds)
-    moves.append(moves_of(pairs))
-    return Measured(np.concatenate(times), cuts.end(), np.concatenate(looks), np.concatenate(moves), np.array(woven),
+        times += seconds.tolist()
+    moves += moves_of(pairs)
+    return Measured(np.array(times), cuts.end(), np.array(looks), np.array(moves).reshape(-1, 8), np.array(woven),
                     samples)
 
 
-def moves_of(pairs) -> np.ndarray:
+def moves_of(pairs) -> list:
     """[pairs 8]; nothing where a side has under 32 pixels."""
     if not pairs or min(pairs[0][2].shape) < 32:
-        return np.zeros((0, 8))
+        return []
     first, second, a, b, gap = zip(*pairs)
-    return np.column_stack((first, second, motion(flow(torch.stack(a), torch.stack(b)), gap)))
+    return np.column_stack((first, second, motion(flow(torch.stack(a), torch.stack(b)), gap))).tolist()
 
 
 def describe(m: Measured, first: int, end: int) -> dict:
@@ -733,7 +737,7 @@ def box_of(m: Measured, first: int, end: int, height: int, width: int):
     found = []
     for lit in ([sample for sample in m.lit if first <= sample[0] < end], m.lit):
         _, rows, columns, _ = zip(*lit or m.lit[:1])
-        found.append(bars(np.stack(rows), np.stack(columns)))
+        found.append(bars(*(np.array([[*line] for line in lines]) for lines in (rows, columns))))
     return crop(np.maximum(*found), (len(rows[0]), len(columns[0])), height, width)
 
 
@@ -1271,12 +1275,12 @@ STEPS = {
     "cut": Step(("source", "bytes", "modified"), ("min_seconds", "max_seconds", "dry_run"), cut_file),
     "flow": Step(("path",), ("flow_model",), prepare_flow, load_flow, FLOW),
     "checks": Step(("path",), (), checks_of, None, CHECKS),
-    "aesthetic": Step(("path",), ("clip_model", "aesthetic_head"), prepare_aesthetic, load_aesthetic,
+    "aesthetic": Step(("path", "num_frames"), ("clip_model", "aesthetic_head"), prepare_aesthetic, load_aesthetic,
                       ("aes",), 64),
-    "ocr": Step(("path",), ("ocr_model",), prepare_ocr, load_ocr, ("ocr", "text_area"), 16),
-    "caption": Step(("path", "cmotion"), ("captioner", "prompt", "caption_frames", "max_new_tokens"), prepare_caption,
-                    load_caption, ("text",), 16),
-    "match": Step(("path", "text"), ("clip_model",), prepare_match, load_match, ("match",), 64),
+    "ocr": Step(("path", "num_frames"), ("ocr_model",), prepare_ocr, load_ocr, ("ocr", "text_area"), 16),
+    "caption": Step(("path", "num_frames", "cmotion"), ("captioner", "prompt", "caption_frames", "max_new_tokens"),
+                    prepare_caption, load_caption, ("text",), 16),
+    "match": Step(("path", "num_frames", "text"), ("clip_model",), prepare_match, load_match, ("match",), 64),
 }
 NETWORKS = "flow", "aesthetic", "ocr", "caption", "match"  # in this order: a match needs a caption
 CLIP_COLUMNS = (*COLUMNS, *FLOW, *CHECKS, "source", "start_seconds", "seconds", "error", "duplicate_of", "dropped")
@@ -1347,7 +1351,8 @@ def world() -> int:
 
 def is_mine(row: dict) -> bool:
     """Whether this rank works on a row: all clips of a file go to the rank that cuts it."""
-    return zlib.crc32((row.get("source") or row["path"]).encode(errors="surrogatepass")) % world() == rank()
+    name = row.get("source") or row["path"]
+    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % world() == rank()
 
 
 def start_worker(parent: int):
@@ -1435,12 +1440,13 @@ def do(name: str, rows, options) -> Results:
 
 def wait_for(results: Results, rows):
     """Until other ranks, too, have done their rows."""
-    missing = {results.key(row): row["path"] for row in rows}
-    while missing := {key: path for key, path in missing.items() if key not in results.places}:
-        print(f"{results.folder.name}: waiting for {len(missing)} that other ranks do, such as "
-              f"{next(iter(missing.values()))}", file=sys.stderr)
-        time.sleep(10)
-        results.refresh()
+    results.refresh()
+    missing = {key for key in map(results.key, rows) if key not in results.places}
+    with tqdm(desc=f"{results.folder.name}, other ranks", total=len(missing), disable=not missing) as bar:
+        while missing:
+            time.sleep(1)
+            results.refresh()
+            bar.update(len(missing) - len(missing := missing - results.places.keys()))
 
 
 # ---- tables ----
@@ -1458,6 +1464,12 @@ def read_table(path):
         if "path" not in (reader.fieldnames or ()):
             raise ValueError(f"{path}: has columns {','.join(reader.fieldnames or ())}, expected one called path")
         yield from reader
+
+
+def header_of(table) -> list[str]:
+    for row in read_table(table):
+        return list(row)
+    raise ValueError(f"{table}: has no rows, expected one per clip")
 
 
 def write_table(path: Path, rows, columns):
@@ -1500,6 +1512,10 @@ def with_results(rows, done):
             record = results.get(row) or {}
             row = row | record.get("columns", record)
         yield row
+
+
+def can_be_read(row: dict) -> bool:
+    return bool(row["path"]) and not row.get("error")
 
 
 def clip_rows(files, cut: Results):
@@ -1847,7 +1863,7 @@ def start(options):
         if name in options.also:
             mine = clip_rows((row for row in files if is_mine(row)), first)
             try:
-                asked.append(do(name, [row for row in with_results(mine, done) if row["path"]], options))
+                asked.append(do(name, filter(can_be_read, with_results(mine, done)), options))
             except (ValueError, FileNotFoundError) as error:
                 print(f"{name} is not done: {error}", file=sys.stderr)
         done.append(Results(name, options))  # also of an earlier run
@@ -1855,7 +1871,7 @@ def start(options):
         return
     wait_for(first, files)
     for results in asked:
-        wait_for(results, (row for row in with_results(clip_rows(files, first), done) if row["path"]))
+        wait_for(results, filter(can_be_read, with_results(clip_rows(files, first), done)))
     write_table(options.folder / "files.csv", (
         row | {"clips": sum(bool(clip["path"]) for clip in row.get("clips", ()))}
         for row in with_results(files, [first])), FILE_COLUMNS)
@@ -1879,19 +1895,20 @@ def tell_files(path):
 def choose(rows, columns, options):
     """Finds duplicates, applies the rules; writes clips.csv and meta.csv, says what is kept and why the rest is not.
     rows() gives all rows, again and again."""
-    tally, meta = Tally(from_flags(options)), options.table.with_name("meta.csv")
+    tally, table = Tally(from_flags(options)), options.table
+    meta = table.with_name("meta.csv" if table.name == "clips.csv" else f"{table.stem}-kept.csv")
     if not options.no_dedup:
         found = find_duplicates(rows(), tally.rules, options.device)
         rows = lambda rows=rows: (row | {"duplicate_of": of} for row, of in zip(rows(), found))
-    write_table(options.table, (row | {"dropped": tally.add(row)} for row in rows()),
-                dict.fromkeys((*columns, "duplicate_of", "dropped")))
+    columns = dict.fromkeys((*columns, "duplicate_of", "dropped"))
+    write_table(table, (row | {"dropped": tally.add(row)} for row in rows()), columns)
     print(tally)
     if not tally.kept:
         raise ValueError("no clip is kept: the table says by which rule; --min-... or --max-...=none switches one off")
     if options.dry_run:
         return
     kept = [name for name in columns if name not in ("error", "duplicate_of", "dropped")]
-    write_table(meta, (row for row in read_table(options.table) if not row["dropped"]), kept)
+    write_table(meta, (row for row in read_table(table) if not row["dropped"]), kept)
     silent = sum(not row.get("text") for row in read_table(meta))
     print(f"{meta}: {tally.kept} clips" + f", {silent} of them without a caption" * (silent > 0))
     if options.config:
@@ -1902,12 +1919,16 @@ def choose(rows, columns, options):
 def add_columns(options):
     """flow, checks and what needs a network: adds columns to a table."""
     table, step = options.table, STEPS[options.command]
-    results = do(options.command, [row for row in read_table(table) if row["path"]], options)
-    if rank():
-        return
-    wait_for(results, (row for row in read_table(table) if row["path"]))
-    write_table(table, with_results(read_table(table), [results]), (*next(read_table(table), {}), *step.writes))
-    print(f"{table}: {', '.join(step.writes)}; `python curate.py filter {options.what}` chooses by them")
+    header = header_of(table)
+    if missing := {"num_frames", "text"} & set(step.reads) - set(header):
+        raise ValueError(f"{table}: has no column {' or '.join(missing)}, which {options.command} reads - `python "
+                         f"curate.py {'probe' if 'num_frames' in missing else 'caption'} {options.what}` adds it")
+    rows = lambda: (row for row in read_table(table) if can_be_read(row) or row["path"] and options.command == "probe")
+    results = do(options.command, rows(), options)
+    if rank() == 0:
+        wait_for(results, rows())
+        write_table(table, with_results(read_table(table), [results]), (*header, *step.writes, "error"))
+        print(f"{table}: {', '.join(step.writes)}; `python curate.py filter {options.what}` chooses by them")
 
 
 def frames_under(folder: Path):
@@ -1949,13 +1970,11 @@ def resolve(options):
     options.also = tuple(filter(None, options.also.split(",")))
     if wrong := set(options.also) - set(NETWORKS):
         raise ValueError(f"--with {','.join(wrong)}: expected some of {','.join(NETWORKS)}")
-    makes = options.command in ("run", "probe", "cut")
-    if makes and not options.out:
-        raise ValueError(f"{options.command}: expected --out DIR, where clips and tables are written")
     what = Path(options.what)
-    options.table = (options.out if makes else what if what.suffix == ".csv" else Path(what)) 
-    if options.table.suffix != ".csv":
-        options.table = options.table / "clips.csv"
+    options.starts = options.command in ("run", "cut") or options.command == "probe" and what.suffix != ".csv"
+    if options.starts and not options.out:
+        raise ValueError(f"{options.command}: expected --out DIR, where clips and tables are written")
+    options.table = what if what.suffix == ".csv" else (options.out if options.starts else what) / "clips.csv"
     options.folder = options.table.parent.absolute()
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     options.workers = options.workers or max(1, os.cpu_count() // local)
@@ -1970,7 +1989,7 @@ def main():
         if options.config:
             import configs
             options.config = configs.load(options.config)
-        if options.command in ("run", "probe", "cut"):
+        if options.starts:
             start(options)
         elif options.command in STEPS:
             add_columns(options)
@@ -1980,7 +1999,7 @@ def main():
             print(path)
         else:
             options.no_dedup = options.command == "filter"
-            choose(lambda: read_table(options.table), tuple(next(read_table(options.table), {})), options)
+            choose(lambda: read_table(options.table), header_of(options.table), options)
     except (ValueError, FileNotFoundError) as error:
         if options.debug:
             raise

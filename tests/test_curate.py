@@ -560,8 +560,7 @@ def test_repeats_under_coding_noise():
 
 
 def bars_of(g):
-    rows, columns = zip(*map(lit_share, g))
-    return tuple(bars(np.stack(rows), np.stack(columns)))
+    return tuple(bars(*(np.array([[*line] for line in lines]) for lines in zip(*map(lit_share, g)))))
 
 
 @pytest.mark.parametrize("black", [0, 16])
