@@ -39,7 +39,7 @@ def drain(frames):
 
 def transitions(path, side=320):
     cuts, times = curate.Cuts(), []
-    for seconds, frames, _ in curate.small_frames(path, side):
+    for seconds, frames, _ in curate.small_frames(path, side, 96 if side == SIDE else 24):
         cuts.add(frames)
         times.append(seconds)
     return [first for first, _ in cuts.end()], np.concatenate(times)
@@ -59,7 +59,7 @@ def speed(path):
         seconds = {"probe": timed(curate.probe, path)[0], "decode": timed(drain, curate.decoded(path, True))[0],
                    "and shrink": timed(drain, curate.small_frames(path))[0], "and cut": timed(transitions, path)[0],
                    "all": timed(curate.measure, path)[0]}
-        curate.moves_of = lambda pairs: np.zeros((0, 8))
+        curate.moves_of = lambda pairs: []
         seconds["all but flow"] = timed(curate.measure, path)[0]
         curate.moves_of = moves_of
         seconds["write clips"], written = timed(write, path, m)
