@@ -1860,25 +1860,25 @@ def start(options):
     first = do("probe" if options.command == "probe" else "cut", files, options)
     done, asked = [], []
     for name in NETWORKS if options.command == "run" else ():
+        done.append(Results(name, options))  # also of an earlier run
         if name in options.also:
             mine = clip_rows((row for row in files if is_mine(row)), first)
             try:
-                asked.append(do(name, filter(can_be_read, with_results(mine, done)), options))
+                done[-1] = do(name, filter(can_be_read, with_results(mine, done[:-1])), options)
+                asked.append(done[-1])
             except (ValueError, FileNotFoundError) as error:
                 print(f"{name} is not done: {error}", file=sys.stderr)
-        done.append(Results(name, options))  # also of an earlier run
     if rank():
         return
     wait_for(first, files)
-    for results in asked:
-        wait_for(results, filter(can_be_read, with_results(clip_rows(files, first), done)))
+    for i, results in enumerate(done):  # in their order: what one reads another has found
+        mine = filter(can_be_read, with_results(clip_rows(files, first), done[:i])) if results in asked else ()
+        wait_for(results, mine)
     write_table(options.folder / "files.csv", (
         row | {"clips": sum(bool(clip["path"]) for clip in row.get("clips", ()))}
         for row in with_results(files, [first])), FILE_COLUMNS)
     tell_files(options.folder / "files.csv")
     if options.command != "probe":
-        for results in done:
-            results.refresh()
         columns = {*CLIP_COLUMNS, *(name for results in done if results.places for name in results.step.writes)}
         choose(lambda: with_results(clip_rows(files, first), done), columns, options)
 

@@ -3,6 +3,8 @@ against calling transformers directly on the same frames."""
 import base64
 import os
 import shutil
+import subprocess
+import sys
 from argparse import Namespace
 from pathlib import Path
 
@@ -481,3 +483,35 @@ def test_text_area_on_real_footage(turn):
             prepared = [M.ocr_frames([np.rot90(frame, turn)]) for frame in frames]
             for place, columns in zip(places, M.ocr(net, frames, prepared)):
                 assert columns["text_area"] > 0.01 if text else columns["text_area"] < 0.002, (name, place, columns)
+
+
+# ---- all of them, as a user starts them ----
+
+def test_a_run_with_all_networks(clips, clip_folder, ocr_folder, llava_folder, perceiver_folder, tmp_path):
+    """Two ranks, one after the other; then a second run that has nothing left to do, not even to load."""
+    head = {}
+    for i, a, b in zip(M.HEAD_LAYERS, (24, 32, 16, 8, 4), (32, 16, 8, 4, 1)):
+        head |= {f"layers.{i}.weight": torch.randn(b, a), f"layers.{i}.bias": torch.randn(b)}
+    torch.save(head, tmp_path / "head.pth")
+    out = tmp_path / "out"
+    command = [sys.executable, "curate.py", "run", str(Path(clips[0]["path"]).parent), "--out", str(out),
+               "--with", "match,aesthetic,caption,ocr,flow", f"--clip-model={clip_folder}", f"--ocr-model={ocr_folder}",
+               f"--aesthetic-head={tmp_path / 'head.pth'}", f"--captioner={llava_folder}", "--max-new-tokens=4",
+               f"--flow-model={perceiver_folder}", "--prompt=describe", "--min-seconds=1", "--workers=1",
+               "--no-dedup",  # to random weights all pictures are alike
+               *(f"--{rule}=none" for rule in ("min-aesthetic", "min-match", "max-text-area", "min-flow", "max-uniform",
+                                               "min-sharpness", "max-repeats", "max-held"))]
+    ranks = [subprocess.Popen(command, cwd=Path(M.__file__).parent, stderr=subprocess.PIPE, text=True, env=os.environ |
+                              {"RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}) for rank in (1, 0)]
+    for process in ranks:
+        error = process.communicate(timeout=120)[1]
+        assert process.returncode == 0 and "not done" not in error, error
+    rows = {Path(row["source"]).name: row for row in M.read_table(out / "meta.csv")}
+    assert rows.keys() == {"wide.mp4", "tall.mp4", "image.png"} and "features" not in rows["wide.mp4"]
+    for name, row in rows.items():
+        assert all(row[column] for column in ("aes", "ocr", "text_area")) and bool(row["match"]) == bool(row["text"])
+        assert bool(row["flow"]) == bool(row["cmotion"]) == ("camera motion" in row["text"]) == (name != "image.png")
+    shutil.rmtree(llava_folder)
+    again = subprocess.run(command, cwd=Path(M.__file__).parent, capture_output=True, text=True)
+    assert again.returncode == 0 and "not done" not in again.stderr
+    assert {Path(row["source"]).name: row for row in M.read_table(out / "meta.csv")} == rows
