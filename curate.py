@@ -1179,10 +1179,12 @@ def load_flow(options, device):
 
 def perceiver_motion(net, rows, prepared):
     """flow, against and cmotion by a network's field in place of curate's own."""
-    return [camera(np.concatenate([motion(perceiver_flow(net, pairs[i:i + PAIRS_AT_ONCE]),
-                                               seconds[i:i + PAIRS_AT_ONCE])
-                                   for i in range(0, len(pairs), PAIRS_AT_ONCE)] or [np.zeros((0, 6))]))
-            for pairs, seconds in prepared]
+    columns = []
+    for pairs, seconds in prepared:
+        parts = [slice(i, i + PAIRS_AT_ONCE) for i in range(0, len(pairs), PAIRS_AT_ONCE)]
+        found = [motion(perceiver_flow(net, pairs[part]), seconds[part]) for part in parts]
+        columns.append(camera(np.concatenate(found) if found else np.zeros((0, 6))))
+    return columns
 
 
 @torch.inference_mode()
@@ -1290,6 +1292,9 @@ FILE_COLUMNS = ("path", "kind", "error", "num_frames", "counted", "fps", "height
 
 # ---- work: items spread over ranks and processes, results that outlive them ----
 
+RESULTS_VERSION = 1  # to be raised when a step is to give other results
+
+
 class Results:
     """What is known of one step: folder/*.jsonl, a line per item, each process its own file, so that none waits.
 
@@ -1298,7 +1303,7 @@ class Results:
     """
     def __init__(self, name: str, options):
         self.step = STEPS[name]
-        settings = repr([getattr(options, field) for field in self.step.settings])
+        settings = repr([RESULTS_VERSION, *(getattr(options, field) for field in self.step.settings)])
         self.folder = options.folder / "parts" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
         self.places, self.failed, self.read, self.out, self.synced = {}, set(), {}, None, 0.0
         self.refresh()
@@ -1365,7 +1370,7 @@ def attempt(prepare, row, options):
     try:
         return prepare(row | {"path": os.path.normpath(options.folder / row["path"])}, options), ""
     except (ValueError, OSError) as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        if getattr(error, "errno", None) == errno.ENOSPC:
             raise  # the disk is full: no fault of the row
         return None, " ".join(str(error).split())
 
@@ -2000,7 +2005,7 @@ def main():
         else:
             options.no_dedup = options.command == "filter"
             choose(lambda: read_table(options.table), header_of(options.table), options)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if options.debug:
             raise
         sys.exit(fail(error))
