@@ -1,11 +1,21 @@
-"""The operations ST-DiT is made of besides its matrix products, each as the plain PyTorch lines that define it.
+"""The operations ST-DiT is made of besides its matrix products: each as the plain PyTorch lines that define it and in a
+fast form that keeps its input only and computes the rest again in backward, on a CPU in C++ where a compiler is found.
 Also what processes that share the work need: who they are, and how they exchange frames.
 
 In: tensors of any float dtype. Out: the same dtype; means of squares and rotations run in fp32 or wider.
-Run: `python kernels.py` checks each op in fp32 and bf16 against fp64 and prints its error, time and memory rate.
+Passes over [N C] in a block's forward, plain -> fused: modulate 3 x (5 -> 2), QK-norm 12 -> 4, with RoPE 28 -> 4;
+gates 9, GELU 8, a sum 3 stay. For backward a block holds 28 elements per token and unit of width, not 47 (bf16).
+Run: `python kernels.py` checks each op in each dtype against fp64, forward and backward, and times both forms.
 Papers: RMSNorm 1910.07467, RoPE 2104.09864, QK-norm 2302.05442, DSP 2403.10266. Letters are explained in model.py.
 """
+import ctypes
+import hashlib
 import os
+import shutil
+import subprocess
+import time
+from functools import wraps
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -13,16 +23,28 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.utils.benchmark import Timer
 
 __version__ = "0"  # transformers probes for a package called `kernels` and, finding this file, asks for its version
 EPS = 1e-6         # of every norm in the model, LayerNorm and RMSNorm alike
+
+
+# ---- the plain forms: what each op is ----
+
+def paired(plain):
+    """The op as called: its fast form, or the plain one, op.plain, if so chosen or if torch.compile will fuse it."""
+    @wraps(plain)
+    def op(*args):
+        fast = not (CHOICE["plain"] or torch.compiler.is_compiling())
+        return FAST[plain.__name__](*args) if fast else plain(*args)
+    op.plain = plain
+    return op
 
 
 def _wide(x):
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
+@paired
 def modulate(x, shift, scale):
     """adaLN of DiT (arXiv 2212.09748): affine-free LayerNorm, then x (1 + scale) + shift, chosen per frame.
 
@@ -32,6 +54,7 @@ def modulate(x, shift, scale):
     return torch.addcmul(shift[:, :, None], x, 1 + scale[:, :, None])
 
 
+@paired
 def gated_residual(x, gate, update):
     """x + gate * update.  x, update [B T S C]; gate [B T C] or [B 1 C]."""
     return torch.addcmul(x, gate[:, :, None], update)
@@ -56,8 +79,33 @@ def norm_rope(x, weight, rotary, rope_first=False):
     return x if rotary is None else rope(x, *rotary)
 
 
+@paired
+def qk_norm_rope(qkv, q_weight, k_weight, rotary, rope_first, num_heads, axis):
+    """q, k, v [N heads n D] of attention along axis "space" (N = B T, n = S) or "time" (N = B S, n = T).
+
+    qkv [B T S 3C]; q_weight, k_weight, rotary, rope_first as in norm_rope."""
+    q, k, v = (by_sequence(z, num_heads, axis) for z in qkv.chunk(3, dim=-1))
+    rotary = rotary and tuple(z[:, None] for z in rotary)           # the same for all heads
+    q, k = norm_rope(q, q_weight, rotary, rope_first), norm_rope(k, k_weight, rotary, rope_first)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def by_sequence(x, num_heads, axis):
+    sequences = {"space": "(b t) s heads d", "time": "(b s) t heads d"}[axis]
+    return rearrange(x, f"b t s (heads d) -> {sequences}", heads=num_heads)
+
+
+@paired
+def gelu_linear(x, weight, bias):
+    """The second half of an MLP: GELU in its tanh form, then the product."""
+    return F.linear(F.gelu(x, approximate="tanh"), weight, bias)
+
+
 def attention(q, k, v):
-    """softmax(q k^T / sqrt(D)) v.  q [N heads S D]; k, v [N heads L D]."""
+    """softmax(q k^T / sqrt(D)) v.  q [N heads S D]; k, v [N heads L D].
+
+    D = 72 needs no padding: FlashAttention-2 takes multiples of 8 on a GPU in bf16 and fp16, memory-efficient attention
+    in fp32; a CPU has its own flash kernel. All read any strides, and write what the projection reads as it lies."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -74,6 +122,353 @@ def cross_attention(q, k, v, lengths):
         order += rows
     back = sorted(range(len(order)), key=order.__getitem__)
     return torch.cat(outs)[back]
+
+
+# ---- the fast forms: backward computes again what the plain form would keep ----
+
+CHOICE = {"plain": False}   # made by use(): plain, and for "cpu" or "cuda" the compiled implementations
+# CHOICE[device type] = {"dtypes": (...), op: (forward, backward)}; an op that is not there runs as _Again.
+
+
+def use(device, plain=False):
+    """Chooses how the ops compute on device from here on; returns a line that says so."""
+    kind = torch.device(device).type
+    CHOICE.pop(kind, None)
+    CHOICE["plain"] = plain
+    if plain:
+        return "ops: plain"
+    if kind != "cpu":
+        return "ops: PyTorch's, recomputed in backward"
+    try:
+        CHOICE[kind], compiler = cpp()
+        return f"ops: fused C++ on the CPU ({compiler})"
+    except (OSError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None) or str(error)
+        return f"ops: PyTorch's, recomputed in backward; no C++: {said.strip().splitlines()[0]}"
+
+
+def compiled(name, *tensors):
+    """The (forward, backward) that use() has found for these tensors, or None; fake tensors have no memory to read."""
+    x, found = tensors[0], CHOICE.get(tensors[0].device.type, {})
+    fit = all(type(z) in (torch.Tensor, torch.nn.Parameter) and (z.dtype, z.device) == (x.dtype, x.device)
+              for z in tensors)
+    return found.get(name) if fit and x.dtype in found.get("dtypes", ()) else None
+
+
+class _Again(torch.autograd.Function):
+    """op(*args), of which backward computes the plain form again, its intermediates and all."""
+    @staticmethod
+    def forward(ctx, op, *args):
+        ctx.op, ctx.rest = op, [None if torch.is_tensor(z) else z for z in args]
+        ctx.save_for_backward(*[z if torch.is_tensor(z) else None for z in args])
+        return op(*args)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        needed = ctx.needs_input_grad[1:]
+        args = [other if z is None else z.detach().requires_grad_(need)
+                for z, other, need in zip(ctx.saved_tensors, ctx.rest, needed)]
+        with torch.enable_grad():
+            outs = ctx.op(*args)
+        outs = outs if isinstance(outs, tuple) else (outs,)
+        outs, grads = zip(*[(out, grad) for out, grad in zip(outs, grads) if out.requires_grad])
+        found = iter(torch.autograd.grad(outs, [z for z, need in zip(args, needed) if need], grads))
+        return None, *[next(found) if need else None for need in needed]
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, x, shift, scale):
+        x, shift, scale = x.contiguous(), shift.contiguous(), scale.contiguous()
+        out, mean, rstd = kernels[0](x, shift, scale)
+        ctx.kernels = kernels
+        ctx.save_for_backward(x, mean, rstd, scale)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, *ctx.kernels[1](grad.contiguous(), *ctx.saved_tensors)
+
+
+class _GatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, x, gate, update):
+        gate, dense = gate.contiguous(), torch.empty_like(update).stride() == update.stride()
+        update = update if dense and update.stride(-1) == 1 else update.contiguous()
+        ctx.kernels = kernels
+        ctx.save_for_backward(gate, update)
+        return kernels[0](x.contiguous(), gate, update)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return None, grad, *ctx.kernels[1](grad.contiguous(), *ctx.saved_tensors)
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, kernels, qkv, q_weight, k_weight, cos, sin, *how):
+        kept = [z if z is None else z.contiguous() for z in (qkv, q_weight, k_weight, cos, sin)]
+        ctx.kernels, ctx.how = kernels, how
+        ctx.save_for_backward(*kept)
+        return kernels[0](*kept, *how)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        grads = [rearrange(rearrange(z, "n heads s d -> n s heads d").contiguous(), "n s heads d -> n heads s d")
+                 for z in grads]
+        return None, *ctx.kernels[1](*grads, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
+
+
+class _GeluLinear(torch.autograd.Function):
+    """Keeps x: GELU(x), as large, is there again in backward for the weight's gradient, and gone."""
+    @staticmethod
+    def forward(ctx, kernels, x, weight, bias):
+        ctx.kernels = kernels or (lambda x: F.gelu(x, approximate="tanh"), gelu_backward)
+        ctx.save_for_backward(x, weight)
+        return F.linear(ctx.kernels[0](x.contiguous()), weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        grad = grad.flatten(0, -2)
+        dx, active = ctx.kernels[1]((grad @ weight).view(x.shape), x.contiguous())
+        return None, dx, grad.mT @ active.flatten(0, -2), grad.sum(0)
+
+
+def gelu_backward(grad, x):
+    torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
+    return grad, F.gelu(x, approximate="tanh")
+
+
+def fast_qk_norm_rope(qkv, q_weight, k_weight, rotary, *how):
+    kernels = compiled("qk_norm_rope", qkv, q_weight, k_weight) if q_weight is not None else None
+    cos, sin = rotary or (None, None)
+    if kernels:
+        return _QKNormRope.apply(kernels, qkv, q_weight, k_weight, cos, sin, *how)
+    plain = lambda qkv, q_weight, k_weight, cos, sin: qk_norm_rope.plain(
+        qkv, q_weight, k_weight, None if cos is None else (cos, sin), *how)
+    return _Again.apply(plain, qkv, q_weight, k_weight, cos, sin)
+
+
+def fast(name, function):
+    """The fast form of an op whose arguments are all tensors."""
+    plain = globals()[name].plain
+
+    def run(*args):
+        kernels = compiled(name, *args)
+        return function.apply(kernels, *args) if kernels else _Again.apply(plain, *args)
+    return run
+
+
+FAST = {"modulate": fast("modulate", _Modulate), "gated_residual": fast("gated_residual", _GatedResidual),
+        "qk_norm_rope": fast_qk_norm_rope,
+        "gelu_linear": lambda *args: _GeluLinear.apply(compiled("gelu_linear", *args), *args)}
+
+
+# ---- the CPU's: C++ by the user's compiler ----
+
+CPP = r"""
+#include <cmath>
+#include <cstring>
+#include <thread>
+#include <vector>
+typedef long long I;
+struct bf16 { unsigned short bits; };
+static inline float up(float x) { return x; }
+static inline float up(bf16 x) { return __builtin_bit_cast(float, unsigned(x.bits) << 16); }
+static inline void put(float& y, float x) { y = x; }
+static inline void put(bf16& y, float x) {   // to the nearest, ties to even
+  unsigned u = __builtin_bit_cast(unsigned, x);
+  y.bits = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16; }
+#define SIMD(...) _Pragma(#__VA_ARGS__)
+#define EACH(i, n) SIMD(omp simd) for (I i = 0; i < (n); i++)
+#define SUM(i, n, ...) SIMD(omp simd reduction(+ : __VA_ARGS__)) for (I i = 0; i < (n); i++)
+#define OP(name) template <class X> void name(X** p, const I* n)   // p: tensors, null if not wanted; n: sizes
+template <class F> void split(I n, I threads, F f) {   // not by OpenMP: torch brings its own copy of that
+  auto run = [=](I i) { for (I j = n * i / threads; j < n * (i + 1) / threads; j++) f(j); };
+  std::vector<std::thread> others;
+  for (I i = 1; i < threads; i++) others.emplace_back(run, i);
+  run(0);
+  for (auto& other : others) other.join(); }
+// Sums over rows are cut into 16 rows of a frame of S: short, and in one order for any number of threads.
+#define ROWS(S) (I parts = (S + 15) / 16, r = j / parts * S + j % parts * 16, end = r + 16; \
+                 r < end && r < (j / parts + 1) * S; r++)
+OP(modulate) {   // x shift scale out grad dx sums; C, rows per shift, S
+  I C = n[2], per = n[3];
+  split(n[0], n[1], [=](I j) { float* sums = (float*)p[6] + j * 2 * C; for ROWS(n[4]) {
+    X *x = p[0] + r * C, *shift = p[1] + r / per * C, *scale = p[2] + r / per * C, *out = p[3] + r * C;
+    X *grad = p[4] + r * C, *dx = p[5] + r * C;
+    float mean = 0, var = 0, a = 0, b = 0;
+    SUM(i, C, mean) mean += up(x[i]);
+    mean /= C;
+    SUM(i, C, var) var += (up(x[i]) - mean) * (up(x[i]) - mean);
+    float rstd = 1 / std::sqrt(var / C + 1e-6f);
+    if (p[3]) { EACH(i, C) put(out[i], up(shift[i]) + (up(x[i]) - mean) * rstd * (1 + up(scale[i]))); continue; }
+    SUM(i, C, a, b) {
+      float g = up(grad[i]), normed = (up(x[i]) - mean) * rstd, d = g * (1 + up(scale[i]));
+      a += d, b += d * normed, sums[i] += g, sums[C + i] += g * normed; }
+    a /= C, b /= C;
+    EACH(i, C) put(dx[i], rstd * (up(grad[i]) * (1 + up(scale[i])) - a - (up(x[i]) - mean) * rstd * b)); } }); }
+OP(gated_residual) {   // x or grad, gate update out dupdate sums; C, rows per gate, S, T, strides of update
+  I C = n[2];
+  split(n[0], n[1], [=](I j) { float* sums = (float*)p[5] + j * C; for ROWS(n[4]) {
+    I at = r / (n[4] * n[5]) * n[6] + r / n[4] % n[5] * n[7] + r % n[4] * n[8];
+    X *x = p[0] + r * C, *gate = p[1] + r / n[3] * C, *update = p[2] + at, *out = p[3] + r * C, *du = p[4] + at;
+    if (p[3]) EACH(i, C) put(out[i], up(x[i]) + up(gate[i]) * up(update[i]));
+    else EACH(i, C) sums[i] += up(x[i]) * up(update[i]), put(du[i], up(x[i]) * up(gate[i])); } }); }
+static inline void turn(float* x, const float* cos, const float* sin, I pairs, float sign) {   // back for sign -1
+  EACH(i, pairs) {
+    float a = x[2 * i], b = x[2 * i + 1], s = sign * sin[i];
+    x[2 * i] = a * cos[i] - b * s, x[2 * i + 1] = b * cos[i] + a * s; } }
+OP(qk_norm_rope) {   // qkv weights cos sin, q k v or their gradients, dqkv sums; rows T S heads D, time, rope_first
+  I S = n[4], T = n[3], D = n[6], C = n[5] * D;
+  split((n[2] + 3) / 4, n[1], [=](I j) {
+    std::vector<float> buffer(4 * C);
+    float *wide = buffer.data(), *wide_d = wide + 2 * C, *sums = (float*)p[8] + j * 2 * D;
+    for (I r = 4 * j; r < 4 * j + 4 && r < n[2]; r++) {
+      I t = r / S % T, s = r % S, to = n[7] ? ((r / S / T * S + s) * T + t) * C : r * C;
+      float *cos = (float*)p[3] + (n[7] ? t : s) * D / 2, *sin = (float*)p[4] + (n[7] ? t : s) * D / 2;
+      X *in = p[0] + r * 3 * C, *q = p[5] + to, *k = p[6] + to, *dx = p[9] + r * 3 * C;
+      EACH(i, 2 * C) wide[i] = up(in[i]);
+      if (p[9]) EACH(i, C) wide_d[i] = up(q[i]), wide_d[C + i] = up(k[i]);
+      for (I h = 0; h < 2 * n[5]; h++) {
+        float *x = wide + h * D, *d = wide_d + h * D, *weight = (float*)p[1 + h / n[5]], *sum = sums + h / n[5] * D;
+        if (p[3] && n[8]) turn(x, cos, sin, D / 2, 1);
+        float square = 0, dot = 0;
+        SUM(i, D, square) square += x[i] * x[i];
+        square = 1 / std::sqrt(square / D + 1e-6f);
+        if (!p[9]) {
+          EACH(i, D) x[i] *= square * weight[i];
+          if (p[3] && !n[8]) turn(x, cos, sin, D / 2, 1);
+          continue; }
+        if (p[3] && !n[8]) turn(d, cos, sin, D / 2, -1);
+        SUM(i, D, dot) x[i] *= square, sum[i] += d[i] * x[i], d[i] *= weight[i], dot += d[i] * x[i];
+        dot /= D;
+        EACH(i, D) d[i] = square * (d[i] - x[i] * dot);
+        if (p[3] && n[8]) turn(d, cos, sin, D / 2, -1); }
+      if (p[9]) {
+        EACH(i, 2 * C) put(dx[i], wide_d[i]);
+        std::memcpy(dx + 2 * C, p[7] + to, C * sizeof(X));
+        continue; }
+      EACH(i, C) put(q[i], wide[i]), put(k[i], wide[C + i]); } }); }
+static inline float exp_(float x) {   // Cephes: a power of 2 times a polynomial
+  x = x < -87.f ? -87.f : x > 87.f ? 87.f : x;
+  float n = std::rint(x * 1.44269504f), r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  float y = ((1.98756915e-4f * r + 1.39819995e-3f) * r + 8.33345191e-3f) * r + 4.16657959e-2f;
+  y = ((y * r + 1.66666655e-1f) * r + 5.00000012e-1f) * r * r + r + 1;
+  return y * __builtin_bit_cast(float, (int(n) + 127) << 23); }
+OP(gelu_linear) {   // x, x (1 + tanh u) / 2 = x sigmoid(2 u), its gradient or null, which that of x replaces; count
+  split(n[0], n[1], [=](I j) {
+    X *x = p[0] + 1024 * j, *out = p[1] + 1024 * j, *grad = p[2] + 1024 * j;
+    I m = n[2] - 1024 * j < 1024 ? n[2] - 1024 * j : 1024;
+    if (p[2]) EACH(i, m) {
+      float h = up(x[i]), e = exp_(-1.5957691216f * (h + 0.044715f * h * h * h)), s = 1 / (1 + e);
+      put(out[i], h * s), put(grad[i], up(grad[i]) * (s + h * s * s * e * (1.5957691216f + 0.2140644488f * h * h))); }
+    else EACH(i, m) {
+      float h = up(x[i]);
+      put(out[i], h / (1 + exp_(-1.5957691216f * (h + 0.044715f * h * h * h)))); } }); }
+#define BOTH(name) {(void (*)(void**, const I*))name<float>, (void (*)(void**, const I*))name<bf16>}
+extern "C" void run(int op, int is_bf16, void** p, const I* n) {
+  static void (*const ops[4][2])(void**, const I*) = {
+    BOTH(modulate), BOTH(gated_residual), BOTH(qk_norm_rope), BOTH(gelu_linear)};
+  ops[op][is_bf16](p, n); }
+"""
+CPP_OPS = ("modulate", "gated_residual", "qk_norm_rope", "gelu_linear")
+
+
+def cpp():
+    """The ops in C++ and the compiler's name.  OSError or SubprocessError where there is none, or it fails."""
+    compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    if compiler is None:
+        raise OSError("found no c++, g++ or clang++")
+    flags = ["-x", "c++", "-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno",
+             "-fno-trapping-math"]
+    told = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True, timeout=120)
+    macros = subprocess.run([compiler, *flags, "-dM", "-E", "-"], input="", **told).stdout   # its version, the CPU's
+    version = next(line.split('"')[1] for line in macros.splitlines() if "__VERSION__" in line)
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanosora"
+    file = folder / f"ops-{hashlib.sha256((CPP + macros + str(flags)).encode()).hexdigest()[:16]}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}")
+        subprocess.run([compiler, *flags, "-shared", "-fPIC", "-pthread", "-o", str(part), "-"], input=CPP, **told)
+        part.replace(file)
+    return cpp_ops(ctypes.CDLL(str(file))), f"{Path(compiler).name} {version}"
+
+
+def cpp_ops(library):
+    """{op: (forward, backward)}, signatures as the autograd functions call them."""
+    def call(op, jobs, sizes, *tensors):
+        threads = torch.get_num_threads() if tensors[0].numel() > 2**19 else 1   # a thread takes 50 us to start
+        pointers = (ctypes.c_void_p * len(tensors))(*[None if z is None else z.data_ptr() for z in tensors])
+        numbers = (ctypes.c_longlong * (2 + len(sizes)))(jobs, threads, *sizes)
+        library.run(CPP_OPS.index(op), int(tensors[0].dtype == torch.bfloat16), pointers, numbers)
+
+    def frames(op, x, per_frame, more, sums, *tensors):
+        """Calls op on x [B T S C]; sums: how many [C] of each 16 rows.  Returns their sums, each like per_frame."""
+        B, T, S, C = x.shape
+        parts = x.new_zeros(B, T, -(-S // 16), sums, C, dtype=torch.float32)
+        call(op, parts[..., 0, 0].numel() if sums else B * T * -(-S // 16),
+             (C, S * T // per_frame.shape[1], S, *more), *tensors, parts)
+        sums = parts.sum(2).sum_to_size(B, per_frame.shape[1], sums, C).to(x.dtype)
+        return sums.unbind(2)
+
+    def modulate(x, shift, scale):
+        out = torch.empty_like(x)
+        frames("modulate", x, shift, (), 0, x, shift, scale, out, None, None)
+        return out, None, None
+
+    def modulate_backward(grad, x, mean, rstd, scale):
+        dx = torch.empty_like(x)
+        return dx, *frames("modulate", x, scale, (), 2, x, None, scale, None, grad, dx)
+
+    def gated_residual(x, gate, update):
+        out = torch.empty_like(x)
+        frames("gated_residual", x, gate, (x.shape[1], *update.stride()[:3]), 0, x, gate, update, out, None)
+        return out
+
+    def gated_residual_backward(grad, gate, update):
+        dupdate, more = torch.empty_like(update), (grad.shape[1], *update.stride()[:3])
+        dgate, = frames("gated_residual", grad, gate, more, 1, grad, gate, update, None, dupdate)
+        return dgate, dupdate
+
+    def qk(qkv, how, *tensors):
+        (B, T, S, C3), (rope_first, heads, axis) = qkv.shape, how
+        sizes = (B * T * S, T, S, heads, C3 // 3 // heads, axis == "time", rope_first)
+        call("qk_norm_rope", -(-B * T * S // 4), sizes, qkv, *[z if z is None else z.float() for z in tensors[:4]],
+             *tensors[4:])
+
+    def qk_norm_rope(qkv, q_weight, k_weight, cos, sin, *how):
+        (B, T, S, C3), (_, heads, axis) = qkv.shape, how
+        shape = (B * T, S, heads, -1) if axis == "space" else (B * S, T, heads, -1)
+        q, k = (qkv.new_empty(B * T * S * C3 // 3).view(shape).transpose(1, 2) for _ in range(2))
+        qk(qkv, how, q_weight, k_weight, cos, sin, q, k, None, None, None)
+        return q, k, by_sequence(qkv.chunk(3, dim=-1)[2], heads, axis).transpose(1, 2)
+
+    def qk_norm_rope_backward(dq, dk, dv, qkv, q_weight, k_weight, cos, sin, *how):
+        dqkv, heads = torch.empty_like(qkv), how[1]
+        sums = qkv.new_zeros(-(-dqkv[..., 0].numel() // 4), 2, dqkv.shape[-1] // 3 // heads, dtype=torch.float32)
+        qk(qkv, how, q_weight, k_weight, cos, sin, dq, dk, dv, sums, dqkv)
+        return dqkv, *sums.sum(0).to(qkv.dtype)
+
+    def gelu(x):
+        out = torch.empty_like(x)
+        call("gelu_linear", -(-x.numel() // 1024), (x.numel(),), x, out, None)
+        return out
+
+    def gelu_backward(grad, x):
+        out = torch.empty_like(x)
+        call("gelu_linear", -(-x.numel() // 1024), (x.numel(),), x, out, grad)
+        return grad, out
+
+    return {"dtypes": (torch.float32, torch.bfloat16), "modulate": (modulate, modulate_backward),
+            "gated_residual": (gated_residual, gated_residual_backward),
+            "qk_norm_rope": (qk_norm_rope, qk_norm_rope_backward), "gelu_linear": (gelu, gelu_backward)}
 
 
 # ---- processes ----
@@ -184,37 +579,72 @@ def cases(B=2, T=8, S=144, heads=16, D=72, L=100):
     def rand(*shape):
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
-    x, per_frame, q = rand(B, T, S, C), [rand(B, T, C) for _ in range(2)], rand(B * S, heads, T, D)
-    rotary, text = (rand(T, D // 2).cos(), rand(T, D // 2).sin()), [rand(L + L // 2, heads, D) for _ in range(2)]
-    space = [rand(B * T, heads, S, D) for _ in range(3)]
+    x, per_frame, qkv, norms = rand(B, T, S, C), [rand(B, T, C) for _ in range(2)], rand(B, T, S, 3 * C), rand(2, D)
+    angle, text, space = rand(T, D // 2), [rand(L + L // 2, heads, D) for _ in range(2)], rand(3, B * T, heads, S, D)
+    rotary = angle.cos(), angle.sin()
     return {
         "modulate": (modulate, (x, *per_frame)),
         "gated_residual": (gated_residual, (x, per_frame[0], rand(B, T, S, C))),
-        "norm_rope": (norm_rope, (q, rand(D), rotary)),
-        "rope_norm (Q1)": (lambda *args: norm_rope(*args, rope_first=True), (q, rand(D), rotary)),
-        "attention": (attention, space),
-        "cross_attention": (lambda q, k, v: cross_attention(q, k, v, [L, L // 2]), (rand(B, heads, T * S, D), *text)),
+        "qk_norm_rope, space": (qk_norm_rope, (qkv, *norms, None, False, heads, "space")),
+        "qk_norm_rope, time": (qk_norm_rope, (qkv, *norms, rotary, False, heads, "time")),
+        "qk_norm_rope, Q1": (qk_norm_rope, (qkv, *norms, rotary, True, heads, "time")),
+        "gelu_linear": (gelu_linear, (rand(B, T, S, 4 * C), rand(C, 4 * C) / C ** 0.5, rand(C))),
+        "attention": (attention, tuple(space)),
+        "cross_attention": (cross_attention, (rand(B, heads, T * S, D), *text, [L, L // 2])),
     }
 
 
 def cast(value, dtype, device):
-    return value.to(device, dtype) if torch.is_tensor(value) else tuple(cast(v, dtype, device) for v in value)
+    if isinstance(value, tuple):
+        return tuple(cast(v, dtype, device) for v in value)
+    return value.to(device, dtype) if torch.is_tensor(value) else value
+
+
+def forward_backward(op, args, dtype=None):
+    """run() -> outputs, and gradients by the tensors among args of the outputs' product with noise; all in dtype."""
+    args, draw = [z.detach().to(dtype or z.dtype) if torch.is_tensor(z) else z for z in args], torch.Generator()
+    pack = lambda outs: outs if isinstance(outs, tuple) else (outs,)
+    noise = [torch.randn(z.shape, generator=draw).to(args[0].device, z.dtype) for z in pack(op(*args))]
+    leaves = [z.requires_grad_() for z in args if torch.is_tensor(z)]
+
+    def run():
+        outs = pack(op(*args))
+        return [*outs, *torch.autograd.grad(outs, leaves, noise)]
+    return run
+
+
+def error(got, want):
+    return ((got.double().cpu() - want.cpu()).norm() / want.cpu().norm()).item()
+
+
+def milliseconds(run, device, repeat=9):
+    """Median, after a first call that pays for start-up: a GPU's wall time, else own CPU time of all threads."""
+    clock, took = time.perf_counter if device == "cuda" else time.process_time, []
+    for _ in range(repeat + 1):
+        start = clock()
+        run()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        took.append(1e3 * (clock() - start))
+    return sorted(took[1:])[repeat // 2]
 
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(f"{'op on ' + device:<18} {'dtype':<9} {'shape':<20} {'error':>8} {'ms':>8} {'GB/s':>7}")
+    print(use(device))
+    print(f"{'op, forward and backward':<25}{'dtype':<10}{'shape':<18}{'errors: plain':>14}{'fast':>9}{'plain ms':>10}"
+          f"{'fast ms':>9}{'ratio':>7}{'GB/s':>7}{'of copying':>11}")
     for name, (op, fp64_args) in cases().items():
         for dtype in (torch.float32, torch.bfloat16):
             args = cast(fp64_args, dtype, device)
-            exact = op(*cast(args, torch.float64, "cpu"))     # of the same rounded arguments
-            out, names = op(*args), {"op": op, "args": args}
-            seconds = Timer("op(*args)", globals=names, num_threads=torch.get_num_threads()).timeit(5).median
-            error = (out.double().cpu() - exact).norm() / exact.norm()
-            moved = sum(a.nbytes for a in args if torch.is_tensor(a)) + out.nbytes
-            shape = "x".join(map(str, args[0].shape))
-            rate = moved / seconds / 1e9
-            print(f"{name:<18} {str(dtype)[6:]:<9} {shape:<20} {error:8.1e} {1e3 * seconds:8.2f} {rate:7.1f}")
+            exact, x = forward_backward(op, args, torch.float64)(), args[0]     # of the same rounded arguments
+            runs = [forward_backward(form, args) for form in (getattr(op, "plain", op), op)]
+            wrong = [max(map(error, run(), exact)) for run in runs]
+            both, copied = [milliseconds(run, device) for run in runs], milliseconds(lambda x=x: x.clone(), device)
+            moved = sum(z.nbytes for z in args if torch.is_tensor(z)) + sum(z.nbytes for z in exact) * x.itemsize / 4
+            rate, most = moved / both[1] / 1e6, 2 * x.nbytes / copied / 1e6
+            print(f"{name:<25}{str(dtype)[6:]:<10}{'x'.join(map(str, x.shape)):<18}{wrong[0]:14.1e}{wrong[1]:9.1e}"
+                  f"{both[0]:10.2f}{both[1]:9.2f}{both[0] / both[1]:7.2f}{rate:7.1f}{rate / most:11.0%}")
 
 
 if __name__ == "__main__":

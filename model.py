@@ -15,10 +15,12 @@ Kept in every model: positions are scaled by clip 0's size (a batch shares one);
 import json
 import math
 import re
+import sys
 import time
 import weakref
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -32,8 +34,8 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from kernels import (all_frames, attention, cross_attention, gated_residual, modulate, norm_rope, own_frames, to_frames,
-                     to_positions)
+from kernels import (all_frames, attention, cross_attention, gated_residual, gelu_linear, modulate, own_frames,
+                     qk_norm_rope, to_frames, to_positions, use)
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Mlp(nn.Module):
         self.fc1, self.fc2 = nn.Linear(dim_in, hidden), nn.Linear(hidden, dim_out)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return gelu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 class CaptionEmbedder(nn.Module):
@@ -172,14 +174,14 @@ class Rope(nn.Module):
 # ---- the block ----
 
 class RMSNorm(nn.Module):
-    """Only the weight: kernels.norm_rope does the work together with RoPE."""
+    """Only the weight: kernels.qk_norm_rope does the work together with RoPE."""
     def __init__(self, dim):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(dim))
 
 
 class Attention(nn.Module):
-    """Self attention along the second axis.  x [N S C], rotary None or (cos, sin)."""
+    """Self attention of x [B T S C] along axis "space" or "time".  rotary None or (cos, sin)."""
     def __init__(self, config):
         super().__init__()
         self.num_heads, self.rope_first = config.num_heads, config.rope_before_norm
@@ -188,11 +190,13 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
         self.proj = nn.Linear(config.hidden_size, config.hidden_size)
 
-    def forward(self, x, rotary=None):
-        q, k, v = rearrange(self.qkv(x), "n s (three heads d) -> three n heads s d", three=3, heads=self.num_heads)
-        q = norm_rope(q, self.q_norm and self.q_norm.weight, rotary, self.rope_first)
-        k = norm_rope(k, self.k_norm and self.k_norm.weight, rotary, self.rope_first)
-        return self.proj(rearrange(attention(q, k, v), "n heads s d -> n s (heads d)"))
+    def forward(self, x, axis, rotary=None):
+        weights = [norm and norm.weight for norm in (self.q_norm, self.k_norm)]
+        out = attention(*qk_norm_rope(self.qkv(x), *weights, rotary, self.rope_first, self.num_heads, axis))
+        if axis == "space":
+            return self.proj(rearrange(out, "(b t) heads s d -> b t s (heads d)", b=len(x)))
+        out = self.proj(rearrange(out, "n heads t d -> n t (heads d)"))     # a position's frames lie together, and
+        return rearrange(out, "(b s) t c -> b t s c", b=len(x))             # stay so: gated_residual reads any order
 
 
 class CrossAttention(nn.Module):
@@ -229,13 +233,11 @@ class Block(nn.Module):
         mod_temp = rearrange(mod_temp, "b t (three c) -> b t three c", three=3) + self.scale_shift_table_temporal
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = mod.unbind(2)
         shift_tmp, scale_tmp, gate_tmp = mod_temp.unbind(2)
-        B, S, T = x.shape[0], x.shape[2], rotary[0].shape[0]
+        S, T = x.shape[2], rotary[0].shape[0]
 
-        h = rearrange(modulate(x, shift_msa, scale_msa), "b t s c -> (b t) s c")        # space: within one frame
-        x = gated_residual(x, gate_msa, rearrange(self.attn(h), "(b t) s c -> b t s c", b=B))
+        x = gated_residual(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa), "space"))
         h = to_positions(modulate(x, shift_tmp, scale_tmp), T, group)                   # collective, as is to_frames
-        h = self.attn_temp(rearrange(h, "b t s c -> (b s) t c"), rotary)                # time: within one position
-        x = gated_residual(x, gate_tmp, to_frames(rearrange(h, "(b s) t c -> b t s c", b=B), S, group))
+        x = gated_residual(x, gate_tmp, to_frames(self.attn_temp(h, "time", rotary), S, group))
         x = x + self.cross_attn(x, text, lengths)
         return gated_residual(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
 
@@ -550,12 +552,12 @@ def saved_bytes(config: STDiTConfig, B, T, h, w, L, dtype, checkpointing=0):
     """Activations in bytes at the peak of a forward and backward of B clips [C_in T h w] with L text tokens each.
 
     checkpointing n: blocks[::n] keep their input only; the last block, if one of them, is computed again while all
-    others still keep theirs. Backward writes about three times the tokens in passing (measured, fp32 and bf16)."""
+    others still keep theirs. Backward writes in passing about eight times the tokens, GELU(x) and its gradient."""
     one, two = (_kept(replace(config, depth=depth), B, T, h, w, L, dtype) for depth in (1, 2))
     block, tokens = two - one, B * math.prod(config.grid(T, h, w)) * config.hidden_size * dtype.itemsize
     thin = len(range(config.depth)[::checkpointing]) if checkpointing else 0
     again = block - tokens if checkpointing and (config.depth - 1) % checkpointing == 0 else 0
-    return one - block + (config.depth - thin) * block + (thin + 3) * tokens + again
+    return one - block + (config.depth - thin) * block + (thin + 8) * tokens + again
 
 
 @cache
@@ -566,11 +568,16 @@ def _kept(config, B, T, h, w, L, dtype):
     with FakeTensorMode():      # not meta: there attention would keep its N x N table, which no fused kernel does
         weights, inputs = _weights_and_inputs(model, dtype, B, T, h, w, L)
         own = {value.untyped_storage()._cdata for value in weights.values()}
-        kept = []               # holds the tensors: the address of a freed storage could come again
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
-            functional_call(model, weights, kwargs=inputs)
-        storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
-        return sum(size for key, size in storages.items() if key not in own)
+        return held_bytes(lambda: functional_call(model, weights, kwargs=inputs), own)
+
+
+def held_bytes(forward, own):
+    """What autograd keeps of forward() for backward, each storage once, but for those in own (their _cdata)."""
+    kept = []                   # holds the tensors: the address of a freed storage could come again
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        forward()
+    storages = {x.untyped_storage()._cdata: x.untyped_storage().nbytes() for x in kept}
+    return sum(size for key, size in storages.items() if key not in own)
 
 
 def _weights_and_inputs(model, dtype, B, T, h, w, L):
@@ -638,7 +645,94 @@ def example_inputs(config, B=1, T=4, h=8, w=8, L=8):
             "y": torch.randn(B, L, config.caption_channels), **{k: torch.full((B,), float(v)) for k, v in size.items()}}
 
 
+# ---- how fast it is, beside its products and attention alone ----
+
+def bare(config, B, T, S, L, dtype, device):
+    """run(backward): the matrix products and attentions of a block, and nothing else."""
+    C, wide, N = config.hidden_size, int(config.hidden_size * config.mlp_ratio), B * T * S
+    new = lambda *shape: torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+    sizes = [(N, C, 3 * C), (N, C, C), (N, C, 3 * C), (N, C, C), (N, C, C), (B * L, C, 2 * C), (N, C, C),
+             (N, C, wide), (N, wide, C)]
+    tasks = [(F.linear, (new(n, a), new(b, a), new(b)), new(n, b)) for n, a, b in sizes]
+    for n, one, other in ((B * T, S, S), (B * S, T, T), (B, T * S, L)):
+        q, k, v = (new(n, config.num_heads, length, config.head_dim) for length in (one, other, other))
+        tasks.append((attention, (q, k, v), torch.randn_like(q)))
+
+    def run(backward):
+        with torch.set_grad_enabled(backward):
+            for task, args, grad in tasks:
+                out = task(*args)
+                if backward:
+                    torch.autograd.grad(out, args, grad)
+    return run
+
+
+def one_block(config, B, T, S, L, dtype, device, masked):
+    """run(backward) of a block as it is in a model, and its elements held for backward, per token and unit of width."""
+    block, C, each = STDiT(replace(config, depth=1)).blocks[0].to(device, dtype), config.hidden_size, T if masked else 1
+    new = lambda *shape: torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+    x, mod, mod_temp, text = args = new(B, T, S, C), new(B, each, 6 * C), new(B, each, 3 * C), new(B * L, C)
+    grad, rotary = torch.randn_like(x), rotary_table(T, config.head_dim, device)
+    forward = lambda: block(*args, [L] * B, rotary)
+    own = {z.untyped_storage()._cdata for z in (*block.parameters(), mod, mod_temp, text)}
+
+    def run(backward):
+        with torch.set_grad_enabled(backward):
+            out = forward()
+            if backward:
+                torch.autograd.grad(out, (*args, *block.parameters()), grad)
+    return run, held_bytes(forward, own) / x.nbytes
+
+
+def seconds(run, device):
+    """Own CPU time of all threads, or the wall time of a GPU's work."""
+    clock = time.process_time if device == "cpu" else time.perf_counter
+    if device != "cpu":
+        torch.cuda.synchronize()
+    start = clock()
+    run()
+    if device != "cpu":
+        torch.cuda.synchronize()
+    return clock() - start
+
+
+def bench(device, rounds=9):
+    """Blocks of XL/2 over their products and attention alone, in turns: median [least, most] of the ratios."""
+    ops = {"plain": use(device, plain=True), "fast": use(device)}
+    print(f"{ops['fast']}; {torch.get_num_threads()} threads; a block of XL/2, 100 text tokens a clip; time / that of "
+          f"its products and attention, median of {rounds} [least, most]; held: elements per token and unit of width")
+    shapes = [(1, 16, 9, 16)] if device == "cpu" else [(8, 16, 10, 15), (2, 16, 15, 26), (1, 16, 30, 53)]
+    print(f"{'clips x latents':<16}{'dtype':<10}{'':<9}{'bare ms':>8}" + "".join(f"{name:>20}" for name in (
+        "plain", "fast", "fast, x_mask", *["compiled"] * (device != "cpu"))) + "   held: plain, fast, x_mask")
+    for (B, T, rows, columns), dtype in product(shapes, (torch.float32, torch.bfloat16)):
+        size = XL_2, B, T, rows * columns, 100, dtype, device
+        alone, kinds = bare(*size), {}
+        for name in ("plain", "fast", "fast, x_mask"):
+            use(device, plain=name == "plain")
+            kinds[name] = one_block(*size, name == "fast, x_mask")
+        for backward in (False, True):
+            print(f"{f'{B} x {T}x{2 * rows}x{2 * columns}':<16}{str(dtype)[6:]:<10}"
+                  f"{'fwd + bwd' if backward else 'forward':<10}"
+                  + alternate(alone, kinds, backward, device, rounds))
+
+
+def alternate(alone, kinds, backward, device, rounds):
+    ratios, base = {name: [] for name in kinds}, []
+    for _ in range(rounds + 1):                 # the first pays for start-up
+        took = seconds(lambda: alone(backward), device)
+        base.append(took)
+        for name, (run, _) in kinds.items():
+            use(device, plain=name == "plain")
+            ratios[name].append(seconds(lambda run=run: run(backward), device) / took)
+    middle = lambda values: sorted(values[1:])[rounds // 2]
+    cells = [f"{middle(r):7.3f} [{min(r[1:]):.3f} {max(r[1:]):.3f}]" for r in ratios.values()]
+    held = ", ".join(f"{held:.1f}" for _, held in kinds.values())
+    return f"{1e3 * middle(base):7.1f}" + "".join(f"{cell:>24}" for cell in cells) + f"   {held}"
+
+
 def main():
+    if "--bench" in sys.argv[1:]:
+        return bench("cuda" if torch.cuda.is_available() else "cpu")
     stages = ("16x144x256", "16x240x426", "16x480x854", "16x720x1280")
     print(f"{'':<6}{'parameters':>12}   TFLOP of a forward at " + "".join(f"{stage:>12}" for stage in stages))
     for name, config in {"XL/2": XL_2, "tiny": TINY}.items():

@@ -54,7 +54,7 @@ from tqdm import tqdm
 import configs
 from data import (ASPECT, IMAGE_FPS, Bucket, fail, read_window, resize_crop, slot_generator, stride, to_uint8, to_video,
                   whole, write_video)
-from kernels import start_processes
+from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
 from model import QUIRKS, STDiT, forward_bytes, num_params, upstream_config, with_weights
@@ -710,12 +710,14 @@ def parse_args(argv=None):
     add("--text-cache", metavar="FOLDER", help="keeps the embeddings of captions; T5 is not loaded for those in it")
     add("--sp", type=int, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
+    add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     add("--debug", action="store_true", help="errors with their traceback")
     return parser.parse_args(argv)
 
 
 def run(args):
     start, place = time.perf_counter(), start_processes(sp=args.sp, device=args.device)
+    place.say(use(place.device, args.plain))
     told, job = read_record(args.again) if args.again else ({}, None)
     ckpt = told.get("ckpt", args.ckpt)
     file, config, quirks = find_checkpoint(ckpt)

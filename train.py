@@ -46,7 +46,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import configs
-from kernels import Place, all_frames, own_frames, start_processes
+from kernels import Place, all_frames, own_frames, start_processes, use
 from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, name_key, read_meta, slot_generator,
                   stride, to_video, uniform, whole, write_video)
 from masks import draw_mask
@@ -628,6 +628,7 @@ def main():
     parser.add_argument("--gpus", type=int, help="how many of them (default: the config's world)")
     parser.add_argument("--bench", action="store_true", help="time a step of each bucket on random latents, and stop")
     parser.add_argument("--profile", metavar="FILE", help="--bench, and a trace for chrome://tracing or Perfetto")
+    parser.add_argument("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     parser.add_argument("--allow-changes", action="store_true", help="go on with another config or other clips")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     args, overrides = parser.parse_known_args()
@@ -640,10 +641,10 @@ def main():
         elif args.plan:
             print(configs.plan(config, gpus, config.shard, args.gpu, shares_of_steps(config)))
         elif args.search:
-            search(config, gpus, args.gpu)
+            search(config, gpus, args.gpu, args.plain)
         elif args.bench or args.profile:
-            bench(config, args.profile)
-        elif number := train(config, args.allow_changes):
+            bench(config, args.profile, args.plain)
+        elif number := train(config, args.allow_changes, args.plain):
             sys.exit(128 + number)
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
@@ -660,9 +661,10 @@ def main():
             dist.destroy_process_group()
 
 
-def train(config, allow_changes=False):
+def train(config, allow_changes=False, plain=False):
     """Trains to config.steps; returns 0, or the number of the signal that stopped it after a checkpoint."""
     place, folder = start_processes(config.shard, config.sp), Path(config.out)
+    place.say(use(place.device, plain))
     meta = rank0_first(lambda: read_meta(config.data))                      # which builds the index
     sampler, checkpoint = BucketSampler(meta, config), latest(folder)
     place.say(sampler.table())
@@ -782,10 +784,11 @@ def shared(read, place):
 
 
 # ---------------------------------------------------------------- what a step takes
-def stopwatch(config):
+def stopwatch(config, plain=False):
     """(place, measure): measure(kind, clips, steps=10) -> (seconds, GiB) of a step of the loop on random latents of one
     (resolution, frames), `clips` for each rank or group; (None, None) where memory does not do."""
     place = start_processes(config.shard, config.sp)
+    place.say(use(place.device, plain))
     runs = [make_run(replace(config, out=os.devnull, world=place.share[1]), place)]     # no folder, so no log
 
     def measure(kind, clips, steps=10):
@@ -823,9 +826,9 @@ def synthetic(run, bucket):
         "waited": 0}
 
 
-def bench(config, trace=None):
+def bench(config, trace=None, plain=False):
     """Times a step of each bucket.  trace: a file for three steps of the last bucket, as torch's profiler sees them."""
-    place, measure = stopwatch(config)
+    place, measure = stopwatch(config, plain)
     name, peak = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU", peak_flops()
     place.say(f"{place.world} x {name}, {config.dtype}, checkpointing {config.checkpointing}, compile {config.compile},"
               f" accumulation {config.accumulation}, sp {config.sp}\n"
@@ -850,12 +853,12 @@ def bench(config, trace=None):
                                                max_name_column_width=40))
 
 
-def search(config, gpus, gpu):
+def search(config, gpus, gpu, plain=False):
     """Prints the batch sizes that fit: measured on the GPUs at hand, or without one by the plan's model of `gpu`."""
     if not torch.cuda.is_available():
         print(configs.search(config, gpus, config.shard, gpu))
         return
-    place, measure = stopwatch(config)
+    place, measure = stopwatch(config, plain)
 
     def seconds(kind, clips):
         took = torch.tensor(measure(kind, clips, 3)[0] or math.inf)

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from torch.utils.checkpoint import checkpoint
 
 import kernels
 import model as stdit
@@ -62,7 +64,7 @@ def inputs(config, B=2, T=3, h=4, w=6, L=5):
 # ---- parity with the released code ----
 
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_are_upstreams(case):
+def test_output_and_gradients_are_upstreams(case, ops):
     config, weights, args, golden = load(case)
     net = from_upstream(config, weights)
     args["x"].requires_grad_()
@@ -103,7 +105,7 @@ def test_caption_dropout_is_upstreams():
         assert error(net(**args), golden["out.out"]) < 1e-5
 
 
-def test_bf16_is_as_close_to_fp32_as_upstreams():
+def test_bf16_is_as_close_to_fp32_as_upstreams(ops):
     config, weights, args, _ = load("ii_xmask")
     golden = load_file(GOLDEN / "a_stdit2_bf16.safetensors")
     with torch.no_grad():
@@ -149,14 +151,15 @@ def test_positions_count_in_cells_of_a_square_of_as_many():
     assert table[:, 4, 0].tolist() == pytest.approx([torch.tensor(4 * 4 / 5).sin().item()] * 3)
 
 
-def test_attention_is_upstreams():
+def test_attention_is_upstreams(ops):
     golden = load_file(GOLDEN / "f_embeddings.safetensors")
     names = [name for name in golden if name.startswith("attn.") and name.endswith(("weight", "bias"))]
     weights = {name[len("attn."):]: golden[name] for name in names}
     for rope_first in (True, False):
         net = stdit.Attention(replace(SMALL, rope_before_norm=rope_first))
         net.load_state_dict(weights, strict=True)
-        wrong = error(net(golden["attn.in"], stdit.rotary_table(6, 12)), golden["attn.out_rope_then_norm"])
+        out = net(golden["attn.in"][:, :, None], "time", stdit.rotary_table(6, 12))[:, :, 0]      # [N T C]
+        wrong = error(out, golden["attn.out_rope_then_norm"])
         assert wrong < 1e-5 if rope_first else wrong > 1e-3, f"rope_before_norm={rope_first}: {wrong}"
 
 
@@ -392,7 +395,7 @@ def test_patches_are_read_and_written_as_a_convolution_does():
 
 
 @pytest.mark.parametrize("final_twice", [False, True])
-def test_x_mask(final_twice):
+def test_x_mask(final_twice, ops):
     config = replace(SMALL, final_twice=final_twice)
     net, args = awake(config), inputs(config)
     with torch.no_grad():
@@ -451,7 +454,7 @@ def test_temporal_pos_tells_frames_apart():
     assert error(told[:, :, 0], told[:, :, 2]) > 1e-3
 
 
-def test_fully_sharded_it_computes_the_same():
+def test_fully_sharded_it_computes_the_same(ops):
     """FSDP2 in a world of one: outside their module's forward parameters are DTensors, and using one there raises."""
     from torch import distributed as dist
     from torch.distributed.fsdp import fully_shard
@@ -480,6 +483,44 @@ def test_fully_sharded_it_computes_the_same():
         dist.destroy_process_group()
 
 
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("B, most", [(1, 28.5), (2, 29.5)])     # of two clips, the values of time are copied
+def test_a_block_holds_little_for_backward(B, most, masked, ops):
+    """In units of width per token; 40 are allowed."""
+    for dtype in (torch.float32, torch.bfloat16):
+        _, held = stdit.one_block(replace(SMALL, num_heads=2), B, 4, 64, 4, dtype, "cpu", masked)
+        assert held > 35 if ops == "plain" else held < most, (ops, held)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_checkpointed_or_compiled_it_computes_the_same(every, ops, monkeypatch):
+    """torch.compile takes the plain form; a checkpointed block computes its forward twice."""
+    config, args = replace(SMALL, depth=3), inputs(SMALL) | {"x_mask": torch.tensor([[True, False, True]] * 2)}
+    want, wants = gradients(awake(config), args)
+    thin, compiled = awake(config), awake(config)
+    for block in thin.blocks[::every]:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+    for block in compiled.blocks[::every]:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for net in (thin, compiled):
+        out, grads = gradients(net, args)
+        assert error(out.detach(), want.detach()) < 1e-6
+        assert max(error(grads[name], wants[name]) for name in wants) < 1e-4    # fp32 is 4e-5 from fp64 here
+
+
+def test_fake_tensors_take_no_compiled_op(ops):
+    """The plan imagines a forward: C++ must not read memory that is not there."""
+    size = SMALL, 2, 3, 4, 6, 5, torch.float32
+    assert stdit.saved_bytes(*size) > stdit.forward_bytes(*size) > 0
+
+
+def test_bench_prints_ratios(monkeypatch, capsys, ops):
+    monkeypatch.setattr(stdit, "XL_2", SMALL)
+    stdit.bench("cpu", rounds=1)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 6 and lines[2].startswith("1 x 16x18x32") and "28." in lines[2], lines
+
+
 # ---- wrong input ----
 
 def gradients(net, args):
@@ -492,6 +533,7 @@ def gradients(net, args):
 def share_clips(rank, store, cases):
     """One of four processes: alone, then with one other, then with all."""
     torch.set_num_threads(1)
+    kernels.use("cpu")
     dist.init_process_group("gloo", store=dist.FileStore(store, 4), rank=rank, world_size=4)
     groups = [dist.new_subgroups(size)[0] for size in (2, 4)]
     gather, frames = dist.all_gather, torch.arange(24.0).view(2, 3, 4).mT                       # [2 4 3]

@@ -107,8 +107,8 @@ def test_the_plan_names_what_does_not_fit_and_what_would():
         "--checkpointing=0", "--buckets={'144p': {1: (1.0, 48), 16: (1.0, 17)}, '720p': {16: (0.1, 9)}}"])
     lines = lambda config, *args: re.findall(r"^ +\d+ x +\d+x\d.*", plan(config, *args), re.M)
     image, short, large = lines(config, 64)
-    assert "TOO BIG" not in image and "--checkpointing=1, or 8 clips" in short and "--accumulation=" in large
-    fit, over = ({"144p": {16: (1.0, n)}} for n in (8, 9))                  # what it names fits, one more does not
+    assert "TOO BIG" not in image and "--checkpointing=1, or 15 clips" in short and "--accumulation=" in large
+    fit, over = ({"144p": {16: (1.0, n)}} for n in (15, 16))                # what it names fits, one more does not
     assert "TOO BIG" not in lines(replace(config, buckets=fit), 64)[0]
     assert "TOO BIG" in lines(replace(config, buckets=over), 64)[0]
     thin = replace(config, checkpointing=1)

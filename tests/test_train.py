@@ -633,8 +633,8 @@ def test_bench_times_each_bucket(world, tmp_path, monkeypatch, capsys):
     """The same loop on random latents; nothing is read, nothing is written."""
     monkeypatch.chdir(tmp_path)
     train.bench(replace(world[0], data="nowhere", vae="nowhere", text_encoder="nowhere", out="nowhere", cache=""))
-    head, columns, *lines = capsys.readouterr().out.splitlines()
-    assert head.startswith("1 x ") and [line.split()[:4] for line in lines] == [
+    ops, head, columns, *lines = capsys.readouterr().out.splitlines()
+    assert ops.startswith("ops: ") and head.startswith("1 x ") and [line.split()[:4] for line in lines] == [
         ["32", "x", "1", "8"], ["32", "x", "8", "4"]]
     assert all(float(cell.replace(",", "")) > 0 for line in lines for cell in line.split()[4:6])
     assert not any(tmp_path.iterdir())
