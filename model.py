@@ -703,7 +703,7 @@ def bench(device, rounds=9):
           f"its products and attention, median of {rounds} [least, most]; held: elements per token and unit of width")
     shapes = [(1, 16, 9, 16)] if device == "cpu" else [(8, 16, 10, 15), (2, 16, 15, 26), (1, 16, 30, 53)]
     print(f"{'clips x latents':<16}{'dtype':<10}{'':<9}{'bare ms':>8}" + "".join(f"{name:>20}" for name in (
-        "plain", "fast", "fast, x_mask", *["compiled"] * (device != "cpu"))) + "   held: plain, fast, x_mask")
+        "plain", "fast", "fast, x_mask")) + "   held: plain, fast, x_mask")
     for (B, T, rows, columns), dtype in product(shapes, (torch.float32, torch.bfloat16)):
         size = XL_2, B, T, rows * columns, 100, dtype, device
         alone, kinds = bare(*size), {}
