@@ -602,9 +602,9 @@ def sharpness(g):
     return spread_of(lap)
 
 
-def uniform(g):
-    """bool [T]: one colour all over, such as black."""
-    return contrast(g) * 255 < UNIFORM
+def uniform(contrasts):
+    """bool [T] of `contrast`: one colour all over, such as black."""
+    return contrasts * 255 < UNIFORM
 
 
 def repeats(g):
@@ -724,7 +724,7 @@ def describe(m: Measured, first: int, end: int) -> dict:
     hashes = [sample[3] for sample in m.lit if first <= sample[0] < end] or [m.lit[0][3]]
     return camera(moves[:, 2:]) | {
         "brightness": looks[:, 0].mean(), "contrast": looks[:, 1].mean(), "sharpness": np.median(looks[:, 2]),
-        "uniform": (looks[:, 1] * 255 < UNIFORM).mean(), "repeats": same.mean() if len(same) else 0.0,
+        "uniform": uniform(looks[:, 1]).mean(), "repeats": same.mean() if len(same) else 0.0,
         "held": longest(same) / max(1, len(same)) * seconds, "combs": woven.max(initial=0.0),
         "phash": joint_hash(hashes)}
 
