@@ -8,13 +8,16 @@ gates 9, GELU 8, a sum 3 stay. For backward a block holds 28 elements per token 
 Run: `python kernels.py` checks each op in each dtype against fp64, forward and backward, and times both forms.
 Papers: RMSNorm 1910.07467, RoPE 2104.09864, QK-norm 2302.05442, DSP 2403.10266. Letters are explained in model.py.
 """
+import contextlib
 import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 import time
-from functools import wraps
+import warnings
+from functools import cache, lru_cache, wraps
+from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +26,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.nn.attention.varlen import varlen_attn
 
 __version__ = "0"  # transformers probes for a package called `kernels` and, finding this file, asks for its version
 EPS = 1e-6         # of every norm in the model, LayerNorm and RMSNorm alike
@@ -109,11 +113,24 @@ def attention(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
+@paired
+def time_attention(qkv, q_weight, k_weight, rotary, rope_first, num_heads):
+    """Self attention over the frames of each position, from qkv [B T S 3C] to [(B S) T C]; a GPU's fast form is one
+    kernel up to 32 frames: FlashAttention's tiles of 128 would be nearly empty."""
+    out = attention(*qk_norm_rope.plain(qkv, q_weight, k_weight, rotary, rope_first, num_heads, "time"))
+    return rearrange(out, "n heads t d -> n t (heads d)")
+
+
 def cross_attention(q, k, v, lengths):
     """Each clip sees its own caption, without padding.  q [B heads N D]; k, v [sum(lengths) heads D], end to end."""
     if len(set(lengths)) == 1:
         k, v = (rearrange(z, "(b l) heads d -> b heads l d", l=lengths[0]) for z in (k, v))
         return attention(q, k, v)
+    if takes_varlen(q):
+        B, _, N, _ = q.shape
+        out = varlen_attn(rearrange(q, "b heads n d -> (b n) heads d"), k, v, offsets((N,) * B, q.device),
+                          offsets(tuple(lengths), q.device), N, max(lengths))
+        return rearrange(out, "(b n) heads d -> b heads n d", b=B)
     k, v = (rearrange(z, "l heads d -> heads l d").split(lengths, dim=1) for z in (k, v))
     outs, order = [], []
     for length in sorted(set(lengths)):     # captions of equal length share one call
@@ -124,6 +141,20 @@ def cross_attention(q, k, v, lengths):
     return torch.cat(outs)[back]
 
 
+def takes_varlen(q):
+    """FlashAttention's limits in torch 2.11 to 2.13.  Head size 72 runs unpadded, in the kernel for 96."""
+    return (q.is_cuda and type(q) is torch.Tensor and q.dtype in (torch.bfloat16, torch.float16)
+            and q.shape[-1] % 8 == 0
+            and not CHOICE["plain"] and not torch.compiler.is_compiling()
+            and torch.cuda.get_device_capability(q.device)[0] >= 8)
+
+
+@lru_cache(maxsize=64)      # every block of a step asks for the same two
+def offsets(lengths, device):
+    """Where each clip's rows begin and end, on the device without a sync: the CPU knows the lengths."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).pin_memory().to(device, non_blocking=True)
+
+
 # ---- the fast forms: backward computes again what the plain form would keep ----
 
 CHOICE = {"plain": False}   # made by use(): plain, and for "cpu" or "cuda" the compiled implementations
@@ -132,11 +163,19 @@ CHOICE = {"plain": False}   # made by use(): plain, and for "cpu" or "cuda" the 
 
 def use(device, plain=False):
     """Chooses how the ops compute on device from here on; returns a line that says so."""
-    kind = torch.device(device).type
+    device = torch.device(device)
+    kind = device.type
     CHOICE.pop(kind, None)
     CHOICE["plain"] = plain
     if plain:
         return "ops: plain"
+    if kind == "cuda":
+        ops, failures = check_cuda(torch.device(kind, device.index or torch.cuda.current_device()))
+        CHOICE[kind] = {"dtypes": tuple(CUDA_NAMES), **ops}
+        for text in failures:
+            warnings.warn(text, stacklevel=2)
+        return (f"ops: fused CUDA C++ on {torch.cuda.get_device_name(device)}" if ops else
+                "ops: PyTorch's, recomputed in backward")
     if kind != "cpu":
         return "ops: PyTorch's, recomputed in backward"
     try:
@@ -207,7 +246,8 @@ class _GatedResidual(torch.autograd.Function):
         return None, grad, *ctx.kernels[1](grad.contiguous(), *ctx.saved_tensors)
 
 
-class _QKNormRope(torch.autograd.Function):
+class _FromQKV(torch.autograd.Function):
+    """What is made of qkv: q, k and v as attention takes them, or what attention over time gives."""
     @staticmethod
     def forward(ctx, kernels, qkv, q_weight, k_weight, cos, sin, *how):
         kept = [z if z is None else z.contiguous() for z in (qkv, q_weight, k_weight, cos, sin)]
@@ -218,9 +258,8 @@ class _QKNormRope(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *grads):
-        grads = [rearrange(rearrange(z, "n heads s d -> n s heads d").contiguous(), "n s heads d -> n heads s d")
-                 for z in grads]
-        return None, *ctx.kernels[1](*grads, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
+        lie = lambda z: z.transpose(1, 2).contiguous().transpose(1, 2) if z.ndim == 4 else z        # as q, k, v do
+        return (None, *ctx.kernels[1](*map(lie, grads), *ctx.saved_tensors, *ctx.how), *[None] * (2 + len(ctx.how)))
 
 
 class _GeluLinear(torch.autograd.Function):
@@ -249,10 +288,19 @@ def fast_qk_norm_rope(qkv, q_weight, k_weight, rotary, *how):
     kernels = compiled("qk_norm_rope", qkv, q_weight, k_weight) if q_weight is not None else None
     cos, sin = rotary or (None, None)
     if kernels:
-        return _QKNormRope.apply(kernels, qkv, q_weight, k_weight, cos, sin, *how)
+        return _FromQKV.apply(kernels, qkv, q_weight, k_weight, cos, sin, *how)
     plain = lambda qkv, q_weight, k_weight, cos, sin: qk_norm_rope.plain(
         qkv, q_weight, k_weight, None if cos is None else (cos, sin), *how)
     return _Again.apply(plain, qkv, q_weight, k_weight, cos, sin)
+
+
+def fast_time_attention(qkv, q_weight, k_weight, rotary, rope_first, num_heads):
+    T, D = qkv.shape[1], qkv.shape[3] // 3 // num_heads
+    kernels = compiled("time_attention", qkv, q_weight, k_weight) if q_weight is not None and rotary else None
+    if kernels and T <= 32 and D % 8 == 0 and D <= 72:      # longer, tensor cores win; wider, shared memory ends
+        return _FromQKV.apply(kernels, qkv, q_weight, k_weight, *rotary, rope_first, num_heads)
+    out = attention(*qk_norm_rope(qkv, q_weight, k_weight, rotary, rope_first, num_heads, "time"))
+    return rearrange(out, "n heads t d -> n t (heads d)")
 
 
 def fast(name, function):
@@ -266,7 +314,7 @@ def fast(name, function):
 
 
 FAST = {"modulate": fast("modulate", _Modulate), "gated_residual": fast("gated_residual", _GatedResidual),
-        "qk_norm_rope": fast_qk_norm_rope,
+        "qk_norm_rope": fast_qk_norm_rope, "time_attention": fast_time_attention,
         "gelu_linear": lambda *args: _GeluLinear.apply(compiled("gelu_linear", *args), *args)}
 
 
@@ -391,10 +439,9 @@ def cpp():
     told = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True, timeout=120)
     macros = subprocess.run([compiler, *flags, "-dM", "-E", "-"], input="", **told).stdout   # its version, the CPU's
     version = next(line.split('"')[1] for line in macros.splitlines() if "__VERSION__" in line)
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanosora"
-    file = folder / f"ops-{hashlib.sha256((CPP + macros + str(flags)).encode()).hexdigest()[:16]}.so"
+    file = cache_folder() / f"ops-{hashlib.sha256((CPP + macros + str(flags)).encode()).hexdigest()[:16]}.so"
     if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}")
         subprocess.run([compiler, *flags, "-shared", "-fPIC", "-pthread", "-o", str(part), "-"], input=CPP, **told)
         part.replace(file)
@@ -469,6 +516,421 @@ def cpp_ops(library):
     return {"dtypes": (torch.float32, torch.bfloat16), "modulate": (modulate, modulate_backward),
             "gated_residual": (gated_residual, gated_residual_backward),
             "qk_norm_rope": (qk_norm_rope, qk_norm_rope_backward), "gelu_linear": (gelu, gelu_backward)}
+
+
+# ---- the GPU's: CUDA C++ by NVRTC. No header is included: a driver and torch's own NVRTC are enough ----
+
+# How the three types become fp32 and back; the tests replace these lines where they run the rest on a CPU.
+CUDA_TYPES = r"""
+struct bf16 { unsigned short bits; };
+struct f16 { unsigned short bits; };
+static __device__ float wide(float x) { return x; }
+static __device__ float wide(bf16 x) { return __uint_as_float((unsigned)x.bits << 16); }
+static __device__ float wide(f16 x) { float y; asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits)); return y; }
+static __device__ void narrow(float x, float& y) { y = x; }
+static __device__ void narrow(float x, bf16& y) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+static __device__ void narrow(float x, f16& y) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+"""
+
+# A row of C values (below: a head of D) lies in the registers of L lanes, V values per access: lane l holds columns
+# (k L + l) V ... for k < K. Widths are template arguments, so that every loop over a row is unrolled.
+CUDA = r"""
+typedef long long I;                                        // offsets pass 2^31 at 720p
+constexpr float EPS = 1e-6f;
+template <class T, int C> constexpr int ACCESS =            // values in 16 bytes; fewer if the width is no multiple
+    C % 8 == 0 && sizeof(T) == 2 ? 8 : C % 4 == 0 ? 4 : 2;
+template <class T, int V> struct alignas(V * sizeof(T)) Pack {
+    T x[V];
+    __device__ float operator[](int i) const { return wide(x[i]); } };
+template <int bytes> struct alignas(bytes) Words { unsigned x[bytes / 4]; };
+template <int V, class T> static __device__ Pack<T, V> load(const T* p) { return *(const Pack<T, V>*)p; }
+#define UNROLL _Pragma("unroll")
+#define EACH_VALUE UNROLL for (int i = 0; i < V; i++)
+#define EACH_ACCESS(C, L) UNROLL for (int k = 0; k < K; k++) if (int c = (k * L + lane) * V; c < C)
+#define STORE(p, value) { Pack<T, V> y; EACH_VALUE narrow(value, y.x[i]); COPY(p, &y) }
+#define COPY(to, from) { typedef Words<V * sizeof(T)> W; *(W*)(to) = *(const W*)(from); }   // as T it may go in halves
+#define ROW_LAYOUT(C, L) constexpr int V = ACCESS<T, C>, K = (C / V + L - 1) / L; const int lane = threadIdx.x % L;
+#define WARPS const int warp = threadIdx.x / 32, warps = blockDim.x / 32;
+// A block takes `size` of the `per` rows of a group, which share shift, scale and gate; a warp takes every 4th of them.
+#define SHARE const int group = blockIdx.x / parts, first = blockIdx.x % parts * size; \
+    const I begin = (I)group * per + first, end = begin + min(size, per - first), mod = (I)group * C;
+#define EACH_ROW for (I row = begin + warp, at = row * C; row < end; row += warps, at = row * C)
+#define IN(T) const T* __restrict__
+#define OUT(T) T* __restrict__
+#define KERNEL(blocks) __global__ void __launch_bounds__(128, blocks)       // of 128 threads, so many on a processor
+
+template <int L> static __device__ float lanes_sum(float x) {               // over L neighbours, known to all of them
+    UNROLL for (int mask = L / 2; mask; mask /= 2) x += __shfl_xor_sync(~0u, x, mask);
+    return x; }
+// The sum over the warps of a block, always in the same order, of what their first L lanes hold.
+template <int C, int L, int K, int V> static __device__ void block_sum(const float (&own)[K][V], float* out) {
+    __shared__ float sum[K * V * L];
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+    for (int w = 0; w < warps; w++, __syncthreads()) if (warp == w && lane < L) EACH_ACCESS(C, L) EACH_VALUE {
+        float& s = sum[(k * V + i) * L + lane];                             // no two lanes share a bank
+        s = own[k][i] + (w ? s : 0);
+        if (w == warps - 1) out[c + i] = s; } }
+
+// modulate, a warp per row: reads x, writes out and 8 bytes of statistics: 2 passes where the plain form takes 4
+// (layer_norm and addcmul both read and write).
+template <class T, int C> KERNEL(3) modulate_forward(IN(T) x, IN(T) shift, IN(T) scale, OUT(T) out, OUT(float) mean,
+        OUT(float) rstd, int per, int parts, int size) {
+    ROW_LAYOUT(C, 32) WARPS SHARE
+    Pack<T, V> a[K], b[K], xs[K];
+    EACH_ACCESS(C, 32) { a[k] = load<V>(shift + mod + c); b[k] = load<V>(scale + mod + c); }
+    EACH_ROW {
+        float sum = 0, squares = 0;
+        EACH_ACCESS(C, 32) { xs[k] = load<V>(x + at + c); EACH_VALUE sum += xs[k][i]; }
+        const float m = lanes_sum<32>(sum) / C;
+        EACH_ACCESS(C, 32) EACH_VALUE squares += (xs[k][i] - m) * (xs[k][i] - m);
+        const float r = rsqrtf(lanes_sum<32>(squares) / C + EPS);
+        EACH_ACCESS(C, 32) STORE(out + at + c, a[k][i] + (xs[k][i] - m) * r * (1 + b[k][i]))
+        if (lane == 0) { mean[row] = m; rstd[row] = r; } } }
+
+// Its backward: reads grad and x, writes dx: 3 passes where autograd takes 10 (grad (1 + scale) 2, grad h and its sum
+// 4, the sum of grad 1, layer_norm's own 3). part [2 blocks C] gets the block's sums for shift and scale.
+template <class T, int C> KERNEL(2) modulate_backward(IN(T) grad, IN(T) x, IN(float) mean, IN(float) rstd,
+        IN(T) scale, OUT(T) dx, OUT(float) part, int per, int parts, int size) {
+    ROW_LAYOUT(C, 32) WARPS SHARE
+    float dshift[K][V] = {}, dscale[K][V] = {};
+    Pack<T, V> b[K], gs[K], xs[K];
+    EACH_ACCESS(C, 32) b[k] = load<V>(scale + mod + c);
+    EACH_ROW {
+        const float m = mean[row], r = rstd[row];
+        float sum = 0, dot = 0;
+        EACH_ACCESS(C, 32) { gs[k] = load<V>(grad + at + c); xs[k] = load<V>(x + at + c); }
+        EACH_ACCESS(C, 32) EACH_VALUE {
+            const float g = gs[k][i], h = (xs[k][i] - m) * r, dh = g * (1 + b[k][i]);
+            dshift[k][i] += g; dscale[k][i] += g * h; sum += dh; dot += dh * h; }
+        sum = lanes_sum<32>(sum) / C; dot = lanes_sum<32>(dot) / C;
+        EACH_ACCESS(C, 32) STORE(dx + at + c, r * (gs[k][i] * (1 + b[k][i]) - sum - (xs[k][i] - m) * r * dot)) }
+    block_sum<C, 32>(dshift, part + (I)blockIdx.x * C);
+    block_sum<C, 32>(dscale, part + ((I)gridDim.x + blockIdx.x) * C); }
+
+// gated_residual: reads x and update, writes out: 3 passes, as addcmul, but 16 bytes at a time where the broadcast
+// gate makes addcmul go value by value. update [B F S C] may lie in another order (time): sb, sf, ss are its strides.
+// BACK: x is the gradient of out, out that of update, part [blocks C] gets the sum for gate: 3 passes of 6.
+template <class T, int C, int BACK> KERNEL(3) gated_residual(IN(T) x, IN(T) gate, IN(T) update, OUT(T) out,
+        OUT(float) part, int per, int parts, int size, int F, int S, int sb, int sf, int ss) {
+    ROW_LAYOUT(C, 32) WARPS SHARE
+    float dgate[K][V] = {};
+    Pack<T, V> a[K];
+    EACH_ACCESS(C, 32) a[k] = load<V>(gate + mod + c);
+    EACH_ROW {
+        const int f = (int)row / S;
+        const I from = (I)(f / F) * sb + (I)(f % F) * sf + (I)((int)row % S) * ss;
+        EACH_ACCESS(C, 32) {
+            const Pack<T, V> xs = load<V>(x + at + c), us = load<V>(update + from + c);
+            EACH_VALUE dgate[k][i] += xs[i] * us[i];
+            STORE(out + (BACK ? from : at) + c, BACK ? xs[i] * a[k][i] : xs[i] + a[k][i] * us[i]) } }
+    if (BACK) block_sum<C, 32>(dgate, part + (I)blockIdx.x * C); }
+
+template <int V, int K> static __device__ void rotate(float (&x)[K][V], const float (&cs)[K][V], float sign) {
+    UNROLL for (int k = 0; k < K; k++) UNROLL for (int i = 0; i < V; i += 2) {          // cs: cos and sin of each pair
+        const float even = x[k][i], odd = x[k][i + 1], s = sign * cs[k][i + 1];
+        x[k][i] = even * cs[k][i] - odd * s; x[k][i + 1] = odd * cs[k][i] + even * s; } }
+template <int D, int V, int K> static __device__ void angles(float (&cs)[K][V], IN(float) cos, IN(float) sin) {
+    const int lane = threadIdx.x % 4;
+    EACH_ACCESS(D, 4) {
+        const Pack<float, V / 2> a = load<V / 2>(cos + c / 2), b = load<V / 2>(sin + c / 2);
+        EACH_VALUE cs[k][i] = i % 2 ? b[i / 2] : a[i / 2]; } }
+// RMSNorm by weight w of x, D values over 4 lanes. ROPE: 0 none, 1 after it, 2 before it (which keeps the squares).
+template <int D, int ROPE, class T, int V, int K> static __device__ float norm_rope(float (&x)[K][V], IN(T) w,
+        const float (&cs)[K][V], bool only_norm) {
+    const int lane = threadIdx.x % 4;
+    float squares = 0;
+    EACH_ACCESS(D, 4) EACH_VALUE squares += x[k][i] * x[k][i];
+    const float r = rsqrtf(lanes_sum<4>(squares) / D + EPS);
+    if (ROPE == 2) rotate(x, cs, 1);
+    EACH_ACCESS(D, 4) { const Pack<T, V> a = load<V>(w + c); EACH_VALUE x[k][i] *= only_norm ? r : r * a[i]; }
+    if (ROPE == 1 && !only_norm) rotate(x, cs, 1);
+    return r; }
+// Its backward: x as before, g the gradient of the result, which becomes that of x; dw += that of w.
+template <int D, int ROPE, class T, int V, int K> static __device__ void norm_rope_back(float (&x)[K][V],
+        float (&g)[K][V], IN(T) w, const float (&cs)[K][V], float (&dw)[K][V]) {
+    const int lane = threadIdx.x % 4;
+    const float r = norm_rope<D, ROPE>(x, w, cs, true);
+    float dot = 0;
+    if (ROPE == 1) rotate(g, cs, -1);
+    EACH_ACCESS(D, 4) {
+        const Pack<T, V> a = load<V>(w + c);
+        EACH_VALUE { dw[k][i] += g[k][i] * x[k][i]; dot += (g[k][i] *= a[i]) * x[k][i]; } }
+    dot = lanes_sum<4>(dot) / D;
+    EACH_ACCESS(D, 4) EACH_VALUE g[k][i] = r * (g[k][i] - x[k][i] * dot);
+    if (ROPE == 2) rotate(g, cs, -1); }
+#define READ(x, from) EACH_ACCESS(D, 4) { const Pack<T, V> a = load<V>((from) + c); EACH_VALUE x[k][i] = a[i]; }
+#define WRITE(to, x) EACH_ACCESS(D, 4) STORE((to) + c, x[k][i])
+// What the 8 items of a warp add to the weights' gradients, for its first 4 lanes.
+#define OVER_ITEMS(x) UNROLL for (int k = 0; k < K; k++) EACH_VALUE UNROLL for (int mask = 4; mask < 32; mask *= 2) \
+    x[k][i] += __shfl_xor_sync(~0u, x[k][i], mask);
+
+// qk_norm_rope, 4 lanes per head of a token: reads q and k in qkv [B F S 3C], writes them as sequences over S or (time)
+// over F; v too if `copies`: 4 passes over C (6 with v) where the plain form takes 24 in space and 72 in time, most of
+// them in fp32. BACK: q, k_, v are gradients and are read, dqkv is written, part [2 blocks D] gets the sums for the
+// weights: 8 passes of 42 and 90.
+template <class T, int D, int ROPE, int BACK> KERNEL(3) qk_norm_rope(IN(T) qkv, IN(T) q_weight,
+        IN(T) k_weight, IN(float) cos, IN(float) sin, OUT(T) q, OUT(T) k_, OUT(T) v, OUT(T) dqkv, OUT(float) part,
+        int items, int heads, int F, int S, int time, int copies) {
+    ROW_LAYOUT(D, 4) WARPS
+    const I C = (I)heads * D;
+    float dw[2][K][V] = {};
+    for (int base = (blockIdx.x * warps + warp) * 8; base < items; base += gridDim.x * warps * 8) {
+        // Warps stay whole for the shuffles: beyond the last item lanes repeat it, and write nothing.
+        const int own = base + (int)threadIdx.x % 32 / 4, item = min(own, items - 1), row = item / heads;
+        const int s = row % S, f = row / S % F, angle = (time ? f : s) * (D / 2);
+        const I from = row * 3 * C + item % heads * D;
+        const I to = (time ? ((I)(row / S / F) * S + s) * F + f : row) * C + item % heads * D;
+        float cs[K][V];
+        if (ROPE) angles<D>(cs, cos + angle, sin + angle);
+        UNROLL for (int j = 0; j < 2; j++) {
+            T* const seq = (j ? k_ : q) + to;
+            float x[K][V] = {}, g[K][V] = {};
+            READ(x, qkv + from + j * C)
+            if (BACK && own == item) READ(g, seq)
+            if (BACK) norm_rope_back<D, ROPE>(x, g, j ? k_weight : q_weight, cs, dw[j]);
+            else norm_rope<D, ROPE>(x, j ? k_weight : q_weight, cs, false);
+            if (own == item && BACK) WRITE(dqkv + from + j * C, g)
+            if (own == item && !BACK) WRITE(seq, x) }
+        if (copies && own == item) EACH_ACCESS(D, 4)
+            COPY((BACK ? dqkv + from + 2 * C : v + to) + c, (BACK ? v + to : qkv + from + 2 * C) + c) }
+    if (BACK) UNROLL for (int j = 0; j < 2; j++) {
+        OVER_ITEMS(dw[j])
+        block_sum<D, 4>(dw[j], part + ((I)j * gridDim.x + blockIdx.x) * D); } }
+
+// Attention over F <= M frames of one position and head by a warp, M a multiple of 8. Rows of M x M and of M x D tables
+// belong to 4 lanes: row 8 n + warp lane / 4; of the former a lane has each 4th column. Shared rows are W apart: no two
+// rows that are read at once share a bank.
+#define EACH_ROW_OF(M) UNROLL for (int n = 0; n < M / 8; n++) if (int row = 8 * n + threadIdx.x / 4; true)
+template <int M, int D> static __device__ void dots(const float* a, const float* b, float (&s)[M / 8][M / 4]) {
+    constexpr int W = D + 4;                                                        // s = a b^T
+    for (int c = 0; c < D; c += 4) {
+        Pack<float, 4> x[M / 8], y[M / 4];
+        EACH_ROW_OF(M) x[n] = load<4>(a + row * W + c);
+        UNROLL for (int j = 0; j < M / 4; j++) y[j] = load<4>(b + (4 * j + threadIdx.x % 4) * W + c);
+        UNROLL for (int n = 0; n < M / 8; n++) UNROLL for (int j = 0; j < M / 4; j++)
+            UNROLL for (int i = 0; i < 4; i++) s[n][j] += x[n].x[i] * y[j].x[i]; } }
+template <int M, int D, int BACK, int V, int K> static __device__ void mix(const float* s, const float* b, int F,
+        float (&o)[M / 8][K][V]) {                                                  // o = s b, or s^T b
+    const int lane = threadIdx.x % 4;
+    for (int j = 0; j < F; j++) EACH_ACCESS(D, 4) UNROLL for (int h = 0; h < V; h += 4) {
+        const Pack<float, 4> y = load<4>(b + j * (D + 4) + c + h);
+        EACH_ROW_OF(M) UNROLL for (int i = 0; i < 4; i++)
+            o[n][k][h + i] += s[BACK ? j * (M + 1) + row : row * (M + 1) + j] * y.x[i]; } }
+// time_attention: reads qkv [B F S 3C], writes out [B S F C]: 4 passes, where q, k, v and attention take 12. BACK:
+// reads dout, computes all again, writes dqkv into out, and part [2 blocks D], sums for the weights: 7 passes of 20.
+template <class T, int D, int ROPE, int BACK, int M> __global__ void __launch_bounds__(32) time_attention(IN(T) qkv,
+        IN(T) q_weight, IN(T) k_weight, IN(float) cos, IN(float) sin, IN(T) dout, OUT(T) out, OUT(float) part,
+        int items, int heads, int F, int S) {
+    ROW_LAYOUT(D, 4)
+    constexpr int W = D + 4, N = M + 1;
+    __shared__ alignas(16) float tables[(3 + BACK) * M * W], weights[(1 + BACK) * M * N], sums[2 * D];
+    float* const dweights = weights + M * N;
+    const I C = (I)heads * D;
+    const float scale = rsqrtf(D);
+    float cs[K][V];
+    for (int i = threadIdx.x; i < 2 * D; i += 32) sums[i] = 0;
+    for (int item = blockIdx.x; item < items; item += gridDim.x) {
+        const int s = item / heads % S, b = item / heads / S;
+        const I to = ((I)b * S + s) * F * C + item % heads * D, from = ((I)b * F * S + s) * 3 * C + item % heads * D;
+        EACH_ROW_OF(M) {
+            const int f = min(row, F - 1);                      // warps stay whole; rows from F on are zeros
+            if (ROPE) angles<D>(cs, cos + f * (D / 2), sin + f * (D / 2));
+            UNROLL for (int j = 0; j < 3 + BACK; j++) {
+                float x[K][V] = {};
+                READ(x, j == 3 ? dout + to + f * C : qkv + from + (I)f * S * 3 * C + j * C)
+                if (j < 2) norm_rope<D, ROPE>(x, j ? k_weight : q_weight, cs, false);
+                EACH_ACCESS(D, 4) EACH_VALUE tables[(j * M + row) * W + c + i] = row < F ? x[k][i] : 0; } }
+        __syncwarp();
+        float p[M / 8][M / 4] = {}, dp[M / 8][M / 4] = {};
+        dots<M, D>(tables, tables + M * W, p);
+        if (BACK) dots<M, D>(tables + 3 * M * W, tables + 2 * M * W, dp);
+        EACH_ROW_OF(M) {
+            float most = -1e30f, sum = 0, delta = 0;
+            UNROLL for (int j = 0; j < M / 4; j++) if (4 * j + lane < F) most = fmaxf(most, p[n][j]);
+            most = fmaxf(most, __shfl_xor_sync(~0u, most, 1)); most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
+            UNROLL for (int j = 0; j < M / 4; j++) {
+                p[n][j] = 4 * j + lane < F ? expf((p[n][j] - most) * scale) : 0;
+                sum += p[n][j]; delta += p[n][j] * dp[n][j]; }
+            sum = lanes_sum<4>(sum);
+            if (BACK) delta = lanes_sum<4>(delta) / sum;
+            UNROLL for (int j = 0; j < M / 4; j++) {
+                weights[row * N + 4 * j + lane] = p[n][j] / sum;
+                if (BACK) dweights[row * N + 4 * j + lane] = p[n][j] / sum * (dp[n][j] - delta) * scale; } }
+        __syncwarp();
+        _Pragma("unroll 1") for (int j = 0; j < (BACK ? 3 : 1); j++) {      // out, or the gradients of q, k, v
+            float o[M / 8][K][V] = {}, dw[K][V] = {};
+            if (!BACK) mix<M, D, 0>(weights, tables + 2 * M * W, F, o);
+            else if (j == 0) mix<M, D, 0>(dweights, tables + M * W, F, o);
+            else mix<M, D, 1>(j == 1 ? dweights : weights, j == 1 ? tables : tables + 3 * M * W, F, o);
+            EACH_ROW_OF(M) {
+                const int f = min(row, F - 1);
+                const I at = from + (I)f * S * 3 * C + j * C;
+                if (BACK && j < 2) {
+                    float x[K][V] = {};
+                    READ(x, qkv + at)
+                    if (ROPE) angles<D>(cs, cos + f * (D / 2), sin + f * (D / 2));
+                    norm_rope_back<D, ROPE>(x, o[n], j ? k_weight : q_weight, cs, dw); }
+                if (row < F) WRITE(out + (BACK ? at : to + f * C), o[n]) }
+            if (BACK && j < 2) {
+                OVER_ITEMS(dw)
+                if (threadIdx.x < 4) EACH_ACCESS(D, 4) EACH_VALUE sums[j * D + c + i] += dw[k][i]; } }
+        __syncwarp(); }
+    if (BACK) for (int i = threadIdx.x; i < 2 * D; i += 32)
+        part[((I)(i / D) * gridDim.x + blockIdx.x) * D + i % D] = sums[i]; }
+"""
+
+
+CUDA_NAMES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
+
+
+@cache
+def kernel(name, device):
+    """"modulate_forward<bf16, 1152>" -> call(blocks, threads of each, arguments), in torch's stream of the device of
+    that number.  What torch keeps private is used here only."""
+    from torch.utils import cpp_extension       # which needs setuptools
+    home, cpp_extension.CUDA_HOME = cpp_extension.CUDA_HOME, cpp_extension.CUDA_HOME or "none"  # where headers are; it
+    try:                                                                        # insists, though none is included
+        with torch.cuda.device(device):
+            function = torch.cuda._compile_kernel(CUDA_TYPES + CUDA, name).func
+    finally:
+        cpp_extension.CUDA_HOME = home
+    # torch's own call takes 200 us, these lines 10. PyDLL keeps Python's lock, so that threads may share the buffers.
+    start = ctypes.PyDLL(torch.cuda._utils._get_gpu_runtime_library()._name).cuLaunchKernel
+    values = (ctypes.c_longlong * 24)()
+    places = (ctypes.c_void_p * 24)(*[ctypes.addressof(values) + 8 * i for i in range(24)])
+
+    def call(blocks, threads, arguments):
+        values[:len(arguments)] = arguments
+        stream = ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream)
+        again = lambda: start(function, blocks, 1, 1, threads, 1, 1, 0, stream, places, None)
+        if (code := again()) == 201:            # this thread has no context yet, as autograd's at first
+            torch.cuda.set_device(device)
+            code = again()
+        if code:
+            raise RuntimeError(f"{name}: cuLaunchKernel returned CUDA error {code}")
+    return call
+
+
+def launch(op, widths, blocks, x, *args, threads=128):
+    """op<dtype of x, *widths>(x, *args) on x's device.  None stands for a tensor that is not read."""
+    aligned = [z.clone() if torch.is_tensor(z) and z.data_ptr() % 16 else z for z in (x, *args)]    # outputs are
+    arguments = [z.data_ptr() if torch.is_tensor(z) else int(z or 0) for z in aligned]
+    name = f"{op}<{', '.join(map(str, (CUDA_NAMES[x.dtype], *map(int, widths))))}>"
+    kernel(name, x.device.index)(blocks, threads, arguments)
+
+
+def share(x, mod):
+    """How blocks share x [B T S C], whose rows are summed for each of mod [B T C]: blocks, then (per, parts, size)."""
+    rows, groups = x[..., 0].numel(), mod[..., 0].numel()
+    parts = -(-(rows // groups) // min(64, max(16, rows // 512)))       # fills a GPU with few partial sums; the same
+    return groups * parts, (rows // groups, parts, -(-(rows // groups) // parts))       # on any card
+
+
+def cuda_ops():
+    """{op: (forward, backward)}, signatures as the autograd functions call them."""
+    def modulate(x, shift, scale):
+        (blocks, shares), stats = share(x, shift), x.new_empty(2, x[..., 0].numel() + 3 & ~3, dtype=torch.float32)
+        launch("modulate_forward", x.shape[3:], blocks, x, shift, scale, out := torch.empty_like(x), *stats, *shares)
+        return out, *stats
+
+    def modulate_backward(grad, x, mean, rstd, scale):
+        (blocks, shares), dx = share(x, scale), torch.empty_like(x)
+        part = x.new_empty(2, *scale.shape[:2], shares[1], x.shape[3], dtype=torch.float32)
+        launch("modulate_backward", x.shape[3:], blocks, grad, x, mean, rstd, scale, dx, part, *shares)
+        return dx, *part.sum(3).to(x.dtype)
+
+    def gated_residual(x, gate, update):
+        (blocks, shares), sizes = share(x, gate), (*x.shape[1:3], *update.stride()[:3])
+        launch("gated_residual", (x.shape[3], 0), blocks, x, gate, update, out := torch.empty_like(x), None, *shares,
+               *sizes)
+        return out
+
+    def gated_residual_backward(grad, gate, update):
+        (blocks, shares), sizes = share(grad, gate), (*grad.shape[1:3], *update.stride()[:3])
+        dupdate, part = torch.empty_like(update), grad.new_empty(*gate.shape[:2], shares[1], grad.shape[3],
+                                                                 dtype=torch.float32)
+        launch("gated_residual", (grad.shape[3], 1), blocks, grad, gate, update, dupdate, part, *shares, *sizes)
+        return part.sum(2).to(gate.dtype), dupdate
+
+    def qk(qkv, q_weight, k_weight, cos, sin, rope_first, heads, axis, q, k, v, dqkv=None):
+        """qkv -> q, k and v (None: not copied), or with dqkv their gradients -> dqkv; returns sums for the weights."""
+        (_, T, S), D, items = qkv.shape[:3], q.shape[3], qkv[..., 0].numel() * heads
+        cos, sin = (None, None) if cos is None else (cos.float(), sin.float())
+        blocks = -(-items // 32) if dqkv is None else min(-(-items // 32), 1024)
+        part = None if dqkv is None else qkv.new_empty(2, blocks, D, dtype=torch.float32)
+        flags = D, 0 if cos is None else 2 if rope_first else 1, dqkv is not None
+        launch("qk_norm_rope", flags, blocks, qkv, q_weight, k_weight, cos, sin, q, k, v, dqkv, part,
+               items, heads, T, S, axis == "time", v is not None)
+        return part
+
+    def qk_norm_rope(qkv, *how):
+        (B, T, S, C), (heads, axis) = qkv.shape, how[-2:]
+        N, n = (B * T, S) if axis == "space" else (B * S, T)
+        copies = axis == "time" and B > 1       # else v is a view of qkv, which backward keeps in any case
+        q, k, *v = [qkv.new_empty(N, n, heads, C // 3 // heads).transpose(1, 2) for _ in range(2 + copies)]
+        v = v or [by_sequence(qkv[..., C // 3 * 2:], heads, axis).transpose(1, 2)]
+        qk(qkv, *how, q, k, v[0] if copies else None)
+        return q, k, v[0]
+
+    def qk_norm_rope_backward(dq, dk, dv, qkv, *how):
+        part = qk(qkv, *how, dq, dk, dv, dqkv := torch.empty_like(qkv))
+        return dqkv, *part.sum(1).to(qkv.dtype)
+
+    def over_time(qkv, q_weight, k_weight, cos, sin, rope_first, heads, dout, out, part, blocks):
+        (B, T, S, C), cos, sin = qkv.shape, cos.float(), sin.float()
+        widths = C // 3 // heads, 2 if rope_first else 1, dout is not None, -(-T // 8) * 8
+        launch("time_attention", widths, blocks, qkv, q_weight, k_weight, cos, sin, dout, out, part, B * S * heads,
+               heads, T, S, threads=32)
+
+    def time_attention(qkv, *how):
+        B, T, S, C = qkv.shape
+        over_time(qkv, *how, None, out := qkv.new_empty(B * S, T, C // 3), None, B * S * how[-1])
+        return out
+
+    def time_attention_backward(dout, qkv, *how):
+        blocks = min(len(qkv) * qkv.shape[2] * how[-1], 4096)
+        part = qkv.new_empty(2, blocks, qkv.shape[3] // 3 // how[-1], dtype=torch.float32)
+        over_time(qkv, *how, dout.contiguous(), dqkv := torch.empty_like(qkv), part, blocks)
+        return dqkv, *part.sum(1).to(qkv.dtype)
+
+    return {"modulate": (modulate, modulate_backward), "gated_residual": (gated_residual, gated_residual_backward),
+            "qk_norm_rope": (qk_norm_rope, qk_norm_rope_backward),
+            "time_attention": (time_attention, time_attention_backward)}
+
+
+@cache
+def check_cuda(device):
+    """Of cuda_ops, those that compile and are as right as the plain form, in each dtype; and what the others said.
+
+    Takes 14 s on an H100, mostly of compiling; a card where all were right is asked once."""
+    ops, said = cuda_ops(), []
+    known = f"{CUDA_TYPES}{CUDA}{torch.cuda.get_device_name(device)}{torch.__version__}"
+    passed = cache_folder() / f"cuda-{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    if passed.exists():
+        return ops, said
+    for name, (op, args) in cases(B=2, T=3, S=37).items():
+        if (key := name.split(",")[0]) not in ops:
+            continue
+        CHOICE[device.type] = {"dtypes": tuple(CUDA_NAMES), key: ops[key]}
+        try:
+            for dtype in CUDA_NAMES:
+                inputs = cast(args, dtype, device)
+                exact = forward_backward(op.plain, inputs, torch.float64)()
+                fast, plain = (max(map(error, forward_backward(form, inputs)(), exact)) for form in (op, op.plain))
+                if not fast <= 2 * plain:
+                    raise RuntimeError(f"error {fast:.1e} in {dtype}, the plain form's is {plain:.1e}")
+        except (RuntimeError, OSError, AttributeError, TypeError, ImportError) as failure:  # no NVRTC, another torch ..
+            ops.pop(key)
+            said.append(f"{key} runs as PyTorch's own on {device}: {type(failure).__name__}: {failure}")
+    if not said:
+        with contextlib.suppress(OSError):
+            passed.parent.mkdir(parents=True, exist_ok=True)
+            passed.touch()
+    return ops, said
+
+
+def cache_folder():
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "nanosora"
 
 
 # ---- processes ----
@@ -573,7 +1035,7 @@ class _Exchange(torch.autograd.Function):
 
 
 def cases(B=2, T=8, S=144, heads=16, D=72, L=100):
-    """name -> (op, its arguments in fp64), at the shape of a 144p clip of 8 frames in the XL/2 model."""
+    """name -> (op, its arguments in fp64), at the shape of two 144p clips of 8 frames in the XL/2 model."""
     C, draw = heads * D, torch.Generator().manual_seed(0)
 
     def rand(*shape):
@@ -588,6 +1050,8 @@ def cases(B=2, T=8, S=144, heads=16, D=72, L=100):
         "qk_norm_rope, space": (qk_norm_rope, (qkv, *norms, None, False, heads, "space")),
         "qk_norm_rope, time": (qk_norm_rope, (qkv, *norms, rotary, False, heads, "time")),
         "qk_norm_rope, Q1": (qk_norm_rope, (qkv, *norms, rotary, True, heads, "time")),
+        "time_attention": (time_attention, (qkv, *norms, rotary, False, heads)),
+        "time_attention, Q1": (time_attention, (qkv, *norms, rotary, True, heads)),
         "gelu_linear": (gelu_linear, (rand(B, T, S, 4 * C), rand(C, 4 * C) / C ** 0.5, rand(C))),
         "attention": (attention, tuple(space)),
         "cross_attention": (cross_attention, (rand(B, heads, T * S, D), *text, [L, L // 2])),
@@ -618,15 +1082,21 @@ def error(got, want):
 
 
 def milliseconds(run, device, repeat=9):
-    """Median, after a first call that pays for start-up: a GPU's wall time, else own CPU time of all threads."""
-    clock, took = time.perf_counter if device == "cuda" else time.process_time, []
-    for _ in range(repeat + 1):
-        start = clock()
-        run()
-        if device == "cuda":
+    """On a CPU the median of its own time, all threads together; on a GPU the mean of what its kernels take."""
+    run()                                       # pays for start-up
+    if device == "cuda":
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
+            for _ in range(repeat):
+                run()
             torch.cuda.synchronize()
-        took.append(1e3 * (clock() - start))
-    return sorted(took[1:])[repeat // 2]
+        return sum(event.self_device_time_total for event in seen.key_averages()) / repeat / 1e3
+    took = []
+    for _ in range(repeat):
+        start = time.process_time()
+        run()
+        took.append(1e3 * (time.process_time() - start))
+    return sorted(took)[repeat // 2]
 
 
 def main():
@@ -634,7 +1104,7 @@ def main():
     print(use(device))
     print(f"{'op, forward and backward':<25}{'dtype':<10}{'shape':<18}{'errors: plain':>14}{'fast':>9}{'plain ms':>10}"
           f"{'fast ms':>9}{'ratio':>7}{'GB/s':>7}{'of copying':>11}")
-    for name, (op, fp64_args) in cases().items():
+    for name, (op, fp64_args) in cases(*((4, 16, 390) if device == "cuda" else ())).items():
         for dtype in (torch.float32, torch.bfloat16):
             args = cast(fp64_args, dtype, device)
             exact, x = forward_backward(op, args, torch.float64)(), args[0]     # of the same rounded arguments

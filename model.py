@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from kernels import (all_frames, attention, cross_attention, gated_residual, gelu_linear, modulate, own_frames,
-                     qk_norm_rope, to_frames, to_positions, use)
+                     qk_norm_rope, time_attention, to_frames, to_positions, use)
 
 
 @dataclass(frozen=True)
@@ -192,11 +192,11 @@ class Attention(nn.Module):
 
     def forward(self, x, axis, rotary=None):
         weights = [norm and norm.weight for norm in (self.q_norm, self.k_norm)]
-        out = attention(*qk_norm_rope(self.qkv(x), *weights, rotary, self.rope_first, self.num_heads, axis))
         if axis == "space":
+            out = attention(*qk_norm_rope(self.qkv(x), *weights, rotary, self.rope_first, self.num_heads, axis))
             return self.proj(rearrange(out, "(b t) heads s d -> b t s (heads d)", b=len(x)))
-        out = self.proj(rearrange(out, "n heads t d -> n t (heads d)"))     # a position's frames lie together, and
-        return rearrange(out, "(b s) t c -> b t s c", b=len(x))             # stay so: gated_residual reads any order
+        out = self.proj(time_attention(self.qkv(x), *weights, rotary, self.rope_first, self.num_heads))
+        return rearrange(out, "(b s) t c -> b t s c", b=len(x))     # as it lies: gated_residual reads any order
 
 
 class CrossAttention(nn.Module):
@@ -305,8 +305,9 @@ class STDiT(nn.Module):
     def forward(self, x, t, y, y_mask=None, x_mask=None, height=None, width=None, num_frames=None, ar=None, fps=None):
         """x [B C_in T h w]; t [B]; y [B L C_text]; height, width in pixels, num_frames, ar, fps: [B].
 
-        y_mask [B L]: the tokens that count, None = all.  x_mask [B T] bool: True = noised, at time t; False = given, at
-        time 0; None = all are noised.  Returns fp32 [B C_out T h w].  Raises ValueError if a shape does not fit.
+        y_mask [B L]: the tokens that count, None = all; best left on the CPU.  x_mask [B T] bool: True = noised, at time
+        t; False = given, at time 0; None = all are noised.  Returns fp32 [B C_out T h w].  Raises ValueError if a shape
+        does not fit.
         """
         sizes = {"height": height, "width": width, "num_frames": num_frames, "ar": ar, "fps": fps}
         check_inputs(self.config, x, t, y, y_mask, x_mask, sizes)
@@ -354,11 +355,11 @@ def pack_text(y, y_mask):
     """y [B L C_text], y_mask [B L] -> the counted tokens end to end [sum(lengths) C_text], and lengths as a list."""
     if y_mask is None:
         return y.flatten(0, 1), [y.shape[1]] * y.shape[0]
-    lengths = (y_mask != 0).sum(1).tolist()     # sync; the indexing below is the second and last of a forward
+    counted, lengths = y_mask.flatten().nonzero()[:, 0], (y_mask != 0).sum(1).tolist()  # a sync, if y_mask is on a GPU
     if 0 in lengths:
         row = lengths.index(0)
         raise ValueError(f"y_mask row {row} counts no token, expected 1 at least: T5 ends each caption with </s>")
-    return y[y_mask != 0], lengths
+    return y.flatten(0, 1)[counted.to(y.device)], lengths
 
 
 def check_inputs(config, x, t, y, y_mask, x_mask, sizes):
@@ -655,7 +656,7 @@ def bare(config, B, T, S, L, dtype, device):
              (N, C, wide), (N, wide, C)]
     tasks = [(F.linear, (new(n, a), new(b, a), new(b)), new(n, b)) for n, a, b in sizes]
     for n, one, other in ((B * T, S, S), (B * S, T, T), (B, T * S, L)):
-        q, k, v = (new(n, config.num_heads, length, config.head_dim) for length in (one, other, other))
+        q, k, v = (new(n, length, config.num_heads, config.head_dim).transpose(1, 2) for length in (one, other, other))
         tasks.append((attention, (q, k, v), torch.randn_like(q)))
 
     def run(backward):
@@ -667,7 +668,7 @@ def bare(config, B, T, S, L, dtype, device):
     return run
 
 
-def one_block(config, B, T, S, L, dtype, device, masked):
+def one_block(config, B, T, S, L, dtype, device, masked=False, compiled=False):
     """run(backward) of a block as it is in a model, and its elements held for backward, per token and unit of width."""
     block, C, each = STDiT(replace(config, depth=1)).blocks[0].to(device, dtype), config.hidden_size, T if masked else 1
     new = lambda *shape: torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
@@ -675,13 +676,16 @@ def one_block(config, B, T, S, L, dtype, device, masked):
     grad, rotary = torch.randn_like(x), rotary_table(T, config.head_dim, device)
     forward = lambda: block(*args, [L] * B, rotary)
     own = {z.untyped_storage()._cdata for z in (*block.parameters(), mod, mod_temp, text)}
+    held = held_bytes(forward, own) / x.nbytes
+    if compiled:
+        block.compile()         # of the plain forms
 
     def run(backward):
         with torch.set_grad_enabled(backward):
             out = forward()
             if backward:
                 torch.autograd.grad(out, (*args, *block.parameters()), grad)
-    return run, held_bytes(forward, own) / x.nbytes
+    return run, held
 
 
 def seconds(run, device):
@@ -696,38 +700,49 @@ def seconds(run, device):
     return clock() - start
 
 
+KINDS = {"plain": {}, "fast": {}, "fast, x_mask": {"masked": True}, "compiled plain": {"compiled": True}}
+SHAPES = {   # of clips x tokens in time, rows, columns: of a CPU 144p; main buckets of stages 1, 2 (twice) and 3
+    "cpu": [(1, 16, 9, 16)], "cuda": [(6, 16, 9, 16), (17, 16, 9, 16), (17, 16, 15, 27), (1, 16, 45, 80)]}
+
+
 def bench(device, rounds=9):
     """Blocks of XL/2 over their products and attention alone, in turns: median [least, most] of the ratios."""
-    ops = {"plain": use(device, plain=True), "fast": use(device)}
-    print(f"{ops['fast']}; {torch.get_num_threads()} threads; a block of XL/2, 100 text tokens a clip; time / that of "
+    kinds, dtypes = dict(KINDS), [torch.float32, torch.bfloat16]
+    if device == "cpu":
+        kinds.pop("compiled plain")
+    else:
+        dtypes = [torch.bfloat16]
+    print(f"{use(device)}; {torch.get_num_threads()} threads; a block of XL/2, 100 text tokens a clip; time / that of "
           f"its products and attention, median of {rounds} [least, most]; held: elements per token and unit of width")
-    shapes = [(1, 16, 9, 16)] if device == "cpu" else [(8, 16, 10, 15), (2, 16, 15, 26), (1, 16, 30, 53)]
-    print(f"{'clips x latents':<16}{'dtype':<10}{'':<9}{'bare ms':>8}" + "".join(f"{name:>20}" for name in (
-        "plain", "fast", "fast, x_mask")) + "   held: plain, fast, x_mask")
-    for (B, T, rows, columns), dtype in product(shapes, (torch.float32, torch.bfloat16)):
+    print(f"{'clips x latents':<16}{'dtype':<10}{'':<9}{'bare ms':>8}" + "".join(f"{name:>24}" for name in kinds)
+          + "   TFLOP/s, fast   held")
+    for (B, T, rows, columns), dtype in product(SHAPES[device], dtypes):
         size = XL_2, B, T, rows * columns, 100, dtype, device
-        alone, kinds = bare(*size), {}
-        for name in ("plain", "fast", "fast, x_mask"):
+        alone = blocks = None           # those of the last shape go before the next ones come
+        alone, blocks = bare(*size), {}
+        for name, how in kinds.items():
             use(device, plain=name == "plain")
-            kinds[name] = one_block(*size, name == "fast, x_mask")
+            blocks[name] = one_block(*size, **how)
+        one, two = (flops(replace(XL_2, depth=n), T, 2 * rows, 2 * columns, 100, B) for n in (1, 2))
         for backward in (False, True):
             print(f"{f'{B} x {T}x{2 * rows}x{2 * columns}':<16}{str(dtype)[6:]:<10}"
                   f"{'fwd + bwd' if backward else 'forward':<10}"
-                  + alternate(alone, kinds, backward, device, rounds))
+                  + alternate(alone, blocks, backward, device, rounds, (two - one) * (3 if backward else 1)))
 
 
-def alternate(alone, kinds, backward, device, rounds):
-    ratios, base = {name: [] for name in kinds}, []
+def alternate(alone, blocks, backward, device, rounds, flop):
+    """A row of the table: every kind once a round, beside the bare products."""
+    ratios, base = {name: [] for name in blocks}, []
     for _ in range(rounds + 1):                 # the first pays for start-up
         took = seconds(lambda: alone(backward), device)
         base.append(took)
-        for name, (run, _) in kinds.items():
+        for name, (run, _) in blocks.items():
             use(device, plain=name == "plain")
             ratios[name].append(seconds(lambda run=run: run(backward), device) / took)
     middle = lambda values: sorted(values[1:])[rounds // 2]
     cells = [f"{middle(r):7.3f} [{min(r[1:]):.3f} {max(r[1:]):.3f}]" for r in ratios.values()]
-    held = ", ".join(f"{held:.1f}" for _, held in kinds.values())
-    return f"{1e3 * middle(base):7.1f}" + "".join(f"{cell:>24}" for cell in cells) + f"   {held}"
+    held, rate = ", ".join(f"{held:.1f}" for _, held in blocks.values()), flop / middle(base) / middle(ratios["fast"])
+    return f"{1e3 * middle(base):7.1f}" + "".join(f"{cell:>24}" for cell in cells) + f"{rate / 1e12:16.2f}   {held}"
 
 
 def main():

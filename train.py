@@ -161,12 +161,10 @@ def loss_of(model, batch, config, vectors, step, device):
     posterior, noise = torch.stack([torch.randn(2, *shape[1:], generator=g) for g in generators]).to(device).unbind(1)
     t = draw_t(config, vectors, step, slots)
     drop = torch.from_numpy(uniform(config.seed, step, slots, name_key("drop")) < config.model.class_dropout_prob)
-    told_mask = None if x_mask.all() else x_mask.to(device)                 # known on the CPU: no sync
+    told_mask = None if x_mask.all() else x_mask.to(device)                 # known on the CPU, as is y_mask: no sync
+    y, y_mask = batch["y"].to(device), batch["y_mask"].cpu() | drop[:, None]
     x_mask, t, drop = x_mask.to(device), t.to(device), drop.to(device)
-
-    y, y_mask = batch["y"].to(device), batch["y_mask"].to(device)
     y = torch.where(drop[:, None, None], model.null_y.to(y.dtype), y)       # the null caption: all its tokens count
-    y_mask = y_mask | drop[:, None]
     x_0 = batch["mean"].to(device) + batch["std"].to(device) * posterior
     x_t = q_sample(vectors, x_0, torch.where(x_mask, t[:, None], 0), noise)  # given frames are at t = 0, as upstream
     told = {name: batch[name].to(device) for name in ("height", "width", "num_frames", "ar", "fps")}
@@ -542,12 +540,8 @@ def tensorboard(folder, first):
 
 
 def peak_gib():
-    """Of this GPU's memory since the last call; None on a CPU."""
-    if not torch.cuda.is_available():
-        return None
-    peak = torch.cuda.max_memory_allocated() / 2**30
-    torch.cuda.reset_peak_memory_stats()
-    return peak
+    """The most of this GPU's memory so far; None on a CPU."""
+    return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
 def peak_flops():
@@ -795,10 +789,12 @@ def stopwatch(config, plain=False):
         told = replace(runs[0].config, buckets={kind[0]: {kind[1]: (1.0, clips)}})
         run, bucket = runs[0]._replace(config=told), Bucket(*kind, usual_aspect(kind[0]))
         try:
+            batch = synthetic(run, bucket)
             for count in (2, steps):                                        # the first two are for warming up
-                peak_gib()
+                if torch.cuda.is_available():
+                    torch.cuda.reset_peak_memory_stats()
                 start = time.perf_counter()
-                if take_steps(run, 0, (synthetic(run, bucket) for _ in range(count)), Log(run, 0)):
+                if take_steps(run, 0, (dict(batch) for _ in range(count)), Log(run, 0)):
                     raise KeyboardInterrupt
             return (time.perf_counter() - start) / steps, peak_gib()
         except torch.OutOfMemoryError:

@@ -13,7 +13,8 @@ GOLDEN = Path(__file__).parent / "golden"
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
+    return drawn.to(torch.get_default_device())
 
 
 def error(got, want):
@@ -25,7 +26,7 @@ def softmax_attention(q, k, v):
 
 
 @pytest.mark.parametrize("frames", [1, 3])
-def test_modulate_and_gate_are_per_frame(frames, ops):
+def test_modulate_and_gate_are_per_frame(frames, all_ops):
     x, update = rand(2, 3, 5, 12), rand(2, 3, 5, 12, seed=3)
     shift, scale = rand(2, frames, 12, seed=1), rand(2, frames, 12, seed=2)
     centred = x - x.mean(-1, keepdim=True)
@@ -69,7 +70,7 @@ def test_norm_rope_in_both_orders():
 
 
 @pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 1, 7], [5, 2, 5]])
-def test_cross_attention_sees_its_own_caption_only(lengths):
+def test_cross_attention_sees_its_own_caption_only(lengths, all_ops):
     q = rand(3, 2, 6, 8).requires_grad_()
     k, v = (rand(sum(lengths), 2, 8, seed=seed).requires_grad_() for seed in (1, 2))
     got = kernels.cross_attention(q, k, v, lengths)
@@ -88,8 +89,9 @@ def compare(name, args, dtype):
     """(error of the fast form, of the plain one) for each output and gradient, against fp64 of the same arguments."""
     op = getattr(kernels, name)
     args = tuple(z.to(dtype) if torch.is_tensor(z) else z for z in args)
-    exact = kernels.forward_backward(op.plain, args, torch.float64)()
-    both = [kernels.forward_backward(form, args)() for form in (op, op.plain)]
+    with torch.device("cpu"):       # where noise is drawn
+        exact = kernels.forward_backward(op.plain, args, torch.float64)()
+        both = [kernels.forward_backward(form, args)() for form in (op, op.plain)]
     for got in both[0]:
         assert got.dtype == dtype, f"{name}: {got.dtype}"
     assert [z.shape for z in both[0]] == [z.shape for z in exact]
@@ -109,7 +111,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("per_frame", [False, True])
 @pytest.mark.parametrize("B, T, S, C", SHAPES)
-def test_modulate_and_gate_are_as_close_as_the_plain_form(B, T, S, C, per_frame, dtype, ops):
+def test_modulate_and_gate_are_as_close_as_the_plain_form(B, T, S, C, per_frame, dtype, all_ops):
     x, update, n = 3 * rand(B, T, S, C) + 1, rand(B, T, S, C, seed=3), T if per_frame else 1
     shift, scale = rand(B, n, 2 * C, seed=1).chunk(2, dim=-1)               # not contiguous, as from the model
     across = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
@@ -126,7 +128,7 @@ def test_modulate_and_gate_are_as_close_as_the_plain_form(B, T, S, C, per_frame,
 @pytest.mark.parametrize("rope_first", [False, True])
 @pytest.mark.parametrize("axis", ["space", "time"])
 @pytest.mark.parametrize("B, T, S, C", SHAPES)
-def test_qk_norm_rope_is_as_close_as_the_plain_form(B, T, S, C, axis, rope_first, dtype, ops):
+def test_qk_norm_rope_is_as_close_as_the_plain_form(B, T, S, C, axis, rope_first, dtype, all_ops):
     D, n = {24: 6, 120: 20, 96: 48, 1152: 72}[C], {"space": S, "time": T}[axis]
     qkv, weights, angle = rand(B, T, S, 3 * C), list(1 + rand(2, D, seed=1)), rand(n, D // 2, seed=2).float()
     for rotary in (None, (angle.cos(), angle.sin())):
@@ -137,7 +139,7 @@ def test_qk_norm_rope_is_as_close_as_the_plain_form(B, T, S, C, axis, rope_first
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 1, 9, 24), (7, 24), (3, 5, 37, 120)])
-def test_gelu_linear_is_as_close_as_the_plain_form(shape, dtype, ops):
+def test_gelu_linear_is_as_close_as_the_plain_form(shape, dtype, all_ops):
     C = shape[-1]
     assert_as_close("gelu_linear", (4 * rand(*shape), rand(12, C, seed=1) / C ** 0.5, rand(12, seed=2)), dtype)
     assert_as_close("gelu_linear", (4 * rand(*shape[:-1], 2 * C)[..., ::2], rand(12, C, seed=1), rand(12)), dtype)
@@ -173,7 +175,7 @@ def test_gradients_are_those_of_finite_differences(ops):
     assert check(kernels.gelu_linear, (leaf(2, 3, 8, seed=0), leaf(4, 8, seed=1), leaf(4, seed=2)))
 
 
-def test_gradients_that_are_not_needed(ops):
+def test_gradients_that_are_not_needed(all_ops):
     """A frozen weight, or an input that is data."""
     qkv, weights = rand(1, 3, 4, 24).float(), [torch.ones(4).requires_grad_(), torch.ones(4)]
     sum(z.square().sum() for z in kernels.qk_norm_rope(qkv, *weights, None, False, 2, "space")).backward()
@@ -198,7 +200,7 @@ def test_threads_change_nothing(dtype, ops):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_stays_so(dtype, ops):
+def test_what_is_not_finite_stays_so(dtype, all_ops):
     x, zero = torch.ones(1, 1, 2, 24, dtype=dtype), torch.zeros(1, 1, 24, dtype=dtype)
     for bad in (float("nan"), float("inf")):
         x[0, 0, 1, 3] = bad

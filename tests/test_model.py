@@ -28,7 +28,7 @@ SMALL = replace(TINY, depth=2, hidden_size=48, num_heads=4, in_channels=4, capti
 def load(case):
     """A golden case: its upstream config, weights, forward arguments under our names, and results."""
     with safe_open(GOLDEN / f"a_stdit2_{case}.safetensors", "pt") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no dict)
+        tensors = {key: file.get_tensor(key).to(torch.get_default_device()) for key in file.keys()}   # noqa: SIM118
         meta = json.loads(file.metadata()["json"])
     weights = GOLDEN / f"a_weights_{'no' if 'noqknorm' in case else ''}qknorm.safetensors"
     with safe_open(weights, "pt") as file:
@@ -37,7 +37,11 @@ def load(case):
     args = {names.get(key[3:], key[3:]): value for key, value in tensors.items() if key.startswith("in.")}
     if "y" in args:
         args["y"] = args["y"].squeeze(1)
-    return config, load_file(weights), args, tensors
+    return config, load_golden(weights.name), args, tensors
+
+
+def load_golden(name):
+    return load_file(GOLDEN / name, str(torch.get_default_device()))
 
 
 def error(got, want):
@@ -48,12 +52,13 @@ def error(got, want):
 
 def awake(config, seed=0):
     """A fresh model outputs 0, which would pass any comparison: fill what is zero with seeded noise."""
-    net, generator = STDiT(config), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad(), torch.device("cpu"):
+        net = STDiT(config)
         for p in net.parameters():
             if p.requires_grad and not p.any():
                 p.normal_(std=0.1, generator=generator)
-    return net
+    return net.to(torch.get_default_device())
 
 
 def inputs(config, B=2, T=3, h=4, w=6, L=5):
@@ -64,21 +69,22 @@ def inputs(config, B=2, T=3, h=4, w=6, L=5):
 # ---- parity with the released code ----
 
 @pytest.mark.parametrize("case", CASES)
-def test_output_and_gradients_are_upstreams(case, ops):
+def test_output_and_gradients_are_upstreams(case, all_ops):
     config, weights, args, golden = load(case)
     net = from_upstream(config, weights)
     args["x"].requires_grad_()
     out = net(**args)
     assert out.dtype == torch.float32
-    assert error(out.detach(), golden["out.out"]) < 1e-5
+    limit = 2e-5 if all_ops == "CUDA" else 1e-5         # cuBLAS adds up in another order
+    assert error(out.detach(), golden["out.out"]) < limit
     loss = (out * golden["out.loss_weight"]).sum()
     loss.backward()
-    assert error(loss.detach(), golden["out.loss"][0]) < 1e-5
+    assert error(loss.detach(), golden["out.loss"][0]) < limit
     grads = {name: p.grad for name, p in net.named_parameters()} | {"x": args["x"].grad}
     names = [key for key in golden if key.startswith("out.grad.")]
     assert len(names) >= 9, names
     for key in names:
-        assert error(grads[key[len("out.grad."):]], golden[key]) < 1e-5, key
+        assert error(grads[key[len("out.grad."):]], golden[key]) < limit, key
 
 
 def test_guidance_call_is_upstreams():
@@ -105,9 +111,9 @@ def test_caption_dropout_is_upstreams():
         assert error(net(**args), golden["out.out"]) < 1e-5
 
 
-def test_bf16_is_as_close_to_fp32_as_upstreams(ops):
+def test_bf16_is_as_close_to_fp32_as_upstreams(all_ops):
     config, weights, args, _ = load("ii_xmask")
-    golden = load_file(GOLDEN / "a_stdit2_bf16.safetensors")
+    golden = load_golden("a_stdit2_bf16.safetensors")
     with torch.no_grad():
         out = from_upstream(config, weights).to(torch.bfloat16)(**args)
     assert out.dtype == torch.float32
@@ -132,7 +138,7 @@ def test_quirk_round_conditions():
 
 
 def test_embeddings_are_upstreams():
-    golden = load_file(GOLDEN / "f_embeddings.safetensors")
+    golden = load_golden("f_embeddings.safetensors")
     tables = {"h3w3s1.000000bNone": (3, 3, 1.0), "h4w3s1.732051b3": (4, 3, 3 ** 0.5),
               "h5w8s0.375000b6": (5, 8, 0.375), "h9w16s0.375000b12": (9, 16, 0.375)}
     for key, (rows, columns, scale) in tables.items():
@@ -151,8 +157,8 @@ def test_positions_count_in_cells_of_a_square_of_as_many():
     assert table[:, 4, 0].tolist() == pytest.approx([torch.tensor(4 * 4 / 5).sin().item()] * 3)
 
 
-def test_attention_is_upstreams(ops):
-    golden = load_file(GOLDEN / "f_embeddings.safetensors")
+def test_attention_is_upstreams(all_ops):
+    golden = load_golden("f_embeddings.safetensors")
     names = [name for name in golden if name.startswith("attn.") and name.endswith(("weight", "bias"))]
     weights = {name[len("attn."):]: golden[name] for name in names}
     for rope_first in (True, False):
@@ -395,7 +401,7 @@ def test_patches_are_read_and_written_as_a_convolution_does():
 
 
 @pytest.mark.parametrize("final_twice", [False, True])
-def test_x_mask(final_twice, ops):
+def test_x_mask(final_twice, all_ops):
     config = replace(SMALL, final_twice=final_twice)
     net, args = awake(config), inputs(config)
     with torch.no_grad():
