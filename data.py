@@ -1,11 +1,11 @@
 """From meta.csv to batches: the index, buckets, the sampler, decoding, reading ahead; writing video; the shapes world.
 
-in    meta.csv with columns path,text,num_frames,height,width,fps and the files it names (mp4, mov, webm, png, jpg ...)
-out   per step a dict: video uint8 [B T H W 3], text, and height, width, num_frames, fps, ar [B] as the network is told
-
     python data.py shapes data/shapes                      renders clips of moving shapes: *.mp4, *.png and meta.csv
     python data.py meta.csv configs/stage1.py              prints which clips train in which bucket, and why others not
     python data.py bench meta.csv configs/stage1.py        measures how many clips a second are read
+
+in    meta.csv with columns path,text,num_frames,height,width,fps and the files it names (mp4, mov, webm, png, jpg ...)
+out   per step a dict: video uint8 [B T H W 3], text, and height, width, num_frames, fps, ar [B] as the network is told
 
 In an epoch a clip belongs to at most one bucket (resolution, frames, aspect ratio); a global batch is drawn from one.
 Which clips step n sees is a pure function of (seed, n); so are each clip's window and, by slot_generator, its noise,
@@ -17,7 +17,6 @@ import glob
 import hashlib
 import itertools
 import math
-import mmap
 import multiprocessing
 import os
 import shutil
@@ -30,11 +29,10 @@ import time
 import uuid
 import zlib
 from bisect import bisect_right
-from codecs import BOM_UTF8
-from collections import deque
-from collections.abc import Sequence
+from collections import defaultdict, deque
 from contextlib import contextmanager, suppress
 from fractions import Fraction
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -47,6 +45,8 @@ from einops import rearrange, repeat
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+
+# ---- sizes: a resolution is a number of pixels and, for each aspect ratio height / width, a size of about as many ----
 
 # ---- sizes: a resolution is a number of pixels and, for each aspect ratio height / width, a size of about as many ----
 
@@ -80,8 +80,7 @@ SQUARE = """
 
 def aspect_tables() -> dict[str, dict[str, tuple[int, int]]]:
     """resolution -> ratio -> (height, width).  Of two ratios equally near, the first listed is taken."""
-    def size(text):
-        return tuple(map(int, text.split("x")))
+    size = lambda text: tuple(map(int, text.split("x")))
     (_, *levels), *rows = (line.split() for line in WIDE.strip().splitlines())
     tables = {level: {row[0]: size(row[i]) for row in rows} for i, level in enumerate(levels, start=1)}
     tables["4k"] = dict(sorted(tables["4k"].items(), key=lambda item: 0.55 if item[0] == "0.62" else float(item[0])))
@@ -100,37 +99,33 @@ class Bucket(NamedTuple):
     num_frames: int
     ar: str  # key of ASPECT[resolution]
 
-    @property
-    def height(self) -> int:
-        return ASPECT[self.resolution][self.ar][0]
-
-    @property
-    def width(self) -> int:
-        return ASPECT[self.resolution][self.ar][1]
+    height = property(lambda self: ASPECT[self.resolution][self.ar][0])
+    width = property(lambda self: ASPECT[self.resolution][self.ar][1])
 
 
 # ---- meta.csv ----
 
 COLUMNS = ("path", "text", "num_frames", "height", "width", "fps")
-SCORES = ("aes", "flow", "ocr", "match")  # columns that a meta.csv may have; nan where a clip has no number
+SCORES = ("aes", "flow", "ocr", "match")  # columns that curate.py adds; training reads none of them
 IMAGE_FPS = 120.0  # what the network is told for an image (upstream's IMG_FPS)
-INDEX_VERSION = 1  # to be raised when the same csv is to give other rows
-INDEX_HEADER = 4096  # bytes before the rows of an index: its key and their number
+INDEX_VERSION = 2  # to be raised when the same csv is to give other rows
 INDEX_BATCH = 512  # rows made at once: 65,536 take three times as long, their objects leave the processor's cache
+# 40 bytes: the csv's bytes start .. start + size are the row; key, the crc32 of the path as it stands there; repeated,
+# whether an earlier row has the same path.
+ROW = np.dtype([("start", "i8"), ("size", "i4"), ("row", "i4"), ("num_frames", "i4"), ("height", "i4"), ("width", "i4"),
+                ("fps", "f4"), ("key", "u4"), ("file", "u2"), ("repeated", "?")], align=True)
 
 
 class Meta:
     """The rows of one or several meta.csv in their order: an index and the files' own bytes, all memory-mapped.
 
-    meta[name] is an array [N]: num_frames (1: an image), height, width, fps; key, the crc32 of the path as it stands in
-    the csv; repeated, True where an earlier row has the same path; and those of SCORES that one of the files has.
+    meta[name] is an array [N] of ROW's field of that name; of an image num_frames is 1.
     Forked workers share it; a pickle holds names only, and a spawned worker maps the same pages.
     """
-    def __init__(self, files: tuple[str, ...], key: str, headers: list[list[str]], rows: np.ndarray):
-        self.files, self.key, self.headers, self.rows, self.contents = files, key, headers, rows, []
-        for file in files:
-            with open(file, "rb") as f:
-                self.contents.append(mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ))
+    def __init__(self, files: tuple[str, ...], key: str, rows: np.ndarray):
+        self.files, self.key, self.rows = files, key, rows
+        self.headers = [read_header(file) for file in files]
+        self.contents = [np.memmap(file, mode="r").view(np.ndarray) for file in files]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -139,12 +134,12 @@ class Meta:
         return self.rows[name]
 
     def __reduce__(self):
-        return reopen, (self.files, self.key)
+        return read_meta, (self.files, self.key)
 
     def field(self, clip: int, name: str) -> str:
         row = self.rows[clip]
-        line = self.contents[row["file"]][row["start"]:row["start"] + row["size"]].decode()
-        return dict(zip(self.headers[row["file"]], next(csv.reader([line]))))[name]
+        line = self.contents[row["file"]][row["start"]:row["start"] + row["size"]].tobytes().decode()
+        return next(csv.reader([line]))[self.headers[row["file"]].index(name)]
 
     def text(self, clip: int) -> str:
         return self.field(clip, "text")
@@ -158,18 +153,11 @@ class Meta:
         return f"{self.files[self.rows[clip]['file']]} row {self.rows[clip]['row']}"
 
 
-def row_type(headers: list[list[str]]) -> np.dtype:
-    """A row of the index: 40 bytes, 56 with all scores.  Its csv's bytes start .. start + size are the row itself."""
-    scores = [score for score in SCORES if any(score in names for names in headers)]
-    kinds = {"start": "i8", "size": "i4", "row": "i4", "num_frames": "i4", "height": "i4", "width": "i4", "fps": "f4",
-             "key": "u4", **dict.fromkeys(scores, "f4"), "file": "u2", "repeated": "?"}
-    return np.dtype(list(kinds.items()), align=True)
-
-
-def read_meta(pattern: str | Sequence[str]) -> Meta:
+def read_meta(pattern: str | list[str] | tuple[str, ...], key: str | None = None) -> Meta:
     """Opens a meta.csv, all files of a glob (sorted), or several of either; each file once.
 
-    The first time it writes an index beside the first of them, which holds until a file's size or time changes.
+    The first time it writes an index beside the first of them, or where the system keeps temporary files; it holds
+    until a file's size or time changes.  key: what the index depended on in the process that pickled this Meta.
     """
     patterns = [pattern] if isinstance(pattern, str) else pattern
     found = {os.path.abspath(file): file for one in patterns for file in sorted(glob.glob(one)) or [one]}
@@ -177,85 +165,62 @@ def read_meta(pattern: str | Sequence[str]) -> Meta:
     for file in files:
         if not Path(file).is_file():
             raise FileNotFoundError(f"no file {file} - `python data.py shapes DIR` makes one for an example set")
+    stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found]
+    now = hashlib.sha256(repr((INDEX_VERSION, ROW, stats)).encode()).hexdigest()
+    if key not in (None, now):
+        raise ValueError(f"{', '.join(files)}: written to while in use, expected it as it was - start again")
     index = Path(f"{files[0]}.{zlib.crc32(repr(list(found)).encode()):08x}.index")
-    key, elsewhere = index_key(files), Path(tempfile.gettempdir()) / index.name
+    elsewhere = Path(tempfile.gettempdir()) / index.name
     for place in (index, elsewhere):
-        if meta := open_index(files, key, place):
+        if meta := open_index(files, now, place):
             return meta
     try:
-        return build_index(files, key, index)
+        return build_index(files, now, index)
     except OSError as error:
         print(f"{index} cannot be written, it becomes {elsewhere}: {error}", file=sys.stderr)
-        return build_index(files, key, elsewhere)
-
-
-def reopen(files: tuple[str, ...], key: str) -> Meta:
-    """The Meta that another process pickled."""
-    if index_key(files) != key:
-        raise ValueError(f"{', '.join(files)}: written to while in use, expected it as it was - start again")
-    return read_meta(files)
-
-
-def index_key(files: tuple[str, ...]) -> str:
-    """A hash of all that an index depends on."""
-    stats = [(os.path.abspath(file), os.stat(file).st_size, os.stat(file).st_mtime_ns) for file in files]
-    return hashlib.sha256(repr((INDEX_VERSION, row_type([SCORES]), stats)).encode()).hexdigest()
+        return build_index(files, now, elsewhere)
 
 
 def open_index(files: tuple[str, ...], key: str, index: Path) -> Meta | None:
-    """None when there is no whole index of these files as they now are."""
-    if not index.is_file():
+    """None when there is no whole index of these files as they now are: rows of ROW, then the key."""
+    if not index.is_file() or not index.stat().st_size:
         return None
-    headers = [read_header(file) for file in files]
-    dtype = row_type(headers)
-    count, rest = divmod(index.stat().st_size - INDEX_HEADER, dtype.itemsize)
-    with open(index, "rb") as f:
-        header = f.read(INDEX_HEADER).rstrip(b"\0")
-    if rest or header != f"{key} {count}".encode():
+    content = np.memmap(index, mode="r")
+    if content[-len(key):].tobytes() != key.encode():
         return None
-    return Meta(files, key, headers, np.memmap(index, dtype, "r", INDEX_HEADER, count).view(np.ndarray))
+    return Meta(files, key, content[:-len(key)].view(ROW).view(np.ndarray))
 
 
 def build_index(files: tuple[str, ...], key: str, index: Path) -> Meta:
     """Writes under a name of its own and renames that: several processes may build, and none sees half an index."""
-    headers, size, hashes = [read_header(file) for file in files], sum(map(os.path.getsize, files)), []
-    dtype, part = row_type(headers), index.with_name(f"{index.name}.{uuid.uuid4().hex}.part")
+    part, size, hashes = index.with_name(f"{index.name}.{uuid.uuid4().hex}.part"), sum(map(os.path.getsize, files)), []
     try:
-        with open(part, "wb") as f, tqdm(desc=f"indexing {files[0]}", total=size, unit="B", unit_scale=True,
-                                         disable=size < 1e8) as bar:
-            f.write(bytes(INDEX_HEADER))
-            for number, (file, names) in enumerate(zip(files, headers)):
-                for rows, joined in read_rows(file, names, dtype):
-                    rows["file"] = number
-                    f.write(rows.tobytes())
-                    hashes.append(joined)
-                    bar.update(int(rows["size"].sum()))
-        if not hashes:
-            raise ValueError(f"{', '.join(files)} has no rows, expected one per clip - `python data.py shapes DIR` "
-                             "makes an example")
-        hashes = np.concatenate(hashes)
-        mark_repeated(np.memmap(part, dtype, "r+", INDEX_HEADER, len(hashes)), hashes)
-        with open(part, "r+b") as f:
-            f.write(f"{key} {len(hashes)}".encode())
+        with open(part, "wb") as f:
+            with tqdm(desc=f"indexing {files[0]}", total=size, unit="B", unit_scale=True, disable=size < 1e8) as bar:
+                for number, file in enumerate(files):
+                    for rows, of_paths in read_rows(file):
+                        rows["file"] = number
+                        f.write(rows.tobytes())
+                        hashes.append(of_paths)
+                        bar.update(int(rows["size"].sum()))
+            if not hashes:
+                raise ValueError(f"{', '.join(files)} has no rows, expected one per clip - `python data.py shapes DIR` "
+                                 "makes an example")
+            f.flush()
+            hashes = np.concatenate(hashes)  # of 12 M different paths two have the same with a probability of 4e-6
+            order = np.argsort(hashes, kind="stable")
+            later = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
+            np.memmap(part, ROW, "r+")["repeated"][later] = True
+            f.write(key.encode())
         part.replace(index)
     finally:
         part.unlink(missing_ok=True)
     return open_index(files, key, index)
 
 
-def mark_repeated(rows: np.ndarray, hashes: np.ndarray):
-    """Sets "repeated" of all rows of a path but the first.  hashes int64 [N]: of the paths.
-
-    Of 12 M different paths two have the same hash with a probability of 4e-6.
-    """
-    order = np.argsort(hashes, kind="stable")
-    rows["repeated"][order[1:][hashes[order[1:]] == hashes[order[:-1]]]] = True
-
-
 def read_header(file: str) -> list[str]:
-    _, _, _, names = next(read_records(file), (0, 0, 0, []))
-    missing = [column for column in COLUMNS if column not in names]
-    if missing:
+    names = next(read_records(file), [[]])[-1]
+    if missing := [column for column in COLUMNS if column not in names]:
         raise ValueError(f"{file} lacks column {', '.join(missing)}: expected {','.join(COLUMNS)}, got "
                          f"{','.join(names) or 'nothing'} - `python data.py shapes DIR` makes one")
     return names
@@ -264,13 +229,13 @@ def read_header(file: str) -> list[str]:
 def read_records(file: str):
     """Yields (row, offset in bytes, size in bytes, fields) of the header, row 1, and of every row that is not blank."""
     with open(file, "rb") as f:
-        start = end = 3 * (f.read(3) == BOM_UTF8)
+        start = end = 3 * (f.read(3) == b"\xef\xbb\xbf")  # the byte order mark that spreadsheets write
         f.seek(start)
 
         def lines():
             nonlocal end
             for line in f:
-                end += len(line)
+                end += len(line)  # f.tell() per row would take a third longer
                 yield line.decode()
         row = width = 0
         try:
@@ -285,13 +250,13 @@ def read_records(file: str):
             raise ValueError(f"{file} row {row + 1}: {error}, expected csv in UTF-8 - correct the row") from None
 
 
-def read_rows(file: str, names: list[str], dtype: np.dtype):
+def read_rows(file: str):
     """Yields some rows of the index, and hashes of their paths joined with the file's folder (both [n])."""
-    folder = os.path.join(os.path.abspath(Path(file).parent), "")
+    folder, names = os.path.join(os.path.abspath(Path(file).parent), ""), read_header(file)
     records = itertools.islice(read_records(file), 1, None)
     while batch := list(itertools.islice(records, INDEX_BATCH)):
         numbers, starts, sizes, fields = zip(*batch)
-        column, rows = dict(zip(names, zip(*fields))), np.zeros(len(batch), dtype)
+        column, rows = dict(zip(names, zip(*fields))), np.zeros(len(batch), ROW)
         rows["row"], rows["start"], rows["size"] = numbers, starts, sizes
         for name in ("num_frames", "height", "width", "fps"):
             values = np.array([read_number(text) for text in column[name]])
@@ -303,8 +268,6 @@ def read_rows(file: str, names: list[str], dtype: np.dtype):
                 raise ValueError(f"{file} row {numbers[bad]}: {name}={column[name][bad]!r}, expected a {kind} above 0 "
                                  "- correct or drop the row")
             rows[name] = values
-        for name in set(SCORES) & set(dtype.names):
-            rows[name] = [read_number(text) for text in column[name]] if name in names else np.nan
         rows["key"] = [zlib.crc32(path.encode()) for path in column["path"]]
         yield rows, np.array([hash(path if os.path.isabs(path) else folder + path) for path in column["path"]])
 
@@ -344,9 +307,9 @@ def slot_generator(seed: int, step: int, slot: int, purpose: str) -> torch.Gener
 
 # ---- buckets ----
 
+CHUNK = 1 << 18  # clips looked at together: bounds the memory for 12 million
 REASONS = ("too small", "no bucket of its kind", "too short", "keep draw",  # why a clip is left out, least far first
            "its path stands in an earlier row", "held out for validation")
-CHUNK = 1 << 18  # clips looked at together: bounds the memory for 12 million
 
 
 def bucket_list(buckets: dict) -> list[Bucket]:
@@ -368,10 +331,17 @@ def stride(fps, config) -> np.ndarray:
     return np.full(np.shape(fps), config.frame_interval)
 
 
+def in_use(rows: np.ndarray, config, validation: bool) -> np.ndarray:
+    """True for clips of the asked share, training or validation; a path's second row is of neither.
+
+    Which share a clip belongs to hangs on its path alone, not on its row or a seed."""
+    return ~rows["repeated"] & ((uniform(rows["key"], name_key("validation")) < config.holdout) == validation)
+
+
 def offers(rows: np.ndarray, config):
     """Yields (resolution, length [n]) for clips, the largest resolution first, by Open-Sora 1.1's rule.
 
-    length: the most frames of a bucket there that the clip fills (an image: 1); or minus the index of the reason why
+    length: the most frames of a bucket there that the clip fills (an image: 1); or minus the number in REASONS of why
     there is none.  A clip needs 0.8 of the resolution's pixels and num_frames * stride frames (upstream: one more)."""
     is_image, strides = rows["num_frames"] == 1, stride(rows["fps"], config)
     area = rows["height"].astype(np.int64) * rows["width"]
@@ -383,83 +353,65 @@ def offers(rows: np.ndarray, config):
         yield level, np.where(area >= 0.8 * PIXELS[level], length, 0)
 
 
-def in_use(rows: np.ndarray, config, validation: bool) -> np.ndarray:
-    """True for clips of the asked share, training or validation; a path's second row is of neither.
-
-    Which share a clip belongs to hangs on its path alone, not on its row or a seed."""
-    return ~rows["repeated"] & ((uniform(rows["key"], name_key("validation")) < config.holdout) == validation)
-
-
-def first_numbers(config):
-    """{(resolution, T): number of the first of its buckets}"""
-    numbers = {}
-    for i, bucket in enumerate(bucket_list(config.buckets)):
-        numbers.setdefault(bucket[:2], i)
-    return numbers
-
-
-def assign(meta, config, epoch: int, validation: bool = False) -> np.ndarray:
-    """Each clip's number in bucket_list(config.buckets), or -1: int16 [N].
+def entries(meta, config, epoch: int | None, validation: bool):
+    """Yields (clips, the numbers of their buckets) by the draws of an epoch; None: for all that some epoch may draw.
 
     A clip that loses the keep draw of a resolution's bucket goes on to the next smaller resolution."""
-    found, first_of = np.full(len(meta), -1, np.int16), first_numbers(config)
+    first_of = {bucket[:2]: i for i, bucket in reversed([*enumerate(bucket_list(config.buckets))])}  # of all aspects
     for start in range(0, len(meta), CHUNK):
-        rows, into = meta.rows[start:start + CHUNK], found[start:start + CHUNK]
+        rows = meta.rows[start:start + CHUNK]
         waiting = in_use(rows, config, validation)
         for level, length in offers(rows, config):
             for t, (keep, _) in config.buckets[level].items():
                 clips = np.flatnonzero(waiting & (length == t))
-                clips = clips[uniform(config.seed, epoch, start + clips, name_key(f"{level} {t}")) < keep]
-                into[clips] = first_of[level, t] + nearest_aspect(level, rows["height"][clips], rows["width"][clips])
-                waiting[clips] = False
+                draws = 0 if epoch is None else uniform(config.seed, epoch, start + clips, name_key(f"{level} {t}"))
+                clips = clips[np.broadcast_to(draws < keep, clips.shape)]
+                aspects = nearest_aspect(level, rows["height"][clips], rows["width"][clips])
+                yield start + clips, first_of[level, t] + aspects
+                waiting[clips] = epoch is None and keep < 1
+
+
+def assign(meta, config, epoch: int, validation: bool = False) -> np.ndarray:
+    """Each clip's number in bucket_list(config.buckets), or -1: int16 [N]."""
+    found = np.full(len(meta), -1, np.int16)
+    for clips, numbers in entries(meta, config, epoch, validation):
+        found[clips] = numbers
     return found
 
 
 def reachable(meta, config) -> dict[int, np.ndarray]:
     """Bucket number -> ids of all clips that it can get in some epoch, ascending."""
-    clips_of, first_of = {}, first_numbers(config)
-    for start in range(0, len(meta), CHUNK):
-        rows = meta.rows[start:start + CHUNK]
-        waiting = in_use(rows, config, False)
-        for level, length in offers(rows, config):
-            for t, (keep, _) in config.buckets[level].items():
-                clips = np.flatnonzero(waiting & (length == t) & (keep > 0))
-                numbers = first_of[level, t] + nearest_aspect(level, rows["height"][clips], rows["width"][clips])
-                for number in np.unique(numbers):
-                    clips_of.setdefault(int(number), []).append(start + clips[numbers == number].astype(np.int32))
-                waiting[clips] = keep < 1
+    clips_of = defaultdict(list)
+    for clips, numbers in entries(meta, config, None, False):
+        for number in np.unique(numbers).tolist():
+            clips_of[number].append(clips[numbers == number].astype(np.int32))
     return {number: np.concatenate(parts) for number, parts in sorted(clips_of.items())}
 
 
-def left_out(meta, config, found: np.ndarray, validation: bool):
-    """Yields (reason, how many clips, the first of them) of the clips that `assign` gave no bucket."""
-    count, first = np.zeros(len(REASONS), int), np.full(len(REASONS), -1)
+def reasons(meta, config, validation: bool) -> np.ndarray:
+    """How far each clip comes: numbers in REASONS, int8 [N]."""
+    found = np.empty(len(meta), np.int8)
     for start in range(0, len(meta), CHUNK):
         rows = meta.rows[start:start + CHUNK]
-        reason = np.max([np.where(length > 0, 3, -length) for _, length in offers(rows, config)], axis=0)
-        reason[~in_use(rows, config, validation)] = 5
-        reason[rows["repeated"]] = 4
-        for i in np.unique(reason[found[start:start + CHUNK] < 0]):
-            clips = start + np.flatnonzero((reason == i) & (found[start:start + CHUNK] < 0))
-            count[i], first[i] = count[i] + len(clips), clips[0] if first[i] < 0 else first[i]
-    names = REASONS[:5] + (("not held out",) if validation else REASONS[5:])
-    yield from ((name, n, clip) for name, n, clip in zip(names, count, first) if n)
+        farthest = np.max([np.where(length > 0, 3, -length) for _, length in offers(rows, config)], axis=0)
+        farthest[~in_use(rows, config, validation)] = 5
+        farthest[rows["repeated"]] = 4
+        found[start:start + CHUNK] = farthest
+    return found
 
 
 def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> str:
     """What `assign` made of the clips: a line per resolution and length, then what is left out, and why."""
-    kind, numbered = {}, bucket_list(config.buckets)
-    starved = 0
+    kinds, numbered, starved = defaultdict(lambda: np.zeros(6)), bucket_list(config.buckets), 0
     for number, clips in zip(*np.unique(found[found >= 0], return_counts=True)):
         bucket = numbered[number]
         size = config.buckets[bucket.resolution][bucket.num_frames][1] * config.world
         tokens, flop = config.cost(bucket)
-        row = kind.setdefault(bucket[:2], np.zeros(6))
-        row += 1, clips, clips // size, clips % size, clips * tokens, clips // size * size * flop
+        kinds[bucket[:2]] += 1, clips, clips // size, clips % size, clips * tokens, clips // size * size * flop
         starved += clips < size
-    total = sum(row[5] for row in kind.values()) or 1
+    total = sum(row[5] for row in kinds.values()) or 1
     lines = ["      bucket  aspects      clips  clips/GPU   batches  left over  tokens/GPU  compute"]
-    for (level, t), (aspects, clips, batches, rest, tokens, flop) in kind.items():
+    for (level, t), (aspects, clips, batches, rest, tokens, flop) in kinds.items():
         size = config.buckets[level][t][1]
         lines.append(f"{level:>6} x {t:<3} {aspects:8.0f} {clips:10.0f} {size:10} {batches:9.0f} {rest:10.0f} "
                      f"{tokens / clips * size:11,.0f} {flop / total:8.1%}")
@@ -467,10 +419,13 @@ def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> s
                  "clips of one aspect, clips left over come first in the next epoch")
     if starved:
         lines.append(f"{starved} aspects have fewer clips than one batch: these train only if later epochs draw more")
-    for name, n, clip in left_out(meta, config, found, validation):
-        row = meta.rows[clip]
-        lines.append(f"{n} left out: {name}, as {meta.where(clip)}: {meta.path(clip)} ({row['num_frames']} frames, "
-                     f"{row['height']}x{row['width']}, {row['fps']:g} fps)")
+    why = np.where(found < 0, reasons(meta, config, validation), -1)
+    for number, name in enumerate(REASONS[:5] + (("not held out",) if validation else REASONS[5:])):
+        clips = np.flatnonzero(why == number)
+        if len(clips):
+            first, row = clips[0], meta.rows[clips[0]]
+            lines.append(f"{len(clips)} left out: {name}, as {meta.where(first)}: {meta.path(first)} "
+                         f"({row['num_frames']} frames, {row['height']}x{row['width']}, {row['fps']:g} fps)")
     return "\n".join(lines)
 
 
@@ -488,11 +443,9 @@ class Plan(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    number: int
-    clips: np.ndarray   # int32, ordered by bucket, in a bucket at random
-    starts: np.ndarray  # [batches]: where in clips a batch starts
-    buckets: np.ndarray  # [batches]: its bucket's number
-    pools: dict         # bucket number -> slice of clips
+    buckets: np.ndarray  # [batches]: the number of each batch's bucket
+    starts: np.ndarray   # [batches]: where in its pool it starts
+    pools: dict          # a bucket's number -> its clips, int32, at random
 
 
 class BucketSampler:
@@ -506,19 +459,15 @@ class BucketSampler:
         self.numbered = bucket_list(config.buckets)
         self.starts = [0]  # the first step of each epoch so far: they differ in length, as their keep draws do
         self.left_over = [(np.zeros(0, int), np.zeros(0, int))]  # and what it inherits: clips, their buckets' numbers
-        self.current = None
-        self.epoch(0)  # fails now rather than in training
+        self.epoch = lru_cache(1)(self.make_epoch)  # of number len(starts) - 1 at most
+        if not len(self.epoch(0).starts):
+            why = "no bucket has the clips of one batch" if self.epoch(0).pools else "no clip fits any bucket"
+            raise ValueError(f"{why}:\n{self.table()}")
 
     def table(self) -> str:
         """Of epoch 0."""
         found = assign(self.meta, self.config, 0, self.validation)
         return bucket_table(self.meta, self.config, found, self.validation)
-
-    def epoch(self, number: int) -> Epoch:
-        for i in (*range(len(self.starts) - 1, number), number):
-            if self.current is None or self.current.number != i:
-                self.current = self.make_epoch(i)
-        return self.current
 
     def make_epoch(self, number: int) -> Epoch:
         found = assign(self.meta, self.config, number, self.validation)
@@ -530,23 +479,20 @@ class BucketSampler:
         order |= found[clips].astype(np.uint64) << 48  # by bucket, then at random; equal ones alike on every machine:
         clips = clips[np.argsort(order, kind="stable")]
 
-        ends = np.flatnonzero(np.diff(found[clips], append=-1)) + 1
-        starts, buckets, rest, pools = [inherited[:0]], [inherited[:0]], [inherited[:0]], {}
-        for start, end in zip([0, *ends[:-1]], ends):
-            pools[bucket := int(found[clips[start]])] = slice(start, end)
-            first = np.arange(start, end - (size := self.batch_size(self.numbered[bucket])) + 1, size)
-            starts.append(first)
-            buckets.append(np.full(len(first), bucket))
-            rest.append(clips[start + len(first) * size:end])
-        if number == 0 and not sum(map(len, starts)):
-            why = "no bucket has the clips of one batch" if pools else "no clip fits any bucket"
-            raise ValueError(f"{why}:\n{self.table()}")
+        pools, starts, buckets, rest = {}, [inherited[:0]], [inherited[:0]], [inherited[:0]]
+        for pool in np.split(clips, np.flatnonzero(np.diff(found[clips], append=-1)) + 1)[:-1]:
+            bucket = int(found[pool[0]])
+            size = self.batch_size(self.numbered[bucket])
+            pools[bucket] = pool
+            starts.append(np.arange(len(pool) // size) * size)
+            buckets.append(np.full(len(starts[-1]), bucket))
+            rest.append(pool[len(pool) // size * size:])
         starts, buckets, rest = map(np.concatenate, (starts, buckets, rest))
         if len(self.starts) == number + 1:
             self.starts.append(self.starts[-1] + len(starts))
             self.left_over.append((rest, found[rest]))
         shuffled = np.argsort(mix(self.config.seed, number, np.arange(len(starts)), name_key("batches")))
-        return Epoch(number, clips, starts[shuffled], buckets[shuffled], pools)
+        return Epoch(buckets[shuffled], starts[shuffled], pools)
 
     def batch_size(self, bucket: Bucket) -> int:
         """Clips of a global batch."""
@@ -557,10 +503,10 @@ class BucketSampler:
             self.epoch(len(self.starts) - 1)
         number = bisect_right(self.starts, step) - 1
         epoch, i = self.epoch(number), step - self.starts[number]
-        bucket, pool = self.numbered[epoch.buckets[i]], epoch.clips[epoch.pools[int(epoch.buckets[i])]]
+        bucket, pool = self.numbered[epoch.buckets[i]], epoch.pools[int(epoch.buckets[i])]
         mine = np.array(slots(self.batch_size(bucket), rank, world))
         others = mix(self.config.seed, step, mine[:, None], np.arange(1, MAX_TRIES), name_key("stand-in")) % len(pool)
-        return Plan(step, bucket, mine.tolist(), np.column_stack([epoch.clips[epoch.starts[i] + mine], pool[others]]))
+        return Plan(step, bucket, mine.tolist(), np.column_stack([pool[epoch.starts[i] + mine], pool[others]]))
 
 
 def slots(batch_size: int, rank: int, world: int) -> range:

@@ -216,7 +216,7 @@ def drawn(sampler, step, rank=0, world=1):
 def test_sampler_is_a_function_of_seed_and_step(some_meta):
     forward = BucketSampler(some_meta, SETTINGS)
     steps = [drawn(forward, step) for step in range(200)]
-    assert forward.current.number >= 2, "the test should cross epochs"
+    assert len(forward.starts) > 3, "the test should cross epochs"
     for step in (150, 0, 73):  # any order, freshly
         assert drawn(BucketSampler(some_meta, SETTINGS), step) == steps[step]
         assert drawn(forward, step) == steps[step]
@@ -428,16 +428,14 @@ def test_numbers_as_programs_write_them(tmp_path):
     assert meta["fps"][1:].tolist() == [IMAGE_FPS] * 5 and meta["num_frames"][1:].tolist() == [1] * 5
 
 
-def test_scores_are_there_where_a_file_has_them(tmp_path):
+def test_other_columns_stand_in_any_place_and_are_kept_as_text(tmp_path):
     plain = write(tmp_path / "plain.csv", HEADER + ROW)
     scored = write(tmp_path / "scored.csv", "match,path,text,num_frames,height,width,fps,cmotion,aes\n"
                    + "0.5,b.mp4,x,8,8,8,8,1,4.5\n,c.mp4,x,8,8,8,8,1,none\n-2,d.mp4,x,8,8,8,8,1,nan\n")
-    assert set(data.SCORES) & set(read_meta(plain).rows.dtype.names) == set()
     meta = read_meta([plain, scored])
-    assert set(data.SCORES) & set(meta.rows.dtype.names) == {"aes", "match"}
-    np.testing.assert_array_equal(meta["aes"], np.float32([np.nan, 4.5, np.nan, np.nan]))
-    np.testing.assert_array_equal(meta["match"], np.float32([np.nan, 0.5, np.nan, -2]))
-    assert paths_of(meta) == [str(tmp_path / f"{name}.mp4") for name in "abcd"]
+    assert [(meta.field(clip, "match"), meta.field(clip, "aes")) for clip in (1, 2, 3)] == [
+        ("0.5", "4.5"), ("", "none"), ("-2", "nan")]
+    assert paths_of(meta) == [str(tmp_path / f"{name}.mp4") for name in "abcd"] and meta["fps"].tolist() == [8] * 4
 
 
 def test_a_repeated_path_is_marked(tmp_path):
@@ -484,9 +482,9 @@ def test_the_index_is_used_until_a_file_changes(tmp_path, builds):
 
 
 @pytest.mark.parametrize("damage", [
-    lambda whole: whole[:-1], lambda whole: whole[:data.INDEX_HEADER], lambda whole: whole[:65], lambda whole: b"",
+    lambda whole: whole[:-1], lambda whole: whole[:-64], lambda whole: whole[:65], lambda whole: b"",
     lambda whole: whole[:-4000], lambda whole: whole + b"\0", lambda whole: b"\0" * len(whole),
-    lambda whole: b"0" * 64 + whole[64:], lambda whole: bytes(range(256)) * 100,
+    lambda whole: whole[:-64] + b"0" * 64, lambda whole: bytes(range(256)) * 100,
 ])
 def test_a_damaged_index_is_built_anew(tmp_path, builds, damage):
     file = write(tmp_path / "meta.csv", HEADER + ROW * 300)
@@ -546,7 +544,6 @@ def test_a_pickle_holds_names_only(tmp_path, builds):
 
 def test_rows_are_small(tmp_path):
     assert read_meta(write(tmp_path / "meta.csv", HEADER + ROW)).rows.itemsize == 40
-    assert data.row_type([data.SCORES]).itemsize == 56
 
 
 # ---- reading ----
