@@ -576,8 +576,8 @@ def frame_times(path: str, stream: av.VideoStream, packets: list[av.Packet]) -> 
 def choose(path: str, times: list[int], num_frames, stride, start, generator) -> list[int]:
     """The times of the window's frames, ascending."""
     num_frames = num_frames or max(1, math.ceil((len(times) - (start or 0)) / stride))
-    starts = max(1, len(times) - (num_frames - 1) * stride)  # where a window can begin
     if start is None:
+        starts = max(1, len(times) - (num_frames - 1) * stride)  # where a window can begin
         start = (starts - 1) // 2 if generator is None else int(torch.randint(starts, (), generator=generator))
     if start + (num_frames - 1) * stride >= len(times):
         raise UnreadableClip(f"{path}: has {len(times)} frames, expected {num_frames} at stride {stride} from {start}")
@@ -654,15 +654,6 @@ def to_uint8(video):
 
 # ---- batches ----
 
-class Fault(NamedTuple):
-    """A clip that could not be read: a line of bad_clips.csv."""
-    step: int
-    slot: int
-    attempt: int  # 0 the slot's own clip, then its stand-ins
-    path: str
-    reason: str
-
-
 class ClipDataset:
     """Reads clips from their files; vae.CachedClips does the same from a cache.
 
@@ -673,13 +664,13 @@ class ClipDataset:
 
     def read(self, clip: int, bucket: Bucket, step: int, slot: int) -> dict:
         """{"video": uint8 [T H W 3], "text", "decoded": how many frames that took}; raises UnreadableClip."""
-        row, config = self.meta.rows[clip], self.config
-        generator = None
-        if not self.validation:
-            generator = (window_generator(row["key"], window_number(config, bucket, step, slot)) if config.windows else
-                         slot_generator(config.seed, step, slot, "window"))
-        frames, decoded = read_window(self.meta.path(clip), bucket.num_frames, int(stride(row["fps"], config)), None,
-                                      generator)
+        row, config, generator = self.meta.rows[clip], self.config, None
+        if config.windows and not self.validation:
+            generator = window_generator(row["key"], window_number(config, bucket, step, slot))
+        elif not self.validation:
+            generator = slot_generator(config.seed, step, slot, "window")
+        interval = int(stride(row["fps"], config))
+        frames, decoded = read_window(self.meta.path(clip), bucket.num_frames, interval, None, generator)
         return {"video": resize_crop(frames, bucket.height, bucket.width), "text": self.meta.text(clip),
                 "decoded": decoded}
 
@@ -694,8 +685,17 @@ def window_generator(key: int, window: int) -> torch.Generator:
     return slot_generator(0, key, window, "fixed window")
 
 
+class Fault(NamedTuple):
+    """A clip that could not be read: a line of bad_clips.csv."""
+    step: int
+    slot: int
+    attempt: int  # 0 the slot's own clip, then its stand-ins
+    path: str
+    reason: str
+
+
 def fill(dataset, plan: Plan, known: dict, note=lambda slot, attempt: None) -> dict:
-    """The batch of a plan: what dataset.read gives, stacked, and what the network is told; "slots", "bucket", "faults".
+    """A plan's batch, as numpy: what dataset.read gives, stacked, what the network is told, and how that came about.
 
     An attempt in `known` {(step, slot, attempt): reason} is not made again.  note(slot, attempt) goes before each."""
     clips, read, faults = [], [], []
@@ -714,23 +714,22 @@ def fill(dataset, plan: Plan, known: dict, note=lambda slot, attempt: None) -> d
             raise ValueError(f"step {plan.step}: none of {MAX_TRIES} clips drawn from {tuple(plan.bucket)} can be "
                              "read:\n  " + "\n  ".join(fault.reason for fault in faults))
     columns = {name: [item[name] for item in read] for name in read[0]}
-    batch = {name: torch.stack(column) if torch.is_tensor(column[0]) else column for name, column in columns.items()}
-    return batch | told(dataset, plan.bucket, np.array(clips)) | {
-        "decoded": sum(batch["decoded"]), "slots": torch.tensor(plan.slots), "bucket": plan.bucket, "faults": faults}
+    batch = {name: torch.stack(of).numpy() if torch.is_tensor(of[0]) else of for name, of in columns.items()}
+    return batch | told(dataset, plan.bucket, clips) | {
+        "decoded": sum(batch["decoded"]), "slots": np.array(plan.slots), "bucket": plan.bucket, "faults": faults}
 
 
-def told(dataset, bucket: Bucket, clips: np.ndarray) -> dict[str, torch.Tensor]:
+def told(dataset, bucket: Bucket, clips: list[int]) -> dict[str, np.ndarray]:
     """What the network is told beside the caption, [B] fp32 each.
 
     ar is width / height, as upstream trains (its samplers say the inverse); fps that of the frames taken, or with
     config.raw_fps that of the file, as upstream."""
-    fps, config = dataset.meta.rows["fps"][clips], dataset.config
-    if bucket.num_frames > 1 and not config.raw_fps:
-        fps = fps / stride(fps, config)
-    shared = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames,
-              "ar": bucket.width / bucket.height}
-    return {name: torch.full((len(clips),), float(value)) for name, value in shared.items()} | {
-        "fps": torch.from_numpy(np.asarray(fps, np.float32))}
+    fps = dataset.meta.rows["fps"][clips]
+    if bucket.num_frames > 1 and not dataset.config.raw_fps:
+        fps = fps / stride(fps, dataset.config)
+    values = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames,
+              "ar": bucket.width / bucket.height, "fps": fps}
+    return {name: np.full(len(clips), value, np.float32) for name, value in values.items()}
 
 
 def batches(sampler: BucketSampler, dataset, first: int, last: int, rank: int = 0, world: int = 1, known=None):
@@ -740,17 +739,16 @@ def batches(sampler: BucketSampler, dataset, first: int, last: int, rank: int = 
     plans, known = (sampler.plan(step, rank, world) for step in range(first, last)), known or {}
     made = read_parallel(dataset, plans, known) if dataset.config.num_workers else (
         fill(dataset, plan, known) for plan in plans)
-    while True:
-        start = time.perf_counter()
-        if (batch := next(made, None)) is None:
-            return
+    start = time.perf_counter()
+    for batch in made:
+        batch = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
         yield batch | {"waited": time.perf_counter() - start}
+        start = time.perf_counter()
 
 
 def read_parallel(dataset, plans, known: dict):
     """Yields the batches of plans in their order; each reader is given two plans at a time."""
-    readers = [Reader(dataset, known) for _ in range(dataset.config.num_workers)]
-    ahead = deque()
+    readers, ahead = [Reader(dataset, known) for _ in range(dataset.config.num_workers)], deque()
     try:
         for i, plan in enumerate(plans):
             ahead.append(readers[i % len(readers)])
@@ -768,11 +766,10 @@ def read_parallel(dataset, plans, known: dict):
 class Reader:
     """A process that reads batches ahead.  One that hangs on a clip or dies of it is replaced, the clip a fault.
 
-    (A DataLoader's worker that dies ends the training.)  Batches come through a pipe, not through shared memory, of
-    which a container has 64 MB."""
+    (A DataLoader's worker that dies ends the training.)  Batches come through a pipe as numpy, not through shared
+    memory, as tensors would: of that a container has 64 MB."""
     def __init__(self, dataset, known: dict):
-        self.dataset, self.known, self.timeout = dataset, dict(known), dataset.config.read_timeout
-        self.plans = deque()
+        self.dataset, self.known, self.plans = dataset, dict(known), deque()
         self.start()
 
     def start(self):
@@ -793,30 +790,28 @@ class Reader:
         at = None
         while True:
             try:
-                message = self.pipe.recv() if self.pipe.poll(self.timeout) else "hang"
+                message = self.pipe.recv() if self.pipe.poll(self.dataset.config.read_timeout) else None
             except (EOFError, ConnectionResetError):
-                message = "death"
-            if isinstance(message, tuple):
-                at = message
-            elif isinstance(message, str):
-                self.replace(message, at)
-                at = None
-            elif isinstance(message, ValueError):
+                self.process.join(1)  # it died
+                message = None
+            if isinstance(message, ValueError):
                 raise message
-            else:
+            if isinstance(message, dict):
                 self.plans.popleft()
-                return {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in message.items()}
+                return message
+            if message is None:
+                self.replace(at)
+            at = message
 
-    def replace(self, what: str, at):
-        self.process.join(1 if what == "death" else 0)
-        status = self.process.exitcode or 0  # of a process that hangs: None
+    def replace(self, at: tuple[int, int] | None):
+        """Starts another process, which passes the clip over that this one tried: at = (slot, attempt)."""
+        status, plan, timeout = self.process.exitcode, self.plans[0], self.dataset.config.read_timeout
         self.process.kill()
-        plan = self.plans[0]
-        if at is None or status > 0:
+        if at is None or (status or 0) > 0:
             raise ValueError(f"step {plan.step}: a reading process ended with status {status}, see above" if status else
-                             f"step {plan.step}: a reading process did not start within {self.timeout} s")
+                             f"step {plan.step}: a reading process did not start within {timeout} s")
         path = self.dataset.meta.path(plan.clips[plan.slots.index(at[0])][at[1]])
-        reason = f"took more than {self.timeout} s" if what == "hang" else f"ended its reader with signal {-status}"
+        reason = f"took more than {timeout} s" if status is None else f"ended its reader with signal {-status}"
         self.known[plan.step, *at] = f"{path}: {reason}"
         self.start()
 
@@ -828,9 +823,7 @@ def read_ahead(dataset, pipe, parent: int):
     torch.set_num_threads(1)
     while True:
         try:
-            plan, known = pipe.recv()
-            batch = fill(dataset, plan, known, lambda *at: pipe.send(at))
-            pipe.send({name: v.numpy() if torch.is_tensor(v) else v for name, v in batch.items()})
+            pipe.send(fill(dataset, *pipe.recv(), lambda *at: pipe.send(at)))
         except EOFError:
             return
         except ValueError as error:
@@ -849,7 +842,7 @@ class BadClips:
     """<run>/bad_clips.csv, a line per fault.  known: what it held at the start, so that a resumed run does the same."""
     def __init__(self, path, max_share: float, writes: bool = True):
         self.path, self.max_share, self.writes, self.tried, self.faults = Path(path), max_share, writes, 0, 0
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.is_file() else []
+        lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.is_file() else []
         if lines and not lines[-1].endswith("\n"):  # of a run that was killed
             half = lines.pop()
             if writes:
@@ -866,7 +859,7 @@ class BadClips:
             print(f"{self.faults} of {self.tried} clips could not be read, see {self.path}: {new[-1].reason}",
                   file=sys.stderr)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", newline="") as f:
+            with open(self.path, "a", newline="", encoding="utf-8") as f:
                 lines = [(*fault[:4], " ".join(fault.reason.split())) for fault in new]
                 csv.writer(f, lineterminator="\n").writerows(lines if f.tell() else [Fault._fields, *lines])
         if self.tried >= 200 and self.faults > self.max_share * self.tried:
@@ -885,6 +878,7 @@ def whole(path):
         os.fsync(f.fileno())
     part.replace(path)
 
+
 def write_video(path, frames, fps=24):
     """Writes frames uint8 [T H W 3] as .mp4 (H.264), .gif, .png (a contact sheet, at most 8 frames a row), or for a
     name without suffix a folder of 00000.png, 00001.png, ...
@@ -894,6 +888,9 @@ def write_video(path, frames, fps=24):
     path, frames = Path(path), np.ascontiguousarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"{path}: frames must be uint8 [T H W 3] with T > 0, got {frames.dtype} {list(frames.shape)}")
+    if path.suffix not in (".mp4", ".gif", ".png", ""):
+        raise ValueError(f"{path}: video is written as .mp4, .gif, .png (a contact sheet) or, without a suffix, as a "
+                         f"folder of frames, not as {path.suffix!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.part{path.suffix}")        # not `whole`: a folder, or a name that must end so
     if path.suffix == ".png":
@@ -903,27 +900,24 @@ def write_video(path, frames, fps=24):
         first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     elif path.suffix == ".mp4":
         write_mp4(part, frames, fps)
-    elif not path.suffix:
+    else:
         for folder in (part, path):
             shutil.rmtree(folder, ignore_errors=True)
         part.mkdir()
         for i, frame in enumerate(progress(frames, path)):
             Image.fromarray(frame).save(part / f"{i:05d}.png")
-    else:
-        raise ValueError(f"{path}: video is written as .mp4, .gif, .png (a contact sheet) or, without a suffix, as a "
-                         f"folder of frames, not as {path.suffix!r}")
     part.replace(path)
 
 
 def write_mp4(path, frames, fps):
     _, H, W, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")  # 4:2:0 needs even sides
-    rate = Fraction(fps).limit_denominator(1001)
     with av.open(str(path), "w", options={"movflags": "faststart"}) as out:
         # without mbtree: x264's macroblock tree gives other bytes from run to run on frames of a few blocks
         options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}
-        stream = out.add_stream("libx264", rate=rate, options=options)
-        stream.height, stream.width, stream.pix_fmt = H + H % 2, W + W % 2, "yuv420p"
+        stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        _, stream.height, stream.width, _ = frames.shape
+        stream.pix_fmt = "yuv420p"
         for frame in progress(frames, path):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         out.mux(stream.encode())
@@ -976,23 +970,20 @@ def held_out(color, shape, direction):
 
 def extent(shape, side):
     """(left, right, up, down): how far the shape reaches from its centre of mass, in pixels."""
-    if shape == "circle":
-        return (side / math.pi ** 0.5,) * 4
-    if shape == "square":
-        return (side / 2,) * 4
-    edge = 2 * side / 3 ** 0.25  # equilateral: its area side^2 is sqrt(3)/4 edge^2
-    return edge / 2, edge / 2, edge / 3 ** 0.5, edge / 12 ** 0.5
+    edge = 2 * side / 3 ** 0.25  # of the triangle, equilateral: its area side^2 is sqrt(3)/4 edge^2
+    return {"circle": (side / math.pi ** 0.5,) * 4, "square": (side / 2,) * 4,
+            "triangle": (edge / 2, edge / 2, edge / 3 ** 0.5, edge / 12 ** 0.5)}[shape]
 
 
 def coverage(shape, side, x, y, height, width):
     """How much of each pixel the shape centred at (x, y) covers, 0..1 [H W]: one minus the distance past its edge."""
     dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([y, x])[:, None, None]
+    *_, down = extent(shape, side)
     if shape == "circle":
-        outside = np.hypot(dx, dy) - side / math.pi ** 0.5
+        outside = np.hypot(dx, dy) - down
     elif shape == "square":
-        outside = np.maximum(abs(dx), abs(dy)) - side / 2
+        outside = np.maximum(abs(dx), abs(dy)) - down
     else:  # a triangle, its point upwards
-        down = extent(shape, side)[3]
         outside = np.maximum(dy - down, (3 ** 0.5 * abs(dx) - dy) / 2 - down)
     return np.clip(0.5 - outside, 0, 1)
 
@@ -1002,12 +993,12 @@ def random_thing(rng, color, shape, direction, height, width):
     side = rng.uniform(0.33, 0.42) * min(height, width)
     left, right, up, down = extent(shape, side)
     low, high = np.array([left, up]), np.array([width - right, height - down])
-    axis, sign = (0, DIRECTIONS[direction][0]) if DIRECTIONS[direction][0] else (1, DIRECTIONS[direction][1])
-    start = rng.uniform(low, high)
+    (dx, dy), start = DIRECTIONS[direction], rng.uniform(low, high)
+    axis = 0 if dx else 1
     travel = rng.uniform(0.55, 1.0) * (high - low)[axis]
     first = rng.uniform(low[axis], high[axis] - travel)
     end = start.copy()
-    start[axis], end[axis] = (first, first + travel) if sign > 0 else (first + travel, first)
+    start[axis], end[axis] = (first, first + travel) if dx + dy > 0 else (first + travel, first)
     return Thing(color, shape, direction, side, tuple(start), tuple(end))
 
 
@@ -1063,13 +1054,14 @@ def write_shapes(folder, num_clips=2000, seed=0, objects=1):
     print(f"{folder / 'meta.csv'}: {num_clips} clips")
 
 
+# ---- the command line ----
+
 def bench(meta, config, seconds: float):
     """Prints how fast batches are read, with nothing else to do: clips/s, frames/s by bucket and in all."""
-    sampler, rows = BucketSampler(meta, config), {}
-    start, reasons = time.perf_counter(), {}
-    for batch in batches(sampler, ClipDataset(meta, config), 0, config.steps):
-        clips, row = len(batch["slots"]), rows.setdefault(batch["bucket"][:2], np.zeros(5))
-        row += 1, clips, clips * batch["bucket"].num_frames, batch["decoded"], batch["waited"]
+    rows, reasons, start = defaultdict(lambda: np.zeros(5)), {}, time.perf_counter()
+    for batch in batches(BucketSampler(meta, config), ClipDataset(meta, config), 0, config.steps):
+        clips, bucket = len(batch["slots"]), batch["bucket"]
+        rows[bucket[:2]] += 1, clips, clips * bucket.num_frames, batch["decoded"], batch["waited"]
         reasons |= {fault.path: fault.reason for fault in batch["faults"]}
         if time.perf_counter() - start > seconds:
             break
@@ -1083,14 +1075,17 @@ def bench(meta, config, seconds: float):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="shapes FOLDER | META CONFIG | bench META CONFIG; a --field=value "
-                        "replaces a field of the config")
-    parser.add_argument("--num-clips", type=int, default=2000, help="of shapes to render (default: %(default)s)")
-    parser.add_argument("--objects", type=int, default=1, help="things in a rendered clip")
-    parser.add_argument("--seed", type=int, default=0, help="of the shapes")
-    parser.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python data.py shapes FOLDER | META CONFIG | bench META CONFIG  [options]")
+    parser.add_argument("what", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
+    of_shapes = parser.add_argument_group("shapes").add_argument
+    of_shapes("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
+    of_shapes("--objects", type=int, default=1, help="moving things in a clip (default: %(default)s)")
+    of_shapes("--seed", type=int, default=0, help="another one gives other clips (default: %(default)s)")
+    of_config = parser.add_argument_group("META CONFIG, bench").add_argument
+    of_config("--FIELD", metavar="VALUE", help="replaces a field of the config, as in --num_workers=4")
+    of_config("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
     try:
         if args.what[0] == "shapes" and len(args.what) == 2:
