@@ -207,10 +207,9 @@ def build_index(files: tuple[str, ...], key: str, index: Path) -> Meta:
                 raise ValueError(f"{', '.join(files)} has no rows, expected one per clip - `python data.py shapes DIR` "
                                  "makes an example")
             f.flush()
-            hashes = np.concatenate(hashes)  # of 12 M different paths two have the same with a probability of 4e-6
-            order = np.argsort(hashes, kind="stable")
-            later = order[1:][hashes[order[1:]] == hashes[order[:-1]]]
-            np.memmap(part, ROW, "r+")["repeated"][later] = True
+            repeated = np.memmap(part, ROW, "r+")["repeated"]
+            repeated[:] = True  # of 12 M different paths two have the same hash with a probability of 4e-6
+            repeated[np.unique(np.concatenate(hashes), return_index=True)[1]] = False
             f.write(key.encode())
         part.replace(index)
     finally:
@@ -282,18 +281,15 @@ def read_number(text: str) -> float:
 # ---- chance: every draw is a hash of what it is for, so any rank, worker or resumed run draws the same ----
 
 def mix(*keys) -> np.ndarray:
-    """uint64 hash of integers or integer arrays, broadcast: splitmix64's finaliser (Steele et al. 2014) per key."""
+    """uint64 hash of words, integers and integer arrays, broadcast: splitmix64's finaliser (Steele et al. 2014)."""
     h = np.zeros(1, np.uint64)
     for key in keys:
+        key = zlib.crc32(key.encode()) if isinstance(key, str) else key
         h = (h ^ np.asarray(key).astype(np.uint64)) + 0x9E3779B97F4A7C15
         h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9
         h = (h ^ (h >> 27)) * 0x94D049BB133111EB
         h = h ^ (h >> 31)
     return h
-
-
-def name_key(name: str) -> int:
-    return zlib.crc32(name.encode())
 
 
 def uniform(*keys) -> np.ndarray:
@@ -302,7 +298,7 @@ def uniform(*keys) -> np.ndarray:
 
 def slot_generator(seed: int, step: int, slot: int, purpose: str) -> torch.Generator:
     """The random stream of one sample of one step for one purpose ("window", "noise", ...)."""
-    return torch.Generator().manual_seed(int(mix(seed, step, slot, name_key(purpose))[0] >> 1))
+    return torch.Generator().manual_seed(int(mix(seed, step, slot, purpose)[0] >> 1))
 
 
 # ---- buckets ----
@@ -335,7 +331,7 @@ def in_use(rows: np.ndarray, config, validation: bool) -> np.ndarray:
     """True for clips of the asked share, training or validation; a path's second row is of neither.
 
     Which share a clip belongs to hangs on its path alone, not on its row or a seed."""
-    return ~rows["repeated"] & ((uniform(rows["key"], name_key("validation")) < config.holdout) == validation)
+    return ~rows["repeated"] & ((uniform(rows["key"], "validation") < config.holdout) == validation)
 
 
 def offers(rows: np.ndarray, config):
@@ -364,7 +360,7 @@ def entries(meta, config, epoch: int | None, validation: bool):
         for level, length in offers(rows, config):
             for t, (keep, _) in config.buckets[level].items():
                 clips = np.flatnonzero(waiting & (length == t))
-                draws = 0 if epoch is None else uniform(config.seed, epoch, start + clips, name_key(f"{level} {t}"))
+                draws = 0 if epoch is None else uniform(config.seed, epoch, start + clips, f"{level} {t}")
                 clips = clips[np.broadcast_to(draws < keep, clips.shape)]
                 aspects = nearest_aspect(level, rows["height"][clips], rows["width"][clips])
                 yield start + clips, first_of[level, t] + aspects
@@ -474,7 +470,7 @@ class BucketSampler:
         inherited, their_buckets = self.left_over[number]
         found[inherited] = their_buckets
         clips = np.flatnonzero(found >= 0).astype(np.int32)
-        order = mix(self.config.seed, number, clips, name_key("clips")) >> 16
+        order = mix(self.config.seed, number, clips, "clips") >> 16
         order[np.isin(clips, inherited)] = 0
         order |= found[clips].astype(np.uint64) << 48  # by bucket, then at random; equal ones alike on every machine:
         clips = clips[np.argsort(order, kind="stable")]
@@ -491,7 +487,7 @@ class BucketSampler:
         if len(self.starts) == number + 1:
             self.starts.append(self.starts[-1] + len(starts))
             self.left_over.append((rest, found[rest]))
-        shuffled = np.argsort(mix(self.config.seed, number, np.arange(len(starts)), name_key("batches")))
+        shuffled = np.argsort(mix(self.config.seed, number, np.arange(len(starts)), "batches"))
         return Epoch(buckets[shuffled], starts[shuffled], pools)
 
     def batch_size(self, bucket: Bucket) -> int:
@@ -505,7 +501,7 @@ class BucketSampler:
         epoch, i = self.epoch(number), step - self.starts[number]
         bucket, pool = self.numbered[epoch.buckets[i]], epoch.pools[int(epoch.buckets[i])]
         mine = np.array(slots(self.batch_size(bucket), rank, world))
-        others = mix(self.config.seed, step, mine[:, None], np.arange(1, MAX_TRIES), name_key("stand-in")) % len(pool)
+        others = mix(self.config.seed, step, mine[:, None], np.arange(1, MAX_TRIES), "stand-in") % len(pool)
         return Plan(step, bucket, mine.tolist(), np.column_stack([pool[epoch.starts[i] + mine], pool[others]]))
 
 
@@ -677,7 +673,7 @@ class ClipDataset:
 
 def window_number(config, bucket: Bucket, step: int, slot: int) -> int:
     """Which of a clip's fixed windows a slot takes; an image has one."""
-    return 0 if bucket.num_frames == 1 else int(mix(config.seed, step, slot, name_key("window"))[0] % config.windows)
+    return 0 if bucket.num_frames == 1 else int(mix(config.seed, step, slot, "window")[0] % config.windows)
 
 
 def window_generator(key: int, window: int) -> torch.Generator:
@@ -904,7 +900,7 @@ def write_video(path, frames, fps=24):
         for folder in (part, path):
             shutil.rmtree(folder, ignore_errors=True)
         part.mkdir()
-        for i, frame in enumerate(progress(frames, path)):
+        for i, frame in enumerate(frames):
             Image.fromarray(frame).save(part / f"{i:05d}.png")
     part.replace(path)
 
@@ -918,13 +914,9 @@ def write_mp4(path, frames, fps):
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         _, stream.height, stream.width, _ = frames.shape
         stream.pix_fmt = "yuv420p"
-        for frame in progress(frames, path):
+        for frame in tqdm(frames, f"writing {path.name}", unit="frame", leave=False, disable=len(frames) < 200):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         out.mux(stream.encode())
-
-
-def progress(frames, path):
-    return tqdm(frames, desc=f"writing {path.name}", unit="frame", leave=False, disable=len(frames) < 200)
 
 
 def enlarge(frames):
@@ -954,7 +946,7 @@ SHAPES_FPS = 8
 
 
 class Thing(NamedTuple):
-    """One moving object: side is the root of its area in pixels, start and end are centres (x, y) in pixels."""
+    """What moves in a clip: side is the root of its area in pixels, start and end are centres (x, y) in pixels."""
     color: str
     shape: str
     direction: str
@@ -1002,21 +994,18 @@ def random_thing(rng, color, shape, direction, height, width):
     return Thing(color, shape, direction, side, tuple(start), tuple(end))
 
 
-def render(things, background, num_frames, height, width):
-    """Things, later ones in front -> uint8 [T H W 3].  A still (one frame) shows the middle of the way."""
-    frames = np.empty((num_frames, height, width, 3), np.float64)
-    frames[:] = background
-    for thing in things:
-        for t, frame in enumerate(frames):
-            u = t / (num_frames - 1) if num_frames > 1 else 0.5
-            x, y = (1 - u) * np.array(thing.start) + u * np.array(thing.end)
-            alpha = coverage(thing.shape, thing.side, x, y, height, width)[..., None]
-            frame += alpha * (np.array(COLORS[thing.color]) - frame)
-    return (frames + 0.5).astype(np.uint8)
+def render(thing, background, num_frames, height, width):
+    """uint8 [T H W 3].  A still (one frame) shows the middle of the way."""
+    frames, ground, color = [], np.float64(background), np.float64(COLORS[thing.color])
+    for u in np.arange(num_frames) / (num_frames - 1) if num_frames > 1 else [0.5]:
+        x, y = (1 - u) * np.array(thing.start) + u * np.array(thing.end)
+        alpha = coverage(thing.shape, thing.side, x, y, height, width)[..., None]
+        frames.append(ground + alpha * (color - ground))
+    return (np.stack(frames) + 0.5).astype(np.uint8)
 
 
-def shapes_clip(seed, index, objects=1):
-    """Clip `index` of the world `seed`, a pure function: (uint8 [T H W 3], caption, list of Thing).
+def shapes_clip(seed, index):
+    """Clip `index` of the world `seed`, a pure function: (uint8 [T H W 3], caption, Thing).
 
     4 of 10 are stills, 4 have 8 frames, 2 have 16; a quarter is wide (32 x 48).  Held-out combinations do not occur.
     """
@@ -1024,24 +1013,23 @@ def shapes_clip(seed, index, objects=1):
     num_frames = int(rng.choice((1, 8, 16), p=(0.4, 0.4, 0.2)))
     height, width = (32, 48) if rng.random() < 0.25 else (32, 32)
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    things = []
-    while len(things) < objects:
-        looks = rng.choice(list(COLORS)), rng.choice(SHAPES), rng.choice(list(DIRECTIONS))
-        if not held_out(*looks):
-            things.append(random_thing(rng, *map(str, looks), height, width))
-    caption = " and ".join(f"a {o.color} {o.shape}" + f" moves {o.direction}" * (num_frames > 1) for o in things)
-    return render(things, background, num_frames, height, width), caption, things
+    looks = ()
+    while not looks or held_out(*looks):
+        looks = tuple(str(rng.choice(list(names))) for names in (COLORS, SHAPES, DIRECTIONS))
+    thing = random_thing(rng, *looks, height, width)
+    caption = f"a {thing.color} {thing.shape}" + f" moves {thing.direction}" * (num_frames > 1)
+    return render(thing, background, num_frames, height, width), caption, thing
 
 
-def write_shapes(folder, num_clips=2000, seed=0, objects=1):
+def write_shapes(folder, num_clips=2000, seed=0):
     """Renders the world into folder/*.mp4 and *.png (stills), and writes folder/meta.csv about them."""
-    if num_clips < 1 or objects < 1:
-        raise ValueError(f"--num-clips {num_clips} --objects {objects}: expected 1 or more of both")
+    if num_clips < 1:
+        raise ValueError(f"--num-clips {num_clips}: expected 1 or more")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for index in tqdm(range(num_clips), desc=f"rendering {folder}", unit="clip"):
-        frames, caption, _ = shapes_clip(seed, index, objects)
+        frames, caption, _ = shapes_clip(seed, index)
         T, H, W, _ = frames.shape
         name = f"{index:06d}" + (".mp4" if T > 1 else ".png")
         if T > 1:
@@ -1081,15 +1069,13 @@ def main():
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     of_shapes = parser.add_argument_group("shapes").add_argument
     of_shapes("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
-    of_shapes("--objects", type=int, default=1, help="moving things in a clip (default: %(default)s)")
     of_shapes("--seed", type=int, default=0, help="another one gives other clips (default: %(default)s)")
-    of_config = parser.add_argument_group("META CONFIG, bench").add_argument
-    of_config("--FIELD", metavar="VALUE", help="replaces a field of the config, as in --num_workers=4")
-    of_config("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
+    of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config: --num_workers=4")
+    of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
     try:
         if args.what[0] == "shapes" and len(args.what) == 2:
-            write_shapes(args.what[1], args.num_clips, args.seed, args.objects)
+            write_shapes(args.what[1], args.num_clips, args.seed)
         elif len(args.what) == 2 + (args.what[0] == "bench"):
             import configs
             config = configs.load(args.what[-1], overrides)

@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import configs
 from kernels import Place, all_frames, own_frames, start_processes, use
-from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, name_key, read_meta, slot_generator,
+from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, read_meta, slot_generator,
                   stride, to_video, uniform, whole, write_video)
 from masks import draw_mask
 from model import QUIRKS, STDiT, check_weights, from_pixart
@@ -133,8 +133,8 @@ def speed_probabilities(vectors):
 def draw_t(config, vectors, step, slots):
     """t [B], uniform over 0..999; with SpeeD an odd slot takes the dual of the even one before: 700 - t, or t - 700."""
     if not config.speed:
-        return torch.from_numpy(uniform(config.seed, step, slots, name_key("t")) * 1000).long()
-    u = torch.from_numpy(uniform(config.seed, step, slots // 2, name_key("t")))
+        return torch.from_numpy(uniform(config.seed, step, slots, "t") * 1000).long()
+    u = torch.from_numpy(uniform(config.seed, step, slots // 2, "t"))
     t = torch.searchsorted(speed_probabilities(vectors).cumsum(0).cpu(), u).clamp(max=999)          # sync
     return torch.where(torch.as_tensor(slots) % 2 == 1, torch.where(t < 700, 700 - t, t - 700), t)
 
@@ -160,7 +160,7 @@ def loss_of(model, batch, config, vectors, step, device):
     x_mask = torch.stack([draw_mask(shape[2], config.mask_ratios, g) for g in generators])
     posterior, noise = torch.stack([torch.randn(2, *shape[1:], generator=g) for g in generators]).to(device).unbind(1)
     t = draw_t(config, vectors, step, slots)
-    drop = torch.from_numpy(uniform(config.seed, step, slots, name_key("drop")) < config.model.class_dropout_prob)
+    drop = torch.from_numpy(uniform(config.seed, step, slots, "drop") < config.model.class_dropout_prob)
     told_mask = None if x_mask.all() else x_mask.to(device)                 # known on the CPU, as is y_mask: no sync
     y, y_mask = batch["y"].to(device), batch["y_mask"].cpu() | drop[:, None]
     x_mask, t, drop = x_mask.to(device), t.to(device), drop.to(device)

@@ -1254,10 +1254,10 @@ def alive(pid):
 # ---- the shapes world and writing video ----
 
 def test_shapes_are_a_pure_function_of_seed_and_index():
-    frames, caption, things = data.shapes_clip(3, 17)
+    frames, caption, thing = data.shapes_clip(3, 17)
     data.shapes_clip(3, 18)
     again = data.shapes_clip(3, 17)
-    assert np.array_equal(frames, again[0]) and (caption, things) == again[1:]
+    assert np.array_equal(frames, again[0]) and (caption, thing) == again[1:]
     assert not np.array_equal(frames, data.shapes_clip(4, 17)[0])
 
 
@@ -1265,9 +1265,9 @@ def test_shapes_are_as_rich_as_promised():
     clips = [data.shapes_clip(0, i) for i in range(800)]
     assert {frames.shape[0] for frames, *_ in clips} == {1, 8, 16}
     assert {frames.shape[1:3] for frames, *_ in clips} == {(32, 32), (32, 48)}
-    names = {(o.color, o.shape, o.direction) for *_, (o,) in clips}
+    names = {(o.color, o.shape, o.direction) for *_, o in clips}
     assert len(names) == 60 and not any(data.held_out(*name) for name in names)
-    for frames, caption, (o,) in clips:
+    for frames, caption, o in clips:
         moves = f" moves {o.direction}" if len(frames) > 1 else ""
         assert caption == f"a {o.color} {o.shape}{moves}"
 
@@ -1276,22 +1276,17 @@ def test_shapes_have_equal_area_and_stay_inside():
     for shape in data.SHAPES:
         assert data.coverage(shape, 12, 16, 16, 32, 32).sum() == pytest.approx(144, rel=0.03)
     for i in range(300):
-        frames, _, (o,) = data.shapes_clip(1, i)
+        frames, _, o = data.shapes_clip(1, i)
         for x, y in (o.start, o.end):
             area = data.coverage(o.shape, o.side, x, y, *frames.shape[1:3]).sum()
             assert area == pytest.approx(o.side ** 2, rel=0.06)
-
-
-def test_two_objects_are_an_option():
-    frames, caption, things = data.shapes_clip(0, 0, objects=2)
-    assert len(things) == 2 and " and a " in caption
 
 
 def test_the_reader_reads_rendered_clips():
     """tests/reader.py judges the shipped weights: on the truth it must be right in 99%, also after our VAE (below)."""
     from reader import read_clip
     clips = [data.shapes_clip(5, i) for i in range(700)]
-    moving = [(read_clip(frames)[:3], things[0][:3]) for frames, _, things in clips if len(frames) > 1]
+    moving = [(read_clip(frames)[:3], thing[:3]) for frames, _, thing in clips if len(frames) > 1]
     assert len(moving) > 400 and sum(seen == true for seen, true in moving) >= 0.99 * len(moving)
 
 
@@ -1300,7 +1295,7 @@ def test_the_reader_reads_decoded_latents():
     from vae import load_vae
     vae, right = load_vae(str(ROOT / "assets/tiny/vae")), []
     for i in range(160):
-        frames, _, (thing,) = data.shapes_clip(6, i)
+        frames, _, thing = data.shapes_clip(6, i)
         if len(frames) == 8:
             again = data.to_uint8(vae.decode(vae.encode(data.to_video(frames)[None]))[0])
             right.append(read_clip(again)[:3] == thing[:3])
@@ -1309,7 +1304,7 @@ def test_the_reader_reads_decoded_latents():
 
 def test_the_reader_can_fail():
     from reader import read_clip
-    frames, _, (o,) = data.shapes_clip(5, next(i for i in range(99) if len(data.shapes_clip(5, i)[0]) == 8))
+    frames, _, o = data.shapes_clip(5, next(i for i in range(99) if len(data.shapes_clip(5, i)[0]) == 8))
     assert read_clip(frames[::-1]).direction != o.direction and read_clip(frames[..., [1, 2, 0]]).color != o.color
     assert read_clip(np.zeros_like(frames))[:3] == (None, None, None)
 
@@ -1373,7 +1368,7 @@ def test_data_as_a_script(tmp_path, monkeypatch, capsys):
     assert run("shapes", tmp_path, "--num-clips", 40)[0] == 0
     assert "32 x 8" in "".join(run(tmp_path / "meta.csv", "configs/tiny.py")[1])
     for args, said in (((tmp_path / "none.csv", "configs/tiny.py"), "python data.py shapes"),
-                       (("shapes", tmp_path, "--objects", 0), "expected 1 or more of both"),
+                       (("shapes", tmp_path, "--num-clips", 0), "expected 1 or more"),
                        ((tmp_path / "meta.csv", "configs/tny.py"), "configs/tiny.py"),
                        ((tmp_path / "meta.csv", "configs/stage1.py"), "too small")):
         code, output = run(*args)
