@@ -1070,7 +1070,7 @@ def main():
     of_shapes = parser.add_argument_group("shapes").add_argument
     of_shapes("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
     of_shapes("--seed", type=int, default=0, help="another one gives other clips (default: %(default)s)")
-    of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config: --num_workers=4")
+    of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config")
     of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
     try:

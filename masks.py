@@ -1,30 +1,32 @@
 """Which frames of a clip are given and which are generated, in training and in sampling.
 
+    python masks.py 16                                     draws every training strategy's masks of 16 latent frames
+    python masks.py "0,0,0,0,8,0.3" --frames 16            draws which frame gets what in sampling
+    python masks.py "0;0,1,0,-1,1" --reference-frames 16,1 the same, of references of 16 frames and of 1
+
 Training.  In: the number of latent frames T, the share of each strategy, a torch.Generator.  Out: x_mask, bool [T],
 True = noised.  A model that trained with such masks continues a clip, connects two clips, animates an image and closes
 a gap, and it does so with its one network: a given frame is simply told t = 0 (model.py).
 Sampling.  In: groups such as "0,1,-4,0,4" (Given), the length of each reference.  Out: for every latent frame the
 reference frame that it comes from, and how much of it is generated, 0 to 1.
-
-Run:  python masks.py [T]                                  draws every training strategy's masks
-      python masks.py "0,0,0,0,8,0.3" --frames 16          draws which frame gets what in sampling
 Source: recipe (its report 02) and strategy string of Open-Sora 1.1: https://github.com/hpcaitech/Open-Sora
 """
-
 import argparse
 import difflib
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
-# ---------------------------------------------------------------- training
+
+# ---- training ----
+
 # Where the given frames are: anywhere in one piece, at the start, at the end, at both ends. How many: one ("image"), or
 # 1 to T // 4, all counts alike ("quarter"); at both ends the same number twice.
-PLACES = ("random", "head", "tail", "head_tail")
-STRATEGIES = ("mask_no", *(f"mask_{size}_{place}" for size in ("quarter", "image") for place in PLACES))
+STRATEGIES = ("mask_no", *(f"mask_{size}_{place}" for size in ("quarter", "image")
+                           for place in ("random", "head", "tail", "head_tail")))
 RECIPE = {name: 0.75 if name == "mask_no" else 0.05 if name.endswith("head_tail") else 0.025 for name in STRATEGIES}
 
 
@@ -70,7 +72,8 @@ def draw_mask(T: int, ratios: Mapping[str, float], generator: torch.Generator) -
     return torch.ones(T, dtype=torch.bool)                             # shares that sum to 1 - 1e-7
 
 
-# ---------------------------------------------------------------- sampling: the strategy string
+# ---- sampling: the strategy string ----
+
 @dataclass(frozen=True)
 class Given:
     """One group: `length` frames of a reference from ref_start on become the clip's frames from target_start on.
@@ -90,7 +93,7 @@ class Given:
             raise ValueError(f"edit={self.edit}: expected 0 (held as given) to 1 (generated from noise alone)")
 
 
-FIELDS = list(Given.__annotations__)
+FIELDS = Given.__annotations__
 
 
 def parse_strategy(text: str) -> list[Given]:
@@ -98,9 +101,8 @@ def parse_strategy(text: str) -> list[Given]:
 
     What a group leaves out at its end is Given's default.  "" is no group at all, and a ";" at the end adds none.
     Raises ValueError, which names group and field."""
-    parts = [part.strip() for part in text.split(";")]
+    parts, groups = [part.strip() for part in text.split(";")], []
     parts = parts if parts[-1] else parts[:-1]
-    groups = []
     for number, part in enumerate(parts, 1):
         try:
             groups.append(parse_group(part))
@@ -110,15 +112,15 @@ def parse_strategy(text: str) -> list[Given]:
 
 
 def parse_group(part: str) -> Given:
-    values = part.split(",")
-    if not part or len(values) > len(FIELDS):
-        raise ValueError(f"{len(values) if part else 'no'} fields: expected 1 to {len(FIELDS)}, {','.join(FIELDS)}")
+    values = part.split(",") if part else []
+    if not 1 <= len(values) <= len(FIELDS):
+        raise ValueError(f"{len(values) or 'no'} fields: expected 1 to {len(FIELDS)}, {','.join(FIELDS)}")
     numbers = []
-    for name, value in zip(FIELDS, values):
-        kind, words = (float, "a number from 0 to 1") if name == "edit" else (int, "a whole number")
+    for (name, kind), value in zip(FIELDS.items(), values):
         try:
             numbers.append(kind(value))
         except ValueError:
+            words = {int: "a whole number", float: "a number from 0 to 1"}[kind]
             raise ValueError(f"{name}={value.strip()!r}: expected {words}, as in 0,0,0,0,8,0.3") from None
     return Given(*numbers)
 
@@ -128,6 +130,32 @@ def format_strategy(groups: Sequence[Given]) -> str:
     return ";".join(",".join(str(value).removesuffix(".0") for value in astuple(group)) for group in groups)
 
 
+def placed(groups: Sequence[Given], segment: int, num_frames: int, lengths: Sequence[int]):
+    """Yields (group, reference, its frames, the clip's frames) of a segment's groups, from 0; see frame_plan.
+
+    As in the release, what is past an end is cut off, and a single frame of the reference serves all of the clip's;
+    lengths still unequal raise ValueError."""
+    for number, group in enumerate(groups, 1):
+        if group.segment != segment:
+            continue
+        where = f"mask strategy, group {number} of {len(groups)}, '{format_strategy([group])}'"
+        if not -len(lengths) <= group.reference < len(lengths):
+            raise ValueError(f"{where}: reference={group.reference}, but there are {len(lengths)}: give more, or count "
+                             "from 0, the first, or from -1, the last")
+        ref_frames = lengths[group.reference]
+        for name, count, owner in (("ref_start", ref_frames, "reference"), ("target_start", num_frames, "clip")):
+            if getattr(group, name) < -count:
+                raise ValueError(f"{where}: {name}={getattr(group, name)} is before the first of the {owner}'s {count} "
+                                 f"frames: expected {-count} or more")
+        taken = range(ref_frames)[group.ref_start :][: group.length]
+        targets = range(num_frames)[group.target_start :][: group.length]
+        if len(taken) not in (1, len(targets)):
+            raise ValueError(f"{where}: length={group.length} is {len(taken)} of the reference's {ref_frames} frames "
+                             f"but {len(targets)} of the clip's {num_frames}: expected as many, or a single one for "
+                             "all; move ref_start or target_start, or shorten length")
+        yield group, group.reference % len(lengths), taken, targets
+
+
 def frame_plan(groups: Sequence[Given], segment: int, num_frames: int, lengths: Sequence[int]):
     """(sources, strengths) of one segment's T = num_frames latent frames.  lengths: the frames of each reference.
 
@@ -135,69 +163,33 @@ def frame_plan(groups: Sequence[Given], segment: int, num_frames: int, lengths: 
     strengths  float [T]: 0 = held as given, 1 = generated from noise alone (just where the source is None); r between:
                the last int(r * N) of N steps change it, in fp32, where 0.29 of 100 steps are 29 (in fp64 28)
     Later groups override earlier ones.  edit = 1 takes a frame back (the release starts such a frame from the reference
-    in place of noise).  Raises ValueError where a group does not fit, see `place`."""
+    in place of noise).  Raises ValueError where a group does not fit."""
     sources, strengths = [None] * num_frames, torch.ones(num_frames)
-    for number, group in enumerate(groups, 1):
-        if group.segment == segment:
-            try:
-                reference, taken, targets = place(group, num_frames, lengths)
-            except ValueError as error:
-                where = f"mask strategy, group {number} of {len(groups)}, '{format_strategy([group])}'"
-                raise ValueError(f"{where}: {error}") from None
-            for i, target in enumerate(targets):
-                sources[target] = (reference, taken[i if len(taken) > 1 else 0])
-                strengths[target] = group.edit
-    return [source if r < 1 else None for source, r in zip(sources, strengths.tolist())], strengths
+    for group, reference, taken, targets in placed(groups, segment, num_frames, lengths):
+        for i, target in enumerate(targets):
+            sources[target] = (reference, taken[i if len(taken) > 1 else 0]) if group.edit < 1 else None
+            strengths[target] = group.edit
+    return sources, strengths
 
 
-def place(group: Given, num_frames: int, lengths: Sequence[int]) -> tuple[int, range, range]:
-    """(reference, its frames, the clip's frames) of one group, from 0.  As in the release, what is past an end is cut
-    off, and a single frame of the reference serves all of the clip's; lengths still unequal raise ValueError."""
-    if not -len(lengths) <= group.reference < len(lengths):
-        raise ValueError(f"reference={group.reference}, but there are {len(lengths)}: give more, or count from 0, the "
-                         "first, or from -1, the last")
-    ref_frames = lengths[group.reference]
-    for name, count, owner in (("ref_start", ref_frames, "reference"), ("target_start", num_frames, "clip")):
-        if getattr(group, name) < -count:
-            raise ValueError(f"{name}={getattr(group, name)} is before the first of the {owner}'s {count} frames: "
-                             f"expected {-count} or more")
-    taken = range(ref_frames)[group.ref_start :][: group.length]
-    targets = range(num_frames)[group.target_start :][: group.length]
-    if len(taken) not in (1, len(targets)):
-        raise ValueError(f"length={group.length} is {len(taken)} of the reference's {ref_frames} frames but "
-                         f"{len(targets)} of the clip's {num_frames}: expected as many, or a single one for all; move "
-                         "ref_start or target_start, or shorten length")
-    return group.reference % len(lengths), taken, targets
-
-
-# ---------------------------------------------------------------- sampling: what people ask for, as groups
-# form            references             given                                    the string for keep = 4, T = 16
-# animate         an image               the first frame                          0,0,0,0,1,0
-# extend_after    a clip                 its last frames come first               0,0,-4,0,4,0
-# extend_before   a clip                 its first frames come last               0,0,0,-4,4,0
-# connect         two clips or images    end of one first, start of other last    0,0,-4,0,4,0;0,1,0,-4,4,0
-# seamless        none                   segment 0, at both ends of segment 1     1,-1,-4,0,4,0;1,-1,0,-4,4,0
-# edit            a clip of T frames     all, changed by `strength`               0,0,0,0,16,0.4
-# infill          a clip of T frames     all but start .. stop - 1                0,0,0,0,4,0;0,0,12,12,4,0
+# ---- sampling: what people ask for, as groups ----
 # Training gives up to T // 4 frames at an end, so `keep` beyond that is untrained.  Forms add: animate() + seamless(4).
+
 def animate() -> list[Given]:
+    """An image is the first frame."""
     return [Given()]
 
 
 def extend_after(keep: int, segment: int = 0, reference: int = 0) -> list[Given]:
-    """In segments 1, 2, .. of a long video, with reference -1: on from the last `keep` frames of the segment before."""
-    check_keep(keep)
-    return [Given(segment, reference, ref_start=-keep, target_start=0, length=keep)]
+    """A clip's last `keep` frames come first; in segments 1, 2, .. of a long video reference -1 is the segment before."""
+    if keep < 1:
+        raise ValueError(f"keep={keep}: expected 1 frame or more, the overlap with what is given")
+    return [Given(segment, reference, ref_start=-keep, length=keep)]
 
 
 def extend_before(keep: int, segment: int = 0, reference: int = 0) -> list[Given]:
-    check_keep(keep)
-    return [Given(segment, reference, ref_start=0, target_start=-keep, length=keep)]
-
-
-def check_keep(keep: int) -> None:
-    if keep < 1:
-        raise ValueError(f"keep={keep}: expected 1 frame or more, the overlap with what is given")
+    """A clip's first `keep` frames come last."""
+    return [replace(after, ref_start=0, target_start=-keep) for after in extend_after(keep, segment, reference)]
 
 
 def connect(keep: int = 1) -> list[Given]:
@@ -215,47 +207,48 @@ def seamless(keep: int, segments: int = 2) -> list[Given]:
 
 
 def edit(strength: float, num_frames: int) -> list[Given]:
+    """A clip changed by `strength`, 0 to 1."""
     return [Given(length=num_frames, edit=strength)]
 
 
 def infill(start: int, stop: int, num_frames: int) -> list[Given]:
+    """All of a clip but its frames start .. stop - 1."""
     if not 0 <= start < stop <= num_frames:
         raise ValueError(f"infill {start}:{stop}: expected START:STOP, 0 <= START < STOP <= {num_frames}, as in 4:12")
     return [Given(0, 0, part.start, part.start, len(part)) for part in (range(start), range(stop, num_frames)) if part]
 
 
-# ---------------------------------------------------------------- pictures
-def draw_training(T: int) -> list[str]:
-    generator = torch.Generator().manual_seed(0)
-    lines = [f"masks of {T} latent frames: █ noised, to be generated   ░ given.  In brackets its share in the recipe"]
+# ---- pictures ----
+
+def draw_training(T: int) -> None:
+    generator, count = torch.Generator().manual_seed(0), max(1, min(4, 80 // (T + 2)))
+    print(f"masks of {T} latent frames: █ noised, to be generated   ░ given.  In brackets its share in the recipe")
     for name in STRATEGIES:
-        masks = [strategy_mask(name, T, generator) for _ in range(max(1, min(4, 80 // (T + 2))))]
-        pictures = ["".join("█" if noised else "░" for noised in x_mask.tolist()) for x_mask in masks]
-        lines.append(f"{name:23s} ({RECIPE[name]:5.1%})   {'  '.join(pictures)}")
-    return lines
+        masks = [strategy_mask(name, T, generator).tolist() for _ in range(count)]
+        pictures = "  ".join("".join("░█"[noised] for noised in x_mask) for x_mask in masks)
+        print(f"{name:23s} ({RECIPE[name]:5.1%})   {pictures}")
 
 
-def draw_strategy(groups: Sequence[Given], num_frames: int, lengths: Sequence[int]) -> list[str]:
+def draw_strategy(groups: Sequence[Given], num_frames: int, lengths: Sequence[int]) -> None:
     """A line of frames per segment, and one for each of its groups: what comes from where.  Raises as frame_plan."""
     lines = ["█ generated   ▒ edited   ░ given as it is.  Lower lines override upper ones"]
-    span = lambda run: "no frame" if not run else f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}"
+    span = lambda run: f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" if run else "no frame"
     for segment in sorted({0, *(group.segment for group in groups)}):
         _, strengths = frame_plan(groups, segment, num_frames, lengths)
         picture = "".join({0: "░", 1: "█"}.get(r, "▒") for r in strengths.tolist())
         lines.append(f"segment {segment}  {picture if segment >= 0 else 'is never made'}")
-        for group in groups:
-            if group.segment == segment:
-                reference, taken, targets = place(group, num_frames, lengths)
-                strength = f", strength {group.edit:g}" if group.edit else ""
-                lines.append(f"{span(targets):>9s}  reference {reference}, {span(taken)}{strength}")
-    return lines
+        for group, reference, taken, targets in placed(groups, segment, num_frames, lengths):
+            strength = f", strength {group.edit:g}" if group.edit else ""
+            lines.append(f"{span(targets):>9s}  reference {reference}, {span(taken)}{strength}")
+    print("\n".join(lines))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Draws the masks of training, or a mask strategy of sampling.")
-    parser.add_argument("what", nargs="?", default="16", help="T latent frames: training's masks; or a strategy")
-    parser.add_argument("--frames", type=int, help="latent frames of a strategy's clip (default: 16)")
-    parser.add_argument("--reference-frames", help="of each reference, as in 16,1 (default: all as long as the clip)")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", default="16", help="T latent frames, or a strategy (default: %(default)s)")
+    sampling = parser.add_argument_group("of a strategy")
+    sampling.add_argument("--frames", type=int, help="latent frames of the clip (default: 16)")
+    sampling.add_argument("--reference-frames", help="of each reference, as in 16,1 (default: all as long as the clip)")
     args = parser.parse_args()
     sys.stdout.reconfigure(encoding="utf-8")                           # Windows consoles default to a code page
     training = args.frames is None and re.fullmatch(r"-?\d+", args.what)
@@ -263,12 +256,14 @@ def main() -> None:
         T = int(args.what) if training else 16 if args.frames is None else args.frames
         if T < 1:
             raise ValueError(f"T is a number of latent frames, 1 or more, got {T}: python masks.py 16")
-        groups = [] if training else parse_strategy(args.what)
+        if training:
+            return draw_training(T)
+        groups = parse_strategy(args.what)
         if args.reference_frames and not re.fullmatch(r"\d+(,\d+)*", args.reference_frames):
             raise ValueError(f"--reference-frames {args.reference_frames}: expected the frames of each, as in 16,1")
         count = max((max(group.reference + 1, -group.reference) for group in groups), default=0)
         lengths = [int(n) for n in args.reference_frames.split(",")] if args.reference_frames else [T] * count
-        print("\n".join(draw_training(T) if training else draw_strategy(groups, T, lengths)))
+        draw_strategy(groups, T, lengths)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
