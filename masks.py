@@ -181,7 +181,7 @@ def animate() -> list[Given]:
 
 
 def extend_after(keep: int, segment: int = 0, reference: int = 0) -> list[Given]:
-    """A clip's last `keep` frames come first; in segments 1, 2, .. of a long video reference -1 is the segment before."""
+    """A clip's last `keep` frames come first; in segments 1, 2, .. of a long video, -1 is the segment before."""
     if keep < 1:
         raise ValueError(f"keep={keep}: expected 1 frame or more, the overlap with what is given")
     return [Given(segment, reference, ref_start=-keep, length=keep)]
