@@ -77,24 +77,23 @@ class Config:
 
     def __post_init__(self):
         check_types(self)
-        positive = ("frame_interval", "fps", "world", "lr", "grad_clip", "steps", "save_every", "sp",
-                    "read_timeout", "accumulation", "keep_last", "validate_batches")
-        for name, ok, expected in (
-            *((n, getattr(self, n) > 0, "more than 0") for n in positive),
-            *((n, getattr(self, n) >= 0, "0 or more")
-              for n in ("num_workers", "warmup_steps", "sample_every", "windows", "target_fps", "checkpointing",
-                        "shard", "keep_every", "validate_every", "skip_nonfinite")),
-            *((n, 0 <= getattr(self, n) <= 1, "a share from 0 to 1") for n in ("holdout", "max_bad")),
-            ("validate_every", not self.validate_every or self.holdout, "0, or a holdout of some clips beside it"),
-            ("init_optimizer", self.init or not self.init_optimizer, "False, or an init to take it from beside it"),
-            ("target_fps", not self.target_fps or self.frame_interval == 1, "0 beside a frame_interval: one decides"),
-            ("windows", self.windows or not self.cache, "1 or more with a cache: it holds fixed windows of a clip"),
-            ("prediction", self.prediction in ("eps", "v"), "'eps' or 'v'"),
-            ("dtype", self.dtype in ("fp32", "bf16"), "'fp32' or 'bf16'"),
-            ("ema_decay", 0 <= self.ema_decay < 1, "0 or more and less than 1"),
+        for names, ok, expected in (
+            ("frame_interval fps world lr grad_clip steps save_every sp read_timeout accumulation keep_last "
+             "validate_batches", lambda x: x > 0, "more than 0"),
+            ("num_workers warmup_steps sample_every windows target_fps checkpointing shard keep_every validate_every "
+             "skip_nonfinite", lambda x: x >= 0, "0 or more"),
+            ("holdout max_bad", lambda x: 0 <= x <= 1, "a share from 0 to 1"),
+            ("validate_every", lambda x: not x or self.holdout, "0, or a holdout of some clips beside it"),
+            ("init_optimizer", lambda x: not x or self.init, "False, or an init to take it from beside it"),
+            ("target_fps", lambda x: not x or self.frame_interval == 1, "0 beside a frame_interval: one decides"),
+            ("windows", lambda x: x or not self.cache, "1 or more with a cache: it holds fixed windows of a clip"),
+            ("prediction", lambda x: x in ("eps", "v"), "'eps' or 'v'"),
+            ("dtype", lambda x: x in ("fp32", "bf16"), "'fp32' or 'bf16'"),
+            ("ema_decay", lambda x: 0 <= x < 1, "0 or more and less than 1"),
         ):
-            if not ok:
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
+            for name in names.split():
+                if not ok(getattr(self, name)):
+                    raise ValueError(f"{name}={getattr(self, name)!r}: expected {expected}")
         check_ratios(self.mask_ratios)
         check_buckets(self.buckets)
 
@@ -135,8 +134,9 @@ def matches(value, kind) -> bool:
     if origin is tuple:
         kinds = args[:1] * len(value) if isinstance(value, tuple) and args[-1] is Ellipsis else args
         return isinstance(value, tuple) and len(value) == len(kinds) and all(map(matches, value, kinds))
-    numbers = {int: int, float: (int, float)}
-    return isinstance(value, numbers.get(kind, kind)) and not (kind in numbers and isinstance(value, bool))
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def check_types(config, prefix: str = ""):
@@ -246,12 +246,11 @@ def plan_row(config, world, shard, gpu, level, num_frames):
     tokens, flop = config.cost(bucket)
     per_clip = lambda every: (saved_bytes(m, 1, frames, H // 8, W // 8, L, dtype, every)
                               + 2 * 4 * L * m.caption_channels)     # captions in fp32, before and after drop
-    frozen = 0 if config.cache else sum(FROZEN.get(name, 0) for name in (config.vae, config.text_encoder))
-    fixed = sum(state_bytes(m, shard, dtype, parts).values()) + frozen * dtype.itemsize
+    nets = {name: FROZEN[name] for name in (config.vae, config.text_encoder) if name in FROZEN and not config.cache}
+    fixed = sum(state_bytes(m, shard, dtype, parts).values()) + sum(nets.values()) * dtype.itemsize
     room = USABLE * gpu.memory * 2**30 - fixed
     twice = len(range(m.depth)[::every]) if every else 0            # blocks computed again; a forward is flop / 3
-    encode = 0 if config.cache else (2 * FROZEN.get(config.text_encoder, 0) * L
-                                     + VAE_FLOP * (config.vae in FROZEN) * frames * H * W)
+    encode = 2 * nets.get(config.text_encoder, 0) * L + VAE_FLOP * (config.vae in nets) * frames * H * W
     flop = (flop * frames / num_frames * (1 + twice / m.depth / 3) + encode) * clips
     held = clips * tokens * frames // num_frames * m.hidden_size * dtype.itemsize
     moved = wire(config, world, shard, parts, held * (4 * m.depth + 2 * twice))     # there and back, and so backward
@@ -262,7 +261,7 @@ def plan_row(config, world, shard, gpu, level, num_frames):
     compute, talk, wait = flop / (MFU * gpu.flops), sum(seconds.values()), seconds.get("all-to-all", 0)
     return {"bucket": bucket, "clips": clips, "activations": per_clip(every) * at_once, "fixed": fixed, "flop": flop,
             "compute": compute, "talk": talk, "step": max(compute, talk - wait) + wait, "room": room, "moved": moved,
-            "tokens": tokens * clips * groups, "frozen": frozen * dtype.itemsize, "at_once": at_once,
+            "tokens": tokens * clips * groups, "at_once": at_once, "nets": nets,
             "most": {n: int(room // per_clip(n)) for n in (every, 1)}}
 
 
@@ -282,17 +281,16 @@ def plan(config, world, shard=0, gpu="h800", shares=None):
     (shard, card), gib = checked(config, world, shard, gpu), lambda n: f"{n / 2**30:.2f}"
     kinds = [(level, t) for level, row in config.buckets.items() for t, (keep, _) in row.items() if keep > 0]
     rows = {kind: plan_row(config, world, shard, card, *kind) for kind in kinds}
-    shares = shares or dict.fromkeys(kinds, 1)
-    total = sum(shares.get(kind, 0) for kind in kinds)
-    mean = lambda name: sum(shares.get(kind, 0) * rows[kind][name] for kind in kinds) / total
-    state = state_bytes(config.model, shard, config.torch_dtype, config.accumulation)
-    first = rows[kinds[0]]
-    frozen = " + ".join(name for name in (config.vae, config.text_encoder) if name in FROZEN and not config.cache)
+    shares = {kind: shares.get(kind, 0) if shares else 1 for kind in kinds}
+    total = sum(shares.values())
+    mean = lambda name: sum(share * rows[kind][name] for kind, share in shares.items()) / total
+    state, first = state_bytes(config.model, shard, config.torch_dtype, config.accumulation), rows[kinds[0]]
     lines = [f"{world} x {gpu}, weights over {shard}, {config.dtype}, checkpointing {config.checkpointing}, "
              f"accumulation {config.accumulation}, {layers(config.model)[0]:,} parameters",
              "GiB per GPU: " + ", ".join(f"{name} {gib(n)}" for name, n in state.items())
-             + f", {frozen or 'VAE and T5 not counted'} {gib(first['frozen'])}; with the activations "
-             f"below at most {USABLE:.0%} of {card.memory}",
+             + f", {' + '.join(first['nets']) or 'VAE and T5 not counted'} "
+             f"{gib(sum(first['nets'].values()) * config.torch_dtype.itemsize)}; with the activations below at most "
+             f"{USABLE:.0%} of {card.memory}",
              "GB received per GPU and step, at most: "
              + ", ".join(f"{k} {max(row['moved'][k] for row in rows.values()) / 1e9:.2f}" for k in first["moved"]),
              f"assumed: MFU {MFU:.0%} of {card.flops / 1e12:.0f} TFLOP/s; {LINK_USE:.0%} of {card.node} GB/s in a "
@@ -305,7 +303,7 @@ def plan(config, world, shard=0, gpu="h800", shares=None):
         lines.append(f"{bucket.num_frames:>4} x {bucket.height:>4}x{bucket.width:<4}"
                      f"{row['clips']:>10}{gib(row['activations']):>13}{gib(row['activations'] + row['fixed']):>9}"
                      f"{row['flop'] / 1e12:>8.0f}{row['compute']:>11.2f}{row['talk']:>11.2f}"
-                     f"{shares.get(kind, 0) / total:>7.1%}" + (f"  TOO BIG: {remedy(config, row)}" if tight else ""))
+                     f"{shares[kind] / total:>7.1%}" + (f"  TOO BIG: {remedy(config, row)}" if tight else ""))
     days = mean("step") * config.steps / 86400
     return "\n".join([*lines, f"{config.steps:,} steps of {mean('step'):.2f} s on average: {days:.1f} days, "
                               f"{days * 24 * world:,.0f} GPU-hours, {mean('tokens') / mean('step'):,.0f} tokens/s"])
