@@ -327,13 +327,6 @@ def stride(fps, config) -> np.ndarray:
     return np.full(np.shape(fps), config.frame_interval)
 
 
-def in_use(rows: np.ndarray, config, validation: bool) -> np.ndarray:
-    """True for clips of the asked share, training or validation; a path's second row is of neither.
-
-    Which share a clip belongs to hangs on its path alone, not on its row or a seed."""
-    return ~rows["repeated"] & ((uniform(rows["key"], "validation") < config.holdout) == validation)
-
-
 def offers(rows: np.ndarray, config):
     """Yields (resolution, length [n]) for clips, the largest resolution first, by Open-Sora 1.1's rule.
 
@@ -352,12 +345,19 @@ def offers(rows: np.ndarray, config):
 def entries(meta, config, epoch: int | None, validation: bool):
     """Yields (clips, the numbers of their buckets) by the draws of an epoch; None: for all that some epoch may draw.
 
-    A clip that loses the keep draw of a resolution's bucket goes on to the next smaller resolution."""
+    First come all clips, with minus one more than the number in REASONS of why they will be in none, if they will.
+    A clip that loses the keep draw of a resolution's bucket goes on to the next smaller resolution.  The share that it
+    belongs to, training or validation, hangs on its path alone, not on its row or a seed."""
     first_of = {bucket[:2]: i for i, bucket in reversed([*enumerate(bucket_list(config.buckets))])}  # of all aspects
     for start in range(0, len(meta), CHUNK):
         rows = meta.rows[start:start + CHUNK]
-        waiting = in_use(rows, config, validation)
-        for level, length in offers(rows, config):
+        levels = list(offers(rows, config))
+        reason = np.max([np.where(length > 0, 3, -length) for _, length in levels], axis=0)
+        reason[(uniform(rows["key"], "validation") < config.holdout) != validation] = 5
+        reason[rows["repeated"]] = 4
+        yield np.arange(start, start + len(rows)), -1 - reason
+        waiting = reason < 4
+        for level, length in levels:
             for t, (keep, _) in config.buckets[level].items():
                 clips = np.flatnonzero(waiting & (length == t))
                 draws = 0 if epoch is None else uniform(config.seed, epoch, start + clips, f"{level} {t}")
@@ -368,8 +368,8 @@ def entries(meta, config, epoch: int | None, validation: bool):
 
 
 def assign(meta, config, epoch: int, validation: bool = False) -> np.ndarray:
-    """Each clip's number in bucket_list(config.buckets), or -1: int16 [N]."""
-    found = np.full(len(meta), -1, np.int16)
+    """Each clip's number in bucket_list(config.buckets), or where below 0 why it has none, as `entries`: int16 [N]."""
+    found = np.empty(len(meta), np.int16)
     for clips, numbers in entries(meta, config, epoch, validation):
         found[clips] = numbers
     return found
@@ -379,21 +379,9 @@ def reachable(meta, config) -> dict[int, np.ndarray]:
     """Bucket number -> ids of all clips that it can get in some epoch, ascending."""
     clips_of = defaultdict(list)
     for clips, numbers in entries(meta, config, None, False):
-        for number in np.unique(numbers).tolist():
+        for number in np.unique(numbers[numbers >= 0]).tolist():
             clips_of[number].append(clips[numbers == number].astype(np.int32))
     return {number: np.concatenate(parts) for number, parts in sorted(clips_of.items())}
-
-
-def reasons(meta, config, validation: bool) -> np.ndarray:
-    """How far each clip comes: numbers in REASONS, int8 [N]."""
-    found = np.empty(len(meta), np.int8)
-    for start in range(0, len(meta), CHUNK):
-        rows = meta.rows[start:start + CHUNK]
-        farthest = np.max([np.where(length > 0, 3, -length) for _, length in offers(rows, config)], axis=0)
-        farthest[~in_use(rows, config, validation)] = 5
-        farthest[rows["repeated"]] = 4
-        found[start:start + CHUNK] = farthest
-    return found
 
 
 def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> str:
@@ -415,9 +403,8 @@ def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> s
                  "clips of one aspect, clips left over come first in the next epoch")
     if starved:
         lines.append(f"{starved} aspects have fewer clips than one batch: these train only if later epochs draw more")
-    why = np.where(found < 0, reasons(meta, config, validation), -1)
     for number, name in enumerate(REASONS[:5] + (("not held out",) if validation else REASONS[5:])):
-        clips = np.flatnonzero(why == number)
+        clips = np.flatnonzero(found == -1 - number)
         if len(clips):
             first, row = clips[0], meta.rows[clips[0]]
             lines.append(f"{len(clips)} left out: {name}, as {meta.where(first)}: {meta.path(first)} "
@@ -660,10 +647,12 @@ class ClipDataset:
 
     def read(self, clip: int, bucket: Bucket, step: int, slot: int) -> dict:
         """{"video": uint8 [T H W 3], "text", "decoded": how many frames that took}; raises UnreadableClip."""
-        row, config, generator = self.meta.rows[clip], self.config, None
-        if config.windows and not self.validation:
+        row, config = self.meta.rows[clip], self.config
+        if self.validation:
+            generator = None
+        elif config.windows:
             generator = window_generator(row["key"], window_number(config, bucket, step, slot))
-        elif not self.validation:
+        else:
             generator = slot_generator(config.seed, step, slot, "window")
         interval = int(stride(row["fps"], config))
         frames, decoded = read_window(self.meta.path(clip), bucket.num_frames, interval, None, generator)
@@ -838,13 +827,12 @@ class BadClips:
     """<run>/bad_clips.csv, a line per fault.  known: what it held at the start, so that a resumed run does the same."""
     def __init__(self, path, max_share: float, writes: bool = True):
         self.path, self.max_share, self.writes, self.tried, self.faults = Path(path), max_share, writes, 0, 0
-        lines = self.path.read_text("utf-8").splitlines(keepends=True) if self.path.is_file() else []
-        if lines and not lines[-1].endswith("\n"):  # of a run that was killed
-            half = lines.pop()
-            if writes:
-                os.truncate(self.path, self.path.stat().st_size - len(half.encode()))
+        content = self.path.read_text("utf-8") if self.path.is_file() else ""
+        lines = content[:content.rfind("\n") + 1]  # without the one that a killed run has left half
+        if writes and lines != content:
+            os.truncate(self.path, len(lines.encode()))
         self.known = {(int(row["step"]), int(row["slot"]), int(row["attempt"])): row["reason"]
-                      for row in csv.DictReader(lines)}
+                      for row in csv.DictReader(lines.splitlines())}
 
     def add(self, faults: list[Fault], num_clips: int):
         """faults of all ranks since the last call, beside num_clips that were read; raises when they are too many."""

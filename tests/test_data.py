@@ -126,7 +126,7 @@ def test_buckets_are_upstreams(stage):
 
 def test_just_enough_frames_are_enough():
     found = assign(meta_of([(48, 144, 256), (47, 144, 256)]), Settings({"144p": {16: (1.0, 1)}}, 3), 0)
-    assert found[0] >= 0 and found[1] == -1
+    assert found[0] >= 0 and found[1] < 0
 
 
 def test_stride_by_interval_and_by_rate():
