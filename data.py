@@ -8,8 +8,8 @@ in    meta.csv with columns path,text,num_frames,height,width,fps and the files 
 out   per step a dict: video uint8 [B T H W 3], text, and height, width, num_frames, fps, ar [B] as the network is told
 
 In an epoch a clip belongs to at most one bucket (resolution, frames, aspect ratio); a global batch is drawn from one.
-Which clips step n sees is a pure function of (seed, n); so are each clip's window and, by slot_generator, its noise,
-t and mask.  Sizes and the bucket rule are those of Open-Sora 1.1 (arXiv 2412.20404).
+Clips, windows and, by slot_generator, noise, t and masks are pure functions of seed and step.  Sizes and the bucket
+rule are those of Open-Sora 1.1 (arXiv 2412.20404).
 """
 import argparse
 import csv
@@ -207,9 +207,10 @@ def build_index(files: tuple[str, ...], key: str, index: Path) -> Meta:
                 raise ValueError(f"{', '.join(files)} has no rows, expected one per clip - `python data.py shapes DIR` "
                                  "makes an example")
             f.flush()
-            repeated = np.memmap(part, ROW, "r+")["repeated"]
-            repeated[:] = True  # of 12 M different paths two have the same hash with a probability of 4e-6
-            repeated[np.unique(np.concatenate(hashes), return_index=True)[1]] = False
+            hashes = np.concatenate(hashes)  # of 12 M different paths two have the same with a probability of 4e-6
+            repeated = np.ones(len(hashes), bool)
+            repeated[np.unique(hashes, return_index=True)[1]] = False
+            np.memmap(part, ROW, "r+")["repeated"] = repeated
             f.write(key.encode())
         part.replace(index)
     finally:
