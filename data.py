@@ -1058,23 +1058,24 @@ def main():
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     of_shapes = parser.add_argument_group("shapes").add_argument
     of_shapes("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
-    of_shapes("--seed", type=int, default=0, help="another one gives other clips (default: %(default)s)")
+    of_shapes("--seed", type=int, help="another one gives other clips (default: 0); else the config's")
     of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config")
     of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
+    command, words = (args.what[0], args.what[1:]) if args.what[0] in ("shapes", "bench") else ("table", args.what)
     try:
-        if args.what[0] == "shapes" and len(args.what) == 2:
-            write_shapes(args.what[1], args.num_clips, args.seed)
-        elif len(args.what) == 2 + (args.what[0] == "bench"):
-            import configs
-            config = configs.load(args.what[-1], overrides)
-            meta = read_meta(args.what[-2])
-            if args.what[0] == "bench":
-                bench(meta, config, args.seconds)
-            else:
-                print(BucketSampler(meta, config).table())
+        if len(words) != (1 if command == "shapes" else 2) or command == "shapes" and overrides:
+            raise ValueError(f"{' '.join(args.what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
+                             "CONFIG")
+        if command == "shapes":
+            return write_shapes(words[0], args.num_clips, args.seed or 0)
+        import configs
+        config = configs.load(words[1], overrides + [f"--seed={args.seed}"] * (args.seed is not None))
+        meta = read_meta(words[0])
+        if command == "bench":
+            bench(meta, config, args.seconds)
         else:
-            raise ValueError(f"{' '.join(args.what)}: expected shapes FOLDER, META CONFIG, or bench META CONFIG")
+            print(BucketSampler(meta, config).table())
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
             raise

@@ -1368,6 +1368,9 @@ def test_data_as_a_script(tmp_path, monkeypatch, capsys):
     assert run("shapes", tmp_path, "--num-clips", 40)[0] == 0
     assert "32 x 8" in "".join(run(tmp_path / "meta.csv", "configs/tiny.py")[1])
     for args, said in (((tmp_path / "none.csv", "configs/tiny.py"), "python data.py shapes"),
+                       (("shapes", tmp_path, "--num_clip=9"), "--num_clip=9: expected shapes FOLDER"),
+                       ((tmp_path / "meta.csv",), "meta.csv: expected shapes FOLDER, META CONFIG"),
+                       ((tmp_path / "meta.csv", "configs/stage1.py", "--seed=1", "--holdout=1.0"), "held out"),
                        (("shapes", tmp_path, "--num-clips", 0), "expected 1 or more"),
                        ((tmp_path / "meta.csv", "configs/tny.py"), "configs/tiny.py"),
                        ((tmp_path / "meta.csv", "configs/stage1.py"), "too small")):
