@@ -768,17 +768,17 @@ class Reader:
 
     def give(self, plan: Plan):
         self.plans.append(plan)
-        with suppress(BrokenPipeError, ConnectionResetError):  # dead: `take` will notice, and `start` give it again
+        with suppress(ConnectionError):  # dead: `take` will notice, and `start` give it again
             self.pipe.send((plan, self.known))
 
     def take(self) -> dict:
         """The batch of the oldest plan given."""
-        at = None
+        at, timeout = None, self.dataset.config.read_timeout
         while True:
             try:
-                message = self.pipe.recv() if self.pipe.poll(self.dataset.config.read_timeout) else None
-            except (EOFError, ConnectionResetError):
-                self.process.join(1)  # it died
+                message = self.pipe.recv() if self.pipe.poll(timeout) else None
+            except (EOFError, ConnectionError):
+                self.process.join(timeout)  # it died, or is about to
                 message = None
             if isinstance(message, ValueError):
                 raise message
