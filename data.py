@@ -422,7 +422,7 @@ class Plan(NamedTuple):
     """What one rank reads for one step."""
     step: int
     bucket: Bucket
-    slots: list[int]    # places in the global batch
+    slots: list[int]    # places in the global batch: every world-th
     clips: np.ndarray   # int [slots MAX_TRIES]: each slot's clip, then those that take its place if it cannot be read
 
 
@@ -488,16 +488,11 @@ class BucketSampler:
         number = bisect_right(self.starts, step) - 1
         epoch, i = self.epoch(number), step - self.starts[number]
         bucket, pool = self.numbered[epoch.buckets[i]], epoch.pools[int(epoch.buckets[i])]
-        mine = np.array(slots(self.batch_size(bucket), rank, world))
+        if (size := self.batch_size(bucket)) < world:
+            raise ValueError(f"a global batch of {size} clips cannot feed {world} GPUs: make it larger")
+        mine = np.arange(rank, size, world)
         others = mix(self.config.seed, step, mine[:, None], np.arange(1, MAX_TRIES), "stand-in") % len(pool)
         return Plan(step, bucket, mine.tolist(), np.column_stack([pool[epoch.starts[i] + mine], pool[others]]))
-
-
-def slots(batch_size: int, rank: int, world: int) -> range:
-    """The slots of a global batch that `rank` of `world` takes."""
-    if batch_size < world:
-        raise ValueError(f"a global batch of {batch_size} clips cannot feed {world} GPUs: make it larger")
-    return range(rank, batch_size, world)
 
 
 # ---- reading ----

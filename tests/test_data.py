@@ -46,7 +46,6 @@ from data import (
     read_window,
     resize_crop,
     slot_generator,
-    slots,
     stride,
 )
 
@@ -263,10 +262,11 @@ def test_a_rare_bucket_fills_up_over_epochs():
 
 @pytest.mark.parametrize("world", [1, 2, 3, 4])
 def test_ranks_share_the_slots(some_meta, world):
-    assert sorted(slot for rank in range(world) for slot in slots(8, rank, world)) == list(range(8))
     sampler = BucketSampler(some_meta, SETTINGS)
     for step in range(20):
         whole = sampler.plan(step)
+        assert whole.slots == list(range(sampler.batch_size(whole.bucket)))
+        assert sorted(slot for rank in range(world) for slot in sampler.plan(step, rank, world).slots) == whole.slots
         for rank in range(world):
             part = sampler.plan(step, rank, world)
             assert part.bucket == whole.bucket and part.slots == list(range(rank, len(whole.slots), world))
@@ -274,8 +274,9 @@ def test_ranks_share_the_slots(some_meta, world):
 
 
 def test_too_many_ranks_is_an_error():
+    sampler = BucketSampler(meta_of([(16, 144, 256)] * 4), Settings({"144p": {16: (1.0, 2)}}))
     with pytest.raises(ValueError, match="batch of 2 clips cannot feed 4 GPUs"):
-        slots(2, 0, 4)
+        sampler.plan(0, 0, 4)
 
 
 def test_images_and_videos_interleave(some_meta):
