@@ -1057,20 +1057,21 @@ def main():
     of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config")
     of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
-    command, words = (args.what[0], args.what[1:]) if args.what[0] in ("shapes", "bench") else ("table", args.what)
-    try:
-        if len(words) != (1 if command == "shapes" else 2) or command == "shapes" and overrides:
-            raise ValueError(f"{' '.join(args.what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
-                             "CONFIG")
-        if command == "shapes":
-            return write_shapes(words[0], args.num_clips, args.seed or 0)
+
+    def load(path):
         import configs
-        config = configs.load(words[1], overrides + [f"--seed={args.seed}"] * (args.seed is not None))
-        meta = read_meta(words[0])
-        if command == "bench":
-            bench(meta, config, args.seconds)
-        else:
-            print(BucketSampler(meta, config).table())
+        return configs.load(path, overrides + [f"--seed={args.seed}"] * (args.seed is not None))
+    try:
+        match args.what:
+            case ["shapes", folder] if not overrides:
+                write_shapes(folder, args.num_clips, args.seed or 0)
+            case ["bench", meta, config]:
+                bench(read_meta(meta), load(config), args.seconds)
+            case [meta, config] if meta != "shapes":
+                print(BucketSampler(read_meta(meta), load(config)).table())
+            case what:
+                raise ValueError(f"{' '.join(what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
+                                 "CONFIG")
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
             raise
