@@ -1,40 +1,26 @@
 """Samples a video from a caption: start from noise, ask the model 100 times what to take away, decode.
 
-in    captions, frames that are given (optional), a checkpoint: one of our runs, or Open-Sora's published weights
-out   samples/00-a-red-circle.mp4, a contact sheet of its frames, .png, and what made them, .json; segments of a long
-      video are in samples/.00-a-red-circle/ until it is whole.  From Python, `load` and `generate`: uint8 [B T H W 3]
-
-    python sample.py --prompt "a red circle moves right" "a blue square moves up"
     python sample.py --prompt "a red circle moves right" --seeds 0 1 2 3 --grid     four of it, and one picture of all
-    python sample.py --prompt "a red circle moves right" --animate circle.png       its first frame is given
-    python sample.py --prompt "a red circle moves up" --extend-after clip.mp4       starts with the last of the clip
-    python sample.py --prompt "|0|a red circle moves right|2|a red circle moves up" --segments 4
     python sample.py --prompts jobs.txt       one a line, also with JSON: a dog {"num_frames": 16, "animate": "dog.png"}
     python sample.py --again samples/00-a-red-circle.json --out again               the same frames
-    torchrun --nproc-per-node 8 sample.py --prompts jobs.txt --sp 4                 four GPUs a video, two at once
+
+in    captions, frames that are given (optional), a checkpoint: one of our runs, or Open-Sora's published weights
+out   samples/00-a-red-circle.mp4, a contact sheet of its frames, .png, and what made them, .json
+      from Python, `load` and `generate`: uint8 [B T H W 3]
 
 Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095), UniPC
 (2302.04867), classifier-free guidance (2207.12598), its rescaling (2305.08891), v (2202.00512), editing (2108.01073).
-
-Quirks of the released sampler, numbered on from model.py's; the fields of SampleQuirks, all off unless asked for:
-Q4  guide_3_channels   of the 4 latent channels the first 3 are guided
-Q5  cut_null           the null caption is cut to the length of the prompt that it stands beside
-Q6  ar_h_over_w        ar is told as height / width, while training told width / height
-Q7  raw_fps            fps is told as the source file's, whatever the frame interval
-Q8  join_untold        iddpm noises and changes a given frame one step before the model is told, a held one at the last
 """
 
 import argparse
 import json
 import pickle
 import re
-import shutil
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
@@ -62,23 +48,24 @@ from vae import (DECODER_BYTES, fingerprint, frames_at_once, load_text_encoder, 
                  write_whole)
 
 ROOT = Path(__file__).parent
-SAMPLERS = ("iddpm", "ddim", "dpm", "unipc")
 NUM_TIMESTEPS = 1000
+DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20, "unipc": 20}
+SAMPLERS = tuple(DEFAULT_STEPS)
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           # and the ends of their names
 T5_BLOCKS = 24                          # of the XXL
-DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20, "unipc": 20}
 
 
 @dataclass(frozen=True)
 class SampleQuirks:
-    guide_3_channels: bool = False                                      # Q4
-    cut_null: bool = False                                              # Q5
-    ar_h_over_w: bool = False                                           # Q6
-    raw_fps: bool = False                                               # Q7
-    join_untold: bool = False                                           # Q8
+    """Quirks of the released sampler, numbered on from model.py's; all off unless asked for."""
+    guide_3_channels: bool = False      # Q4: of the 4 latent channels the first 3 are guided
+    cut_null: bool = False              # Q5: the null caption is cut to the length of the prompt that it stands beside
+    ar_h_over_w: bool = False           # Q6: ar is told as height / width, while training told width / height
+    raw_fps: bool = False               # Q7: fps is told as the source file's, whatever the frame interval
+    join_untold: bool = False           # Q8: iddpm changes a given frame a step before the model is told
 
 
-RELEASED = SampleQuirks(guide_3_channels=True, cut_null=True, ar_h_over_w=True, raw_fps=True, join_untold=True)
+RELEASED = SampleQuirks(*[True] * 5)
 PUBLISHED = replace(RELEASED, join_untold=False)            # what the weights are used to; Q8 is the sampler's fault
 
 
@@ -115,7 +102,7 @@ def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
     return [round(i * (NUM_TIMESTEPS - 1) / spaces) for i in range(spaces, spaces - steps, -1)]
 
 
-# ---------------------------------------------------------------- the noise level of each frame
+# ---------------------------------------------------------------- sampling in latent space
 # strength    a frame              its last int(strength * steps) steps           the steps before it joins
 # 1           made from noise z    it is at level t, and the model is told t      none
 # 0 < r < 1   edited: from known   the same, from known noised with z to that t   clean, and the model is told t = 0
@@ -130,14 +117,6 @@ def joining(strength, steps: int, join_untold: bool = False):
     return torch.where(told == steps, steps + 1, told + join_untold), told
 
 
-def on_its_way(known, z, abar, prediction):
-    """x_t of frames `known` with noise z at the level abar (DDPM, eq. 4), and the eps, or v (2202.00512, appendix D),
-    from which a solver at x_t reads x_0 = known."""
-    signal, noise = abar.sqrt(), (1 - abar).sqrt()
-    return signal * known + noise * z, z if prediction == "eps" else signal * z - noise * known
-
-
-# ---------------------------------------------------------------- sampling in latent space
 def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, rescale: float = 0.0):
     """Classifier-free guidance (arXiv 2207.12598) of the model's answers with and without caption, [B C_out T h w].
 
@@ -174,46 +153,37 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
     of those with strength < 1.  A held frame is known bit for bit, at every step and at the end.  It enters the model
     clean: in upstream's training it has the noise of t = 0, a hundredth of a standard deviation, too little to miss."""
     B, C, T = z.shape[:3]
-    if (known is None) != (strength is None) or strength is not None and strength.shape != (B, T):
+    masked, rows = strength is not None, 1 + (cfg_scale != 1)
+    if masked != (known is not None) or masked and strength.shape != (B, T):
         raise ValueError(f"strength must be [B T] = [{B} {T}] and stand with known, got "
                          f"{[None if value is None else list(value.shape) for value in (strength, known)]}")
-    scheduler, times = noise_schedule(sampler, prediction), timesteps(steps, sampler)
-    if sampler == "unipc":                                              # takes no list; spaces them as `timesteps` does
-        scheduler.set_timesteps(steps)
-    else:
-        scheduler.set_timesteps(timesteps=times)
-    guided = cfg_scale != 1
-    rows = 2 if guided else 1
-    if guided:                                                          # rows 0..B-1 with caption, B..2B-1 without
+    known, strength = (known, strength.to(z.device)) if masked else (torch.zeros_like(z), z.new_ones(B, T))
+    joins, told = joining(strength, steps, quirks.join_untold and sampler == "iddpm")
+    joins = rearrange(joins, "b t -> b 1 t 1 1")
+    if rows == 2:                                                       # rows 0..B-1 with caption, B..2B-1 without
         null_mask = y_mask if quirks.cut_null else torch.ones_like(y_mask)
         y, y_mask = torch.cat([y, model.null_y.to(y).expand_as(y)]), torch.cat([y_mask, null_mask])
         cond = {name: torch.cat([value, value]) for name, value in cond.items()}
-    told_mask = None
-    if strength is not None:
-        joins, told = joining(strength.to(z.device), steps, quirks.join_untold and sampler == "iddpm")
-        joins = rearrange(joins, "b t -> b 1 t 1 1")
+    scheduler, times = noise_schedule(sampler, prediction), timesteps(steps, sampler)
+    scheduler.set_timesteps(**{"num_inference_steps": steps} if sampler == "unipc" else {"timesteps": times})
     x = z
-    for i, t in enumerate(scheduler.timesteps):
-        left, x_in = steps - i, x
-        if strength is not None:
-            # The model sees a frame that has not joined clean.  To the solver it is on its way, at level t and with its
-            # x_0 predicted exactly: so dpm and unipc have a true history of a frame when it joins.
-            x_t, true = on_its_way(known, z, scheduler.alphas_cumprod[t], prediction)
-            x = torch.where(left < joins, x, x_t)
-            x_in = torch.where(left <= joins, x, known)
-            told_mask = repeat(left <= told, "b t -> (rows b) t", rows=rows)
-        told_t = torch.full((rows * B,), int(t), device=x.device)
-        x_rows = repeat(x_in, "b c t h w -> (rows b) c t h w", rows=rows)
-        out = model(x_rows, told_t, y, y_mask, x_mask=told_mask, **cond)
-        if guided:
+    for i, t in enumerate(scheduler.timesteps):                         # unipc spaces them so by itself, takes no list
+        # The model sees a frame that has not joined clean; to the solver it is at level t (DDPM, eq. 4), the answer
+        # (v: 2202.00512, appendix D) that says x_0 = known: so dpm and unipc have a true history of it when it joins.
+        left, signal = steps - i, scheduler.alphas_cumprod[t].sqrt()
+        noise = (1 - scheduler.alphas_cumprod[t]).sqrt()
+        x = torch.where(left < joins, x, signal * known + noise * z)
+        x_rows = repeat(torch.where(left <= joins, x, known), "b c t h w -> (rows b) c t h w", rows=rows)
+        x_mask = repeat(left <= told, "b t -> (rows b) t", rows=rows) if masked else None
+        out = model(x_rows, torch.full((rows * B,), int(t), device=x.device), y, y_mask, x_mask=x_mask, **cond)
+        if rows == 2:
             out = guide(*out.chunk(2), cfg_scale, 3 if quirks.guide_3_channels else C, rescale)
-        if strength is not None:
-            answer = torch.where(left <= joins, out[:, :C], true)
-            out = torch.cat([answer, out[:, C:]], dim=1)
+        exact = z if prediction == "eps" else signal * z - noise * known
+        out = torch.cat([torch.where(left <= joins, out[:, :C], exact), out[:, C:]], dim=1)
         x = step_back(scheduler, out, t, x, generators)
         if progress:
             progress(i + 1, steps)
-    return x if strength is None else torch.where(joins >= 1, x, known)
+    return torch.where(joins >= 1, x, known)
 
 
 # ---------------------------------------------------------------- from captions to frames
@@ -237,22 +207,28 @@ class Job:
     def name(self):
         return f"{self.number:02d}-{slug(self.prompts[0])}" + f"-seed-{self.seed}" * (self.seed != 0)
 
-    def plans(self, lengths):
-        """masks.frame_plan of each segment, for references of `lengths` frames; segments before count as references."""
-        groups, T = parse_strategy(self.strategy), self.num_frames
-        return [frame_plan(groups, i, T, [*lengths, *[T] * i]) for i in range(len(self.prompts))]
+    def plans(self, references):
+        """masks.frame_plan of each segment; the segments before it count as references."""
+        groups, lengths = parse_strategy(self.strategy), [len(frames) for frames in references]
+        return [frame_plan(groups, i, self.num_frames, lengths + [self.num_frames] * i)
+                for i in range(len(self.prompts))]
+
+    def conditions(self, quirks):
+        """What the model is told of the video, beside its text."""
+        ar = self.height / self.width if quirks.ar_h_over_w else self.width / self.height
+        fps = IMAGE_FPS if self.num_frames == 1 else self.fps / (1 if quirks.raw_fps else self.frame_interval)
+        return dict(height=self.height, width=self.width, num_frames=self.num_frames, ar=ar, fps=fps)
 
 
-def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, steps=100,
-             sampler="iddpm", prediction="eps", cfg_scale=7.0, rescale=0.0, seed=0, numbers=None, references=None,
-             strategies=None, segments=None, overlap=None, batch_size=4, quirks=SampleQuirks()):
-    """Videos, uint8 [B T H W 3], one per prompt.  Video i depends on seed, numbers[i] (or i), and on the i-th of:
+def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, seed=0,
+             references=None, strategies=None, segments=None, overlap=None, batch_size=4, quirks=SampleQuirks(), **how):
+    """Videos, uint8 [B T H W 3], one per prompt.  Video i depends on seed, i, and the i-th of:
 
     prompts      a text, or "|0|text|3|text" for segments 0 to 2 and from 3 on
     references   None or a list of uint8 [K H W 3] of any size
     strategies   None or a list of masks.Given; None with references: the first frame of the first one comes first
     With segments > 1, T = segments * (num_frames - overlap) + overlap.  fps: of a source of which every
-    frame_interval-th frame is taken."""
+    frame_interval-th frame is taken.  how: steps, sampler, prediction, cfg_scale, rescale of sample_latents."""
     many = len(prompts)
     references, strategies = references or [None] * many, strategies or [None] * many
     if not len(references) == len(strategies) == many:
@@ -262,18 +238,16 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
     for shape in (frames.shape for some in references for frames in some if frames.ndim != 4):
         raise ValueError(f"references: expected per prompt a list of uint8 [K H W 3], got {list(shape)} in one")
     jobs = []
-    for number, prompt, some, groups in zip(numbers or range(many), prompts, references, strategies):
+    for number, (prompt, some, groups) in enumerate(zip(prompts, references, strategies)):
         groups = (animate() if some else []) if groups is None else groups
         jobs.append(plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width,
                              fps=fps, frame_interval=frame_interval, seed=seed, number=number))
     check_jobs(jobs, references, vae.down, model.config.patch_size)
-    how = dict(steps=steps, sampler=sampler, prediction=prediction, cfg_scale=cfg_scale, rescale=rescale, quirks=quirks)
-    videos = []
-    for i in range(0, many, batch_size):
-        batch, some = jobs[i : i + batch_size], references[i : i + batch_size]
-        rounds = [z for z in sample_segments(model, vae, text_encoder, batch, some, [[] for _ in batch], **how)]
-        videos += [show(vae, job, [z[b] for z in rounds]) for b, job in enumerate(batch)]
-    return np.stack(videos)
+    made, how = [[] for _ in jobs], how | {"quirks": quirks}
+    for part in (slice(i, i + batch_size) for i in range(0, many, batch_size)):
+        for _ in sample_segments(model, vae, text_encoder, jobs[part], references[part], made[part], **how):
+            pass
+    return np.stack([show(vae, job, latents) for job, latents in zip(jobs, made)])
 
 
 def plan_job(prompt, groups, segments, overlap, loop=False, **rest):
@@ -283,13 +257,13 @@ def plan_job(prompt, groups, segments, overlap, loop=False, **rest):
     if loop and segments is None:
         segments = max(2, len(split_prompt(prompt)))
     prompts, T = split_prompt(prompt, segments), rest["num_frames"]
-    overlap = max(1, T // 4) if overlap is None else overlap
     if len(prompts) == 1 and not loop:
         return Job(prompts, strategy=format_strategy(groups), **rest)
+    overlap = max(1, T // 4) if overlap is None else overlap
     if not 0 < overlap < T:
         raise ValueError(f"overlap={overlap} of segments of {T} frames: expected 1 to {T - 1}")
-    chain = [group for i in range(1, len(prompts)) for group in extend_after(overlap, segment=i, reference=-1)]
-    chain = seamless(overlap, len(prompts)) if loop else chain
+    chain = seamless(overlap, len(prompts)) if loop else [
+        group for i in range(1, len(prompts)) for group in extend_after(overlap, segment=i, reference=-1)]
     return Job(prompts, strategy=format_strategy([*groups, *chain]), overlap=overlap, loop=loop, **rest)
 
 
@@ -298,14 +272,13 @@ def split_prompt(prompt, segments=None):
     the same in all.  segments None: up to the last one named."""
     if not prompt.startswith("|0|"):
         return (prompt,) * (1 if segments is None else segments)
-    starts, texts = (prompt[1:].split("|")[i::2] for i in (0, 1))
-    good = len(starts) == len(texts) and all(start.strip().isdecimal() for start in starts)
-    starts = [int(start) for start in starts] if good else []
-    segments = max(starts, default=0) + 1 if segments is None else segments
-    if not good or sorted(starts) != starts or starts[-1] > segments:
+    texts = [(int(start), text.strip()) for start, text in re.findall(r"\|\s*(\d+)\s*\|([^|]*)", prompt)]
+    starts = [start for start, _ in texts]
+    segments = starts[-1] + 1 if segments is None else segments
+    if not re.fullmatch(r"(\|\s*\d+\s*\|[^|]*)+", prompt) or sorted(starts) != starts or starts[-1] > segments:
         raise ValueError(f"prompt {prompt!r}: expected |0|text|3|text, each text behind the segment, of {segments}, "
                          "from which on it holds")
-    return tuple([text for start, text in zip(starts, texts) if start <= i][-1].strip() for i in range(segments))
+    return tuple([text for start, text in texts if start <= i][-1] for i in range(segments))
 
 
 def check_jobs(jobs, references, down, patch_size):
@@ -322,7 +295,7 @@ def check_jobs(jobs, references, down, patch_size):
         if job.num_frames < 1 or job.height < least[0] or job.width < least[1]:
             raise ValueError(f"{job.num_frames} frames of {job.height}x{job.width} (height x width): expected 1 frame "
                              f"or more of {least[0]}x{least[1]} pixels, one patch, or more")
-        job.plans([len(frames) for frames in some])
+        job.plans(some)
     for height, width in dict.fromkeys((job.height, job.width) for job in jobs):
         if height % down or width % down:
             made = f"{height // down * down}x{width // down * down}"
@@ -330,63 +303,55 @@ def check_jobs(jobs, references, down, patch_size):
 
 
 def sample_segments(model, vae, text_encoder, jobs, references, made, progress=None, **how):
-    """Yields the latents [B C T h w] of one segment after the other, for jobs of one shape.
+    """Appends to `made`, per job its segments' latents [C T h w], those that are not in there; yields each [B C T h w].
 
-    references: per job a list of uint8 [K H W 3].  made: per job its first segments, [C T h w], if they are there
-    already.  how: the settings of sample_latents."""
-    H, W, device = jobs[0].height // vae.down, jobs[0].width // vae.down, model.null_y.device
-    plans = [job.plans([len(frames) for frames in some]) for job, some in zip(jobs, references)]
-    sources = [[*encode_references(vae, some, plan, H, W, device), *(z.to(device) for z in parts)]
-               for some, plan, parts in zip(references, plans, made)]
+    jobs: of one shape.  references: per job a list of uint8 [K H W 3].  how: the settings of sample_latents."""
+    device, shape = model.null_y.device, (vae.channels, jobs[0].num_frames, *(
+        side // vae.down for side in (jobs[0].height, jobs[0].width)))
+    plans = [job.plans(some) for job, some in zip(jobs, references)]
+    given = [encode_references(vae, some, plan, shape, device) for some, plan in zip(references, plans)]
     for segment in range(len(made[0]), len(jobs[0].prompts)):
         generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]             # of the CPU
-        shape = (vae.channels, jobs[0].num_frames, H, W)
         z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
-        strength = torch.stack([plan[segment][1] for plan in plans]).to(device)                           # [B T]
-        known = torch.zeros_like(z)
+        known, strength = torch.zeros_like(z), torch.stack([plan[segment][1] for plan in plans])
         for b, plan in enumerate(plans):
+            sources = given[b] + made[b]
             for t, source in enumerate(plan[segment][0]):
                 if source:
-                    known[b, :, t] = sources[b][source[0]][:, source[1]]
-        given = dict(known=known, strength=strength) if (strength < 1).any() else {}
+                    known[b, :, t] = sources[source[0]][:, source[1]]
+        masks = dict(known=known, strength=strength) if (strength < 1).any() else {}
         y, y_mask = text_encoder([job.prompts[segment] for job in jobs])
-        told = [conditions(job, how["quirks"]) for job in jobs]
-        cond = {name: torch.tensor([float(row[name]) for row in told], device=device) for name in told[0]}
+        rows = [job.conditions(how["quirks"]) for job in jobs]
+        cond = {name: torch.tensor([float(row[name]) for row in rows], device=device) for name in rows[0]}
         z = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators, progress=progress,
-                           **given, **how)
-        for parts, latent in zip(sources, z):
-            parts.append(latent)
+                           **masks, **how)
+        for segments, latent in zip(made, z):
+            segments.append(latent)
         yield z
 
 
-def conditions(job, quirks):
-    """What the model is told of a clip, beside its text."""
-    ar = job.height / job.width if quirks.ar_h_over_w else job.width / job.height
-    fps = IMAGE_FPS if job.num_frames == 1 else job.fps / (1 if quirks.raw_fps else job.frame_interval)
-    return dict(height=job.height, width=job.width, num_frames=job.num_frames, ar=ar, fps=fps)
-
-
-def encode_references(vae, references, plans, H, W, device):
-    """The latents [C K H W] of each reference, uint8 [K height width 3]; only of frames that a plan takes, else 0."""
+def encode_references(vae, references, plans, shape, device):
+    """The latents [C K h w] of each reference, uint8 [K H W 3]; only of frames that a plan takes, else 0."""
+    latents, (C, _, h, w) = [], shape
     taken = {source for sources, _ in plans for source in sources if source}
     for r, frames in enumerate(references):
-        z, used = torch.zeros(vae.channels, len(frames), H, W, device=device), sorted(f for n, f in taken if n == r)
-        if used:
-            video = to_video(resize_crop(torch.as_tensor(frames[used]), H * vae.down, W * vae.down))
-            z[:, used] = vae.encode(video[None].to(device))[0].to(z)    # the posterior's mean
-        yield z
+        latents.append(torch.zeros(C, len(frames), h, w, device=device))
+        if used := sorted(frame for reference, frame in taken if reference == r):
+            video = to_video(resize_crop(torch.as_tensor(frames[used]), h * vae.down, w * vae.down))
+            latents[r][:, used] = vae.encode(video[None].to(device))[0].to(latents[r])    # the posterior's mean
+    return latents
 
 
 def show(vae, job, segments):
     """The video, uint8 [T_total H W 3], of a job's segments [C T h w]; frames that two of them share are shown once."""
-    T, videos = job.num_frames, []
+    videos = []
     for i, z in enumerate(segments):
         first, last = job.overlap * (i > 0), job.overlap * (job.loop and i == len(segments) - 1)
-        videos.append(to_uint8(vae.decode(z[None, :, first : T - last])[0]))
+        videos.append(to_uint8(vae.decode(z[None, :, first : job.num_frames - last])[0]))
     return np.concatenate(videos)
 
 
-# ---------------------------------------------------------------- checkpoints and the command line
+# ---------------------------------------------------------------- checkpoints, in and out
 def find(name):
     """A path of a checkpoint or config: from here, else from this repository, else as it is (a name on the hub)."""
     return next((str(path) for path in (Path(name), ROOT / name) if path.exists()), name)
@@ -400,21 +365,9 @@ def fetch(name, files, missing):
         raise FileNotFoundError(f"{missing}, which gave: {str(error).splitlines()[0]}") from error
 
 
-class Found(NamedTuple):
-    """A checkpoint before its weights are read: the captions can be encoded, and T5 be gone, when they are."""
-    file: Path                                                              # .safetensors, else a .pth
-    config: configs.Config
-    quirks: SampleQuirks
-
-
-class Checkpoint(NamedTuple):
-    model: STDiT
-    config: configs.Config                                                  # of an own run; else what sampling needs
-    quirks: SampleQuirks
-
-
-def find_checkpoint(ckpt) -> Found:
-    """Where a checkpoint's weights are, and what belongs to them.  ckpt is one of
+def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
+    """(the file of a checkpoint's weights, its config, for Open-Sora's what sampling needs of one, and the quirks to
+    sample it with): before the weights are read, so that T5 can be gone when they are.  ckpt is one of
 
     our runs, or assets/tiny   a folder with config.py and model.safetensors
     Open-Sora's weights        a folder with config.json and model.safetensors, the name of one on the hub, or the
@@ -425,31 +378,38 @@ def find_checkpoint(ckpt) -> Found:
                "a folder with config.json and model.safetensors, a .safetensors, a .pth").format
     if not path.exists():
         path = fetch(ckpt, ["config.json", "model.safetensors"], missing(ckpt, path) + ", or their name on the hub")
-    folder, file = (path, path / "model.safetensors") if path.is_dir() else (path.parent, path)
+    file = path / "model.safetensors" if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(missing(ckpt, file))
-    if (folder / "config.py").is_file():
-        config = configs.load(str(folder / "config.py"))
-        return Found(file, config, SampleQuirks(raw_fps=config.raw_fps))
-    written = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
-    config = replace(configs.load("configs/stage3.py"), model=upstream_config(written), raw_fps=True,
-                     captions_cleaned=True, buckets={"240p": {16: (1.0, 1)}})
-    return Found(file, config, PUBLISHED)
+    own, upstreams = file.with_name("config.py"), file.with_name("config.json")
+    if own.is_file():
+        config = configs.load(str(own))
+        return file, config, SampleQuirks(raw_fps=config.raw_fps)
+    shape = upstream_config(json.loads(upstreams.read_text()) if upstreams.is_file() else {})
+    config = replace(configs.load("configs/stage3.py"), model=shape, raw_fps=True, captions_cleaned=True,
+                     buckets={"240p": {16: (1.0, 1)}})
+    return file, config, PUBLISHED
 
 
-def load(ckpt, device="cpu", dtype=None, offload=False) -> Checkpoint:
-    """The model of find_checkpoint(ckpt), ready to sample, its config, and the quirks to sample it with.
+class Checkpoint(NamedTuple):
+    model: STDiT
+    config: configs.Config
+    quirks: SampleQuirks
 
-    dtype: None is bf16 on a GPU where it was trained so, else fp32.  offload: its blocks stay in host memory.
+
+def load(ckpt, device="cpu", offload=False) -> Checkpoint:
+    """The model of find_checkpoint(ckpt), ready to sample: in bf16 on a GPU where it was trained so, else in fp32.
+
+    offload: its blocks stay in host memory.
     ValueError names weights that are missing, unknown or misshapen."""
     file, config, quirks = find_checkpoint(ckpt)
     on = [name for name in QUIRKS if getattr(config.model, name)] + [name for name, on in asdict(quirks).items() if on]
-    alone = not any((file.parent / name).is_file() for name in ("config.py", "config.json"))
+    alone = not any(file.with_name(name).is_file() for name in ("config.py", "config.json"))
     if (on or alone) and not (dist.is_initialized() and dist.get_rank()):
         print(f"{ckpt}: " + "no config.json beside it, so taken for XL/2 as published; " * alone
               + f"quirks on: {', '.join(on)}" + "; captions are cleaned" * config.captions_cleaned)
     model = with_weights(config.model, read_weights(file), file).requires_grad_(False).eval()
-    model.to(dtype or weight_dtype(config, device))
+    model.to(weight_dtype(config, device))
     return Checkpoint(visiting(model, model.blocks, device) if offload else model.to(device), config, quirks)
 
 
@@ -473,33 +433,32 @@ def visiting(net, blocks, device):
     """net on device but for its blocks, which stay in host memory and are copied there one by one as they compute.
 
     Of T5-XXL in bf16 0.4 GB at a time are there instead of 9, of XL/2 54 MB instead of 1.5 GB; a forward copies all."""
-    staying = {parameter for block in blocks for parameter in block.parameters()}
+    at_home = {parameter: parameter.data for parameter in blocks.parameters()}
     for tensor in (*net.parameters(), *net.buffers()):
-        if tensor not in staying:
+        if tensor not in at_home:
             tensor.data = tensor.data.to(device)
+
+    def come(block, *_):
+        for parameter in block.parameters():
+            parameter.data = at_home[parameter].to(device)
+
+    def leave(block, *_):
+        for parameter in block.parameters():
+            parameter.data = at_home[parameter]
+
     for block in blocks:
-        at_home = {parameter: parameter.data for parameter in block.parameters()}
-
-        def come(block, args, at_home=at_home):
-            for parameter, data in at_home.items():
-                parameter.data = data.to(device)
-
-        def leave(block, args, out, at_home=at_home):
-            for parameter, data in at_home.items():
-                parameter.data = data
-
         block.register_forward_pre_hook(come)
         block.register_forward_hook(leave)
     return net
 
 
-def encode_texts(config, captions, device="cpu", dtype=None, folder=None, offload=False):
+def encode_texts(config, captions, device="cpu", folder=None, offload=False):
     """A text encoder for generate() that knows these captions, all that will be asked for; T5 itself is gone again.
 
     folder: keeps the embeddings for the next time, and then T5 is not read at all.  A local T5 is told from another by
     its files' sizes and times, one on the hub by its name.  offload: its blocks stay in host memory.
     Warns of captions that are cut, and of words that the tokenizer does not know."""
-    name, dtype, L = find(config.text_encoder), dtype or weight_dtype(config, device), config.model.model_max_length
+    name, dtype, L = find(config.text_encoder), weight_dtype(config, device), config.model.model_max_length
 
     def load_it():
         encoder = load_text_encoder(name, L, dtype, "cpu" if offload else device, config.captions_cleaned)
@@ -523,8 +482,8 @@ def export(ckpt, folder):
     Its config.py lies beside config.json and model.safetensors, so that `load` takes the folder for the run that it is.
     ValueError where Open-Sora would compute something else: it has no embedding of the frame, rotates queries and keys
     before QK-norm, and samples eps with a learned variance."""
-    model, config, quirks = load(ckpt, dtype=torch.float32)
-    m = config.model
+    model, config, quirks = load(ckpt)                                      # on the CPU, so in fp32
+    m, folder = config.model, Path(folder)
     faults = {"model.temporal_pos=True": m.temporal_pos, "model.pred_sigma=False": not m.pred_sigma,
               "model.rope_before_norm=False": m.qk_norm and not m.rope_before_norm,
               f"prediction={config.prediction!r}": config.prediction != "eps"}
@@ -535,7 +494,6 @@ def export(ckpt, folder):
              "final_twice": "given frames leave its last layer otherwise, and its sampler keeps that at t = 0"}
     for name in (name for name in notes if not getattr(m, name)):
         print(f"note: Open-Sora computes with {name}, this model was trained without: {notes[name]}")
-    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     written = {name: value for name, value in asdict(m).items() if name not in (*QUIRKS, "temporal_pos")}
     written |= {"model_type": "STDiT2", "architectures": ["STDiT2"], "torch_dtype": "float32"}
@@ -572,6 +530,92 @@ def add_job_options(parser):
                                                   "`python masks.py 0,0,-4,0,4`; default: 0, the first frame is given")
 
 
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], allow_abbrev=False, usage="see --help",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", help="captions, each in quotes")
+    what.add_argument("--prompts", metavar="FILE", help="of captions, one a line")
+    what.add_argument("--again", metavar="JSON", help="the file beside a video: makes this video again")
+    what.add_argument("--plan", action="store_true", help="print the memory that sampling takes, and stop")
+    what.add_argument("--export", metavar="FOLDER", help="write --ckpt as Open-Sora reads it, and stop")
+    add_job_options(parser)
+    add = parser.add_argument_group("how").add_argument
+    add("--ckpt", default="assets/tiny", help="a run's folder, or Open-Sora's weights: a folder, a file, a name on the "
+                                              "hub as hpcai-tech/OpenSora-STDiT-v2-stage3; default: %(default)s")
+    add("--vae", metavar="NAME", help="folder or hub name of the autoencoder; default: the config's")
+    add("--text-encoder", metavar="NAME", help="folder or hub name of the T5; default: the config's")
+    add("--sampler", choices=SAMPLERS, default="iddpm", help="default: %(default)s")
+    add("--steps", type=int, help="default: " + ", ".join(f"{name} {n}" for name, n in DEFAULT_STEPS.items()))
+    add("--cfg-scale", type=float, help="guidance; 1: none, at half the time; default: the config's")
+    add("--rescale", type=float, default=0.0, help="of the guidance, 0 to 1; default: %(default)s")
+    add("--quirks", action="store_const", const=RELEASED, help="Q4 to Q8 on, as in the release; default: what the "
+                                                               "weights expect")
+    add = parser.add_argument_group("files").add_argument
+    add("--out", type=Path, default="samples", help="folder; default: %(default)s")
+    add("--format", choices=FORMATS, default="mp4", help="beside the contact sheet, .png; default: %(default)s")
+    add("--grid", action="store_true", help="a picture of the contact sheets of all seeds of a prompt")
+    add("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=int, default=4, help="videos of one size sampled at once; default: %(default)s")
+    add("--offload", action="store_true", help="blocks of T5 and of the model stay in host memory until they compute")
+    add("--text-cache", metavar="FOLDER", help="keeps the embeddings of captions; T5 is not loaded for those in it")
+    add("--sp", type=int, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
+    add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
+    add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
+    add("--debug", action="store_true", help="errors with their traceback")
+    return parser.parse_args(argv)
+
+
+def fill(args, **defaults):
+    """Gives what was not asked for its default."""
+    vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
+
+
+def read_jobs(args, config):
+    """The jobs of the command line or of a file of prompts: number i of each prompt, once per seed."""
+    lines = args.prompt or [line for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
+    T, *size = default_bucket(config.buckets)
+    jobs = []
+    for number, line in enumerate(lines):
+        text, asked = split_json(line, args)
+        fill(asked, num_frames=T, size="{}x{}".format(*size), fps=config.fps)
+        fill(asked, frame_interval=int(stride(asked.fps, config)))
+        height, width = parse_pair(asked.size, "x", "--size", "240x426")
+        references, groups = given_frames(asked, asked.num_frames)
+        jobs += [plan_job(text, groups, asked.segments, asked.overlap, asked.seamless, num_frames=asked.num_frames,
+                          height=height, width=width, fps=asked.fps, frame_interval=asked.frame_interval,
+                          references=tuple(references), seed=seed, number=number) for seed in asked.seeds]
+    return jobs
+
+
+def split_json(line, args):
+    """(text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ..}, overrides those of the command line."""
+    text, brace, rest = line.partition("{")
+    parser, words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), []
+    add_job_options(parser)
+    try:
+        for name, value in json.loads(brace + rest or "{}").items():
+            values = value if isinstance(value, list) else [] if value is True else [value]
+            words += ["--" + name.replace("_", "-"), *map(str, values)] if value is not False else []
+        asked, unknown = parser.parse_known_args(words, argparse.Namespace(**vars(args)))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"prompt {line!r}: a brace starts JSON that ends it, as in a cat {{\"num_frames\": 16}}: "
+                         f"{error}") from None
+    except argparse.ArgumentError as error:
+        raise ValueError(f"prompt {line!r}: {error}") from None
+    if unknown:
+        names = [action.dest for action in parser._actions]
+        raise ValueError(f"prompt {line!r}: {unknown[0].split('=')[0]!r} is none of {', '.join(names)}")
+    return text, asked
+
+
+def parse_pair(text, sign, option, example):
+    if not re.fullmatch(rf"\d+{sign}\d+", text):
+        raise ValueError(f"{option} {text}: expected two whole numbers, as in {example}")
+    return tuple(map(int, text.split(sign)))
+
+
 def given_frames(asked, T):
     """(references, groups) of the option in use."""
     keep = max(1, T // 4) if asked.keep is None else asked.keep
@@ -589,55 +633,6 @@ def given_frames(asked, T):
         names = ["--" + name.replace("_", "-") for name in (*used, "mask_strategy")][:2]
         raise ValueError(f"{' and '.join(names)}: expected one of them; --reference with --mask-strategy says it all")
     return forms[used[0]](getattr(asked, used[0])) if used else ([], groups)
-
-
-def read_jobs(args, config):
-    """The jobs of the command line or of a file of prompts: number i of each prompt, once per seed."""
-    lines = args.prompt or [line for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
-    jobs = []
-    for number, line in enumerate(lines):
-        text, asked = split_json(line, args)
-        T, height, width = default_bucket(config.buckets)
-        T = T if asked.num_frames is None else asked.num_frames
-        height, width = parse_pair(asked.size, "x", "--size", "240x426") if asked.size else (height, width)
-        fps = config.fps if asked.fps is None else asked.fps
-        interval = int(stride(fps, config)) if asked.frame_interval is None else asked.frame_interval
-        references, groups = given_frames(asked, T)
-        jobs += [plan_job(text, groups, asked.segments, asked.overlap, asked.seamless, num_frames=T, height=height,
-                          width=width, fps=fps, frame_interval=interval, references=tuple(references), seed=seed,
-                          number=number) for seed in asked.seeds]
-    return jobs
-
-
-def split_json(line, args):
-    """(text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ..}, overrides those of the command line."""
-    text, brace, rest = line.partition("{")
-    try:
-        told = json.loads(brace + rest or "{}")
-    except json.JSONDecodeError as error:
-        raise ValueError(f"prompt {line!r}: a brace starts JSON that ends it, as in a cat {{\"num_frames\": 16}}: "
-                         f"{error}") from None
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    add_job_options(parser)
-    words = []
-    for name, value in told.items():
-        option = "--" + name.replace("_", "-")
-        words += [option] * (value is not False) if isinstance(value, bool) else (
-            [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"])
-    try:
-        asked, unknown = parser.parse_known_args(words, argparse.Namespace(**vars(args)))
-    except argparse.ArgumentError as error:
-        raise ValueError(f"prompt {line!r}: {error}") from None
-    if unknown:
-        names = [action.dest for action in parser._actions]
-        raise ValueError(f"prompt {line!r}: {unknown[0].split('=')[0]!r} is none of {', '.join(names)}")
-    return text, asked
-
-
-def parse_pair(text, sign, option, example):
-    if not re.fullmatch(rf"\d+{sign}\d+", text):
-        raise ValueError(f"{option} {text}: expected two whole numbers, as in {example}")
-    return tuple(map(int, text.split(sign)))
 
 
 def slug(prompt):
@@ -663,114 +658,70 @@ def read_references(job, down):
     groups, many = parse_strategy(job.strategy), len(job.references)
     for r, path in enumerate(job.references):
         at_end = any(group.ref_start < 0 and group.reference in (r, r - many) for group in groups)
-        yield read_reference(path, job.height // down * down, job.width // down * down, job.fps / job.frame_interval,
-                             at_end)
+        yield read_reference(find(path), job.height // down * down, job.width // down * down,
+                             job.fps / job.frame_interval, at_end)
 
 
 @lru_cache(maxsize=16)                                              # several prompts or seeds for one clip
 def read_reference(path, height, width, fps, at_end):
     """at_end: the last frame is among those taken, otherwise the first."""
-    frames, _ = read_window(find(path), start=0)
+    frames, _ = read_window(path, start=0)
     every = 1
     if len(frames) > 1:
-        with av.open(find(path)) as container:
+        with av.open(path) as container:
             every = max(1, round((container.streams.best("video").average_rate or fps) / fps))
     return resize_crop(frames[(len(frames) - 1) % every if at_end else 0 :: every], height, width).numpy()
 
 
-# ---------------------------------------------------------------- command line: how, and where to
-def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], allow_abbrev=False, usage="see --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", help="captions, each in quotes")
-    what.add_argument("--prompts", metavar="FILE", help="of captions, one a line")
-    what.add_argument("--again", metavar="JSON", help="the file beside a video: makes this video again")
-    what.add_argument("--plan", action="store_true", help="print the memory that sampling takes, and stop")
-    what.add_argument("--export", metavar="FOLDER", help="write --ckpt as Open-Sora reads it, and stop")
-    add_job_options(parser)
-    add = parser.add_argument_group("how").add_argument
-    add("--ckpt", default="assets/tiny", help="a run's folder, or Open-Sora's weights: a folder, a file, a name on the "
-                                              "hub as hpcai-tech/OpenSora-STDiT-v2-stage3; default: %(default)s")
-    add("--vae", metavar="NAME", help="folder or hub name of the autoencoder; default: the config's")
-    add("--text-encoder", metavar="NAME", help="folder or hub name of the T5; default: the config's")
-    add("--sampler", choices=SAMPLERS, default="iddpm", help="default: %(default)s")
-    add("--steps", type=int, help="default: " + ", ".join(f"{name} {n}" for name, n in DEFAULT_STEPS.items()))
-    add("--cfg-scale", type=float, help="guidance; 1: none, at half the time; default: the config's")
-    add("--rescale", type=float, default=0.0, help="of the guidance, 0 to 1; default: %(default)s")
-    add("--quirks", action="store_true", help="Q4 to Q8 on, as in the release; default: what the weights expect")
-    add = parser.add_argument_group("files").add_argument
-    add("--out", default="samples", help="folder; default: %(default)s")
-    add("--format", choices=FORMATS, default="mp4", help="beside the contact sheet, .png; default: %(default)s")
-    add("--grid", action="store_true", help="a picture of the contact sheets of all seeds of a prompt")
-    add("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
-    add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=int, default=4, help="videos of one size sampled at once; default: %(default)s")
-    add("--offload", action="store_true", help="blocks of T5 and of the model stay in host memory until they compute")
-    add("--text-cache", metavar="FOLDER", help="keeps the embeddings of captions; T5 is not loaded for those in it")
-    add("--sp", type=int, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
-    add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
-    add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
-    add("--debug", action="store_true", help="errors with their traceback")
-    return parser.parse_args(argv)
-
-
+# ---------------------------------------------------------------- command line: sampling them
 def run(args):
     start, place = time.perf_counter(), start_processes(sp=args.sp, device=args.device)
     place.say(use(place.device, args.plain))
-    told, job = read_record(args.again) if args.again else ({}, None)
-    ckpt = told.get("ckpt", args.ckpt)
-    file, config, quirks = find_checkpoint(ckpt)
-    nets = {name: told.get(name) or getattr(args, name) or getattr(config, name) for name in ("vae", "text_encoder")}
-    config = replace(config, **nets)
-    how = told.get("sampling") or dict(
-        steps=DEFAULT_STEPS[args.sampler] if args.steps is None else args.steps, sampler=args.sampler,
-        cfg_scale=config.cfg_scale if args.cfg_scale is None else args.cfg_scale, rescale=args.rescale,
-        quirks=asdict(RELEASED if args.quirks else quirks))
-    timesteps(how["steps"], how["sampler"])                                 # raises where there are none
-    if not 0 <= how["rescale"] <= 1:
-        raise ValueError(f"--rescale {how['rescale']}: expected 0, no change, to 1")
-    jobs = [job] if job else read_jobs(args, config)
-    vae = load_vae(find(config.vae), device=place.device)
+    if args.again:
+        vars(args).update(read_record(args.again))
+    file, config, quirks = find_checkpoint(args.ckpt)
+    fill(args, vae=config.vae, text_encoder=config.text_encoder, steps=DEFAULT_STEPS[args.sampler],
+         cfg_scale=config.cfg_scale, quirks=quirks)
+    config = replace(config, vae=args.vae, text_encoder=args.text_encoder)
+    timesteps(args.steps, args.sampler)                                     # raises where there are none
+    if not 0 <= args.rescale <= 1:
+        raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
+    jobs = [args.job] if args.again else read_jobs(args, config)
+    vae, weights = load_vae(find(args.vae), device=place.device), fingerprint(read_weights(file))
     check_jobs(jobs, (list(read_references(job, vae.down)) for job in jobs), vae.down, config.model.patch_size)
-    weights = fingerprint(read_weights(file))
-    if told.get("weights", weights) != weights:
-        place.say(f"note: the weights in {ckpt} are others than those that made {args.again}")
-    as_read = lambda record: json.loads(json.dumps(record))
-    records = {job: as_read(dict(job=asdict(job), sampling=how, ckpt=ckpt, weights=weights, **nets)) for job in jobs}
+    if args.again and args.weights != weights:
+        place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
+    how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
+    told = dict(sampling=how | {"quirks": asdict(args.quirks)}, ckpt=args.ckpt, weights=weights, vae=args.vae,
+                text_encoder=args.text_encoder)
+    records = {job: json.loads(json.dumps({"job": asdict(job)} | told)) for job in jobs}    # as they are read back
     todo = [job for job in jobs if args.overwrite or not there(job, records[job], args, place)]
-    made = {job: read_segments(job, records[job], args.out) for job in todo}
+    made = {job: read_latents(job, records[job], args.out, place.device) for job in todo}
     for job in todo:
         if made[job]:
             place.say(f"{job.name}: goes on behind {len(made[job])} of {len(job.prompts)} segments")
     dist.barrier()                          # collective; nobody writes before all have seen what is there
     share, shares = place.share
-    mine = todo[share::shares]
-    if mine:                                                                # T5 comes and goes before the model comes
+    if mine := todo[share::shares]:                                         # T5 comes and goes before the model comes
         captions = list(dict.fromkeys(prompt for job in mine for prompt in job.prompts))
         text_encoder = encode_texts(config, captions, place.device, folder=args.text_cache, offload=args.offload)
-        model = load(ckpt, place.device, offload=args.offload).model
+        model = load(args.ckpt, place.device, offload=args.offload).model
         model.group = place.group
     batches = alike(mine, made, args.batch_size)
-    total = how["steps"] * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
-    how = how | dict(quirks=SampleQuirks(**how["quirks"]), prediction=config.prediction)
+    total = args.steps * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
     with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
         for batch in batches:
             references = [list(read_references(job, vae.down)) for job in batch]
-            parts, step = [made[job] for job in batch], lambda *_: bar.update()
-            for z in sample_segments(model, vae, text_encoder, batch, references, parts, step, **how):
-                for job, latent in zip(batch, z):
-                    made[job].append(latent)
-                    if place.reads and len(job.prompts) > 1:
-                        path = segment_file(job, args.out, len(made[job]) - 1)
-                        path.parent.mkdir(parents=True, exist_ok=True)
-                        write_whole(path, {"z": latent.cpu().contiguous()}, records[job])
+            for _ in sample_segments(model, vae, text_encoder, batch, references, [made[job] for job in batch],
+                                     lambda *_: bar.update(), prediction=config.prediction, **how):
+                for job in batch if place.reads and len(batch[0].prompts) > 1 else ():
+                    keep_latents(job, made[job], records[job], args.out)
             for job in batch if place.reads else ():                        # one of those who share it
                 save(job, show(vae, job, made.pop(job)), records[job], args)
     if args.grid and place.reads:
-        for number in sorted({job.number for job in jobs}):
-            write_grid([job for job in jobs if job.number == number], args.out)
-    place.say(f"{len(todo)} of {len(jobs)} made, {how['steps']} {how['sampler']} steps: "
+        for _, seeds in groupby(jobs, lambda job: job.number):
+            write_grid(list(seeds), args.out)
+    place.say(f"{len(todo)} of {len(jobs)} made, {args.steps} {args.sampler} steps: "
               f"{time.perf_counter() - start:.1f} s, with loading")
 
 
@@ -782,10 +733,10 @@ def alike(jobs, made, size):
 
 
 # out/00-name.png is the contact sheet, .mp4 the video, .json what made them, written last: where it is, all are.
-# out/.00-name/segment-0.safetensors are the latents of its segments, while there are more to come.
+# out/.00-name.safetensors are the latents of its segments, while there are more to come.
 def pictures(job, args):
     kinds = [".png"] + [FORMATS[args.format]] * (job.num_frames > 1 and args.format != "png")
-    return [Path(args.out) / f"{job.name}{kind}" for kind in kinds]
+    return [args.out / f"{job.name}{kind}" for kind in kinds]
 
 
 def save(job, frames, record, args):
@@ -794,63 +745,60 @@ def save(job, frames, record, args):
         write_video(path, frames, fps)
         what = f"{T} frames of {H}x{W}" + (f", {fps:g} per second" if path.suffix != ".png" else " in reading order")
         tqdm.write(f"{path}  " + (what if T > 1 else f"an image of {H}x{W}"))
-    with whole(Path(args.out) / f"{job.name}.json") as part:
-        part.write_text(json.dumps(record | {"commit": commit()}, indent=1), "utf-8")
-    shutil.rmtree(segment_file(job, args.out, 0).parent, ignore_errors=True)
+    with whole(args.out / f"{job.name}.json") as part:
+        part.write_text(json.dumps(record, indent=1), "utf-8")
+    latents_file(job, args.out).unlink(missing_ok=True)
 
 
 def there(job, record, args, place):
-    note, last = Path(args.out) / f"{job.name}.json", pictures(job, args)[-1]
+    note, last = args.out / f"{job.name}.json", pictures(job, args)[-1]
     if not note.exists() or not last.exists():
         return False
-    if json.loads(note.read_text("utf-8")) | {"commit": None} != record | {"commit": None}:
+    if json.loads(note.read_text("utf-8")) != record:
         raise ValueError(f"{last} is there, of another prompt or made with other settings (see its .json): choose "
                          "another --out, or let it go with --overwrite")
     place.say(f"{last} is there: skipped, --overwrite makes it anew")
     return True
 
 
-def segment_file(job, out, segment):
-    return Path(out) / f".{job.name}" / f"segment-{segment}.safetensors"
+def latents_file(job, out):
+    return Path(out) / f".{job.name}.safetensors"
 
 
-def read_segments(job, record, out):
+def keep_latents(job, segments, record, out):
+    out.mkdir(parents=True, exist_ok=True)
+    write_whole(latents_file(job, out), {"z": torch.stack(segments).cpu()}, record)
+
+
+def read_latents(job, record, out, device="cpu"):
     """Latents [C T h w] of the segments that a stopped start of the very same job has left."""
-    paths = (segment_file(job, out, i) for i in range(len(job.prompts)))
-    return [load_file(path)["z"] for path in takewhile(lambda path: path.exists() and read_note(path) == record, paths)]
+    path = latents_file(job, out)
+    return list(load_file(path, str(device))["z"]) if path.exists() and read_note(path) == record else []
 
 
 def read_record(path):
-    """(what the .json beside a video tells, its Job)."""
+    """What the .json beside a video tells, by the names of the options; its job."""
     try:
         told = json.loads(Path(path).read_text("utf-8"))
-        job = told["job"]
-        return told, Job(**job | {name: tuple(job[name]) for name in ("prompts", "references")})
+        job = Job(**told["job"] | {name: tuple(told["job"][name]) for name in ("prompts", "references")})
+        return told | told["sampling"] | {"job": job, "quirks": SampleQuirks(**told["sampling"]["quirks"])}
     except (json.JSONDecodeError, KeyError, TypeError) as error:
         raise ValueError(f"--again {path}: expected the .json beside a video that was made here: {error!r}") from None
 
 
-def commit():
-    try:
-        git = subprocess.run(["git", "-C", ROOT, "rev-parse", "HEAD"], capture_output=True, text=True)
-    except OSError:                                                         # there is no git
-        return None
-    return git.stdout.strip() or None
-
-
 def write_grid(jobs, out):
     """The contact sheets of one prompt's seeds as one picture, by whoever finishes last."""
-    paths = [Path(out) / f"{job.name}.png" for job in jobs]
+    paths = [out / f"{job.name}.png" for job in jobs]
     if all(path.exists() for path in paths):
         sheets = np.concatenate([np.asarray(Image.open(path)) for path in paths], axis=int(jobs[0].num_frames == 1))
-        path = Path(out) / f"{jobs[0].number:02d}-{slug(jobs[0].prompts[0])}-grid.png"
+        path = out / f"{jobs[0].number:02d}-{slug(jobs[0].prompts[0])}-grid.png"
         Image.fromarray(sheets).save(path)
         print(f"{path}  seeds {' '.join(str(job.seed) for job in jobs)}")
 
 
 def print_plan(ckpt):
     """GiB that sampling one video with guidance holds on a GPU: T5 comes and goes, then the model and the VAE."""
-    config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt).config
+    config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt)[1]
     m, dtype, gib = config.model, config.torch_dtype, 2**30
     t5, vae = (configs.FROZEN.get(name) for name in (config.text_encoder, config.vae))
     t5, vae, model = (t5 or 0) * dtype.itemsize, (vae or 0) * 4, num_params(m) * dtype.itemsize
