@@ -1,18 +1,19 @@
 """The frozen networks: pixels <-> latents (AutoencoderKL, frame by frame) and captions -> embeddings (T5 encoder).
 
-in    video [B 3 T H W] in -1..1, captions
-out   z [B C T h w], h = H // 8, scaled to about unit variance; y [B L C], y_mask [B L]
-
     python vae.py clip.mp4 --vae assets/tiny/vae            encode, decode, print the PSNR (--out pair.png shows both)
     python vae.py train data/shapes/meta.csv --out DIR      fit a small AutoencoderKL on the frames of these clips
     python vae.py text data/shapes/meta.csv --out DIR       make a small random T5 that knows these captions' words
     python vae.py cache configs/tiny.py                     write what training reads; also under torchrun
+
+in    video [B 3 T H W] in -1..1, captions
+out   z [B C T h w], h = H // 8, scaled to about unit variance; y [B L C], y_mask [B L]
 
 Papers: latent diffusion (arXiv 2112.10752) for the autoencoder, T5 (arXiv 1910.10683) for the text encoder.
 """
 import argparse
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -23,12 +24,11 @@ import sys
 import tempfile
 import time
 import unicodedata
-from bisect import bisect_right
 from collections import defaultdict
 from datetime import timedelta
 from html import unescape
-from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 from urllib.parse import unquote_plus
 
@@ -49,7 +49,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import (Bucket, Plan, UnreadableClip, batches, bucket_list, fail, reachable, read_meta, read_window,
+from data import (Bucket, Meta, Plan, UnreadableClip, batches, bucket_list, fail, reachable, read_meta, read_window,
                   resize_crop, stride, to_uint8, to_video, window_generator, window_number, whole, write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
@@ -191,28 +191,21 @@ def from_sentencepiece(data):
                                    extra_special_tokens=extra)
 
 
-def protobuf(data):
+def protobuf(message):
     """The fields of a message (protobuf.dev, "Encoding") as (number, value): an int, or the bytes of all else."""
-    at = 0
+    stream = io.BytesIO(message)
 
     def varint():           # 7 bits a byte, the lowest first; the last byte is below 128
-        nonlocal at
-        start = at
-        while data[at] > 127:
-            at += 1
-        at += 1
-        return sum((byte & 127) << 7 * i for i, byte in enumerate(data[start:at]))
+        byte = stream.read(1)[0]
+        return byte if byte < 128 else byte - 128 + (varint() << 7)
 
-    while at < len(data):
+    while stream.tell() < len(message):
         number, kind = divmod(varint(), 8)
-        if kind == 0:
-            yield number, varint()
-        else:
-            size = {1: 8, 5: 4}[kind] if kind != 2 else varint()
-            at += size
-            if at > len(data):
-                raise ValueError(f"ends at byte {len(data)} of {at}")
-            yield number, data[at - size:at]
+        size = {1: 8, 5: 4}[kind] if kind in (1, 5) else varint()
+        value = stream.read(size) if kind else size
+        if kind and len(value) < size:
+            raise ValueError(f"ends at byte {len(message)}, {size - len(value)} too early")
+        yield number, value
 
 
 # What the captions of the published weights went through, written anew from recorded pairs, which are in
@@ -255,7 +248,7 @@ def remember(load, captions, folder=None, key=()):
     else that they depend on; load() is called only for a caption that is not there."""
     known, encoder = {}, None
     for caption in dict.fromkeys(captions):
-        path = Path(folder) / f"text-{short_hash(key, caption)}.safetensors" if folder else None
+        path = folder and Path(folder) / f"text-{short_hash(key, caption)}.safetensors"
         if path and path.is_file():
             known[caption] = load_file(path)
             continue
@@ -265,8 +258,8 @@ def remember(load, captions, folder=None, key=()):
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=path.parent) as scratch:   # two processes may write the same caption
-                save_file(known[caption], Path(scratch) / path.name)
-                (Path(scratch) / path.name).replace(path)
+                save_file(known[caption], f"{scratch}/text")
+                os.replace(f"{scratch}/text", path)
 
     def encode(captions):
         """y [B L C], 0 where y_mask [B L] is False."""
@@ -322,7 +315,6 @@ def write_cache(meta, config, vae, text_encoder, rank=0, world=1, group=None, re
     writer = CacheWriter(meta, config, vae, text_encoder, rank, world, group)
     if recheck or not all(writer.exchange(is_whole(writer.index))):
         writer.plan()
-        writer.announce()
         writer.make()
         writer.finish()
     return writer.index
@@ -360,26 +352,31 @@ class CacheWriter:
 
     def plan(self):
         """shards: all, the captions' last; names {number: name} of this rank's; missing: the numbers not yet there."""
-        buckets, reached = bucket_list(self.config.buckets), reachable(self.meta, self.config)
+        reached, buckets = reachable(self.meta, self.config), bucket_list(self.config.buckets)
         if not reached:
             raise ValueError(f"{self.config.data}: no clip fits any bucket - `python data.py META CONFIG` says why")
-        self.shards = [shard for number, clips in reached.items() for shard in self.cut(buckets[number], clips, clips)]
         clips = np.unique(np.concatenate(list(reached.values())))
         hashes = np.fromiter((caption_hash(self.meta.text(clip)) for clip in clips), np.int64, len(clips))
         hashes, first = np.unique(hashes, return_index=True)
-        self.shards += self.cut(None, hashes, clips[first])
+        parts = [Shard(buckets[number], of, of) for number, of in reached.items()] + [Shard(None, hashes, clips[first])]
+        self.shards = []
+        for bucket, ids, of in parts:
+            size = max(1, int(SHARD_BYTES / self.row_bytes(bucket)))
+            self.shards += [Shard(bucket, ids[i:i + size], of[i:i + size]) for i in range(0, len(ids), size)]
         self.names = {n: self.name(self.shards[n]) for n in range(self.rank, len(self.shards), self.world)}
         self.missing = [n for n, name in self.names.items() if not (self.folder / name).is_file()]
-
-    def cut(self, bucket, ids, clips):
-        values = math.prod(self.shape(bucket)) if bucket else self.text_encoder.max_length * self.width
-        size = max(1, int(SHARD_BYTES / values / self.dtype.itemsize))
-        return [Shard(bucket, ids[i:i + size], clips[i:i + size]) for i in range(0, len(ids), size)]
+        windows = sum(len(part.ids) * num_windows(self.config, part.bucket) for part in parts[:-1])
+        self.announce(f"{len(clips):,} clips, {windows:,} windows in {len(reached)} buckets, {len(hashes):,} captions")
 
     def shape(self, bucket):
         """[K 2 C T h w] of a clip's moments."""
         h, w = bucket.height // self.vae.down, bucket.width // self.vae.down
         return num_windows(self.config, bucket), 2, self.vae.channels, bucket.num_frames, h, w
+
+    def row_bytes(self, bucket):
+        """Of a clip, or of a caption at most."""
+        return self.dtype.itemsize * (math.prod(self.shape(bucket)) if bucket else
+                                      self.text_encoder.max_length * self.width)
 
     def texts(self, shard):
         return [self.meta.text(clip) for clip in shard.clips]
@@ -394,36 +391,34 @@ class CacheWriter:
 
     def num_bytes(self, shard):
         if shard.bucket:
-            return len(shard.ids) * math.prod(self.shape(shard.bucket)) * self.dtype.itemsize
+            return len(shard.ids) * self.row_bytes(shard.bucket)
         lengths = np.minimum(self.text_encoder.lengths(self.texts(shard)), self.text_encoder.max_length)
         return int(lengths.sum()) * self.width * self.dtype.itemsize
 
-    def announce(self):
+    def announce(self, what):
         """Prints what will be written; raises ValueError if there is no room for it."""
-        needed = sum(self.num_bytes(self.shards[n]) for n in self.missing)
-        needed, missing, free = zip(*self.exchange((needed, len(self.missing), shutil.disk_usage(self.folder).free)))
-        needed, free, cached = sum(needed), free[0], [shard for shard in self.shards if shard.bucket]
+        needed, free = sum(self.num_bytes(self.shards[n]) for n in self.missing), shutil.disk_usage(self.folder).free
+        needed, missing, free = zip(*self.exchange((needed / 1e6, len(self.missing), free / 1e6)))
         if self.rank == 0:
-            clips = len(np.unique(np.concatenate([shard.ids for shard in cached])))
-            windows = sum(len(shard.ids) * num_windows(self.config, shard.bucket) for shard in cached)
-            captions = sum(len(shard.ids) for shard in self.shards if not shard.bucket)
-            buckets = len({shard.bucket for shard in cached})
-            print(f"{self.folder}: {clips:,} clips, {windows:,} windows in {buckets} buckets, {captions:,} captions; "
-                  f"{sum(missing):,} of {len(self.shards):,} files to write, {needed / 1e6:,.1f} MB of "
-                  f"{free / 1e6:,.1f} MB free")
-        if needed > free:
-            raise ValueError(f"{self.folder} has {free / 1e6:,.1f} MB free, expected {needed / 1e6:,.1f} MB for the "
-                             "cache: make room or pass another --cache=DIR")
+            print(f"{self.folder}: {what}; {sum(missing):,} of {len(self.shards):,} files to write, "
+                  f"{sum(needed):,.1f} MB of {free[0]:,.1f} MB free")
+        if sum(needed) > free[0]:
+            raise ValueError(f"{self.folder} has {free[0]:,.1f} MB free, expected {sum(needed):,.1f} MB for the cache: "
+                             "make room or pass another --cache=DIR")
 
     def make(self):
         """Writes the missing shards."""
-        windows = Windows(self.meta, self.config, [self.shards[n] for n in self.missing if self.shards[n].bucket])
-        read, self.tried, self.bad = batches(windows, windows, 0, windows.starts[-1]), 0, set()
-        self.bar = tqdm(desc=f"writing {self.folder}", total=sum(len(self.shards[n].ids) for n in self.missing),
-                        unit="clip", disable=self.rank > 0)         # of the first rank's; a caption counts as a clip
-        for n in self.missing:
-            shard, path = self.shards[n], self.folder / self.names[n]
-            tensors, note = self.encode_clips(shard, read) if shard.bucket else self.encode_captions(shard)
+        shards = [self.shards[n] for n in self.missing]
+        clips = ((shard.bucket, clip) for shard in shards if shard.bucket for clip in shard.ids)
+        plans = (Plan(i, bucket, [0], np.array([[clip, NO_CLIP]])) for i, (bucket, clip) in enumerate(clips))
+        read = batches(SimpleNamespace(plan=lambda *_: next(plans)), Windows(self.meta, self.config), 0,
+                       sum(len(shard.ids) for shard in shards if shard.bucket))
+        self.tried, self.bad = 0, set()
+        self.bar = tqdm(desc=f"writing {self.folder}", total=sum(len(shard.ids) for shard in shards), unit="clip",
+                        disable=self.rank > 0)                      # of the first rank's; a caption counts as a clip
+        for n, shard in zip(self.missing, shards):
+            path, write = self.folder / self.names[n], self.encode_clips if shard.bucket else self.encode_captions
+            tensors, note = write(shard, read)
             if self.tried >= 200 and len(self.bad) > self.config.max_bad * self.tried:
                 raise ValueError(f"{len(self.bad)} of {self.tried} clips could not be read, more than max_bad="
                                  f"{self.config.max_bad:g} of them, see above: mend or drop them, or raise max_bad")
@@ -447,7 +442,7 @@ class CacheWriter:
                 moments[place - len(unreadable)] = torch.stack(self.vae.moments(video), dim=1)  # [K 2 C T h w]
         return {"moments": moments[:len(shard.ids) - len(unreadable)]}, {"unreadable": unreadable, "cut": 0}
 
-    def encode_captions(self, shard):
+    def encode_captions(self, shard, _):
         parts, lengths, cut, texts = [], [0], self.text_encoder.cut, self.texts(shard)
         for i in range(0, len(texts), 64):
             y, y_mask = self.text_encoder(texts[i:i + 64])
@@ -485,16 +480,10 @@ class CacheWriter:
                              f"{self.folder}/bad_clips.csv")
 
 
-class Windows:
-    """The clips of shards, each with its fixed windows: for data.batches both sampler and dataset, a clip a step."""
-
-    def __init__(self, meta, config, shards):
-        self.meta, self.config, self.shards = meta, config, shards
-        self.starts = [0, *accumulate(len(shard.ids) for shard in shards)]
-
-    def plan(self, step, rank, world):
-        i = bisect_right(self.starts, step) - 1
-        return Plan(step, self.shards[i].bucket, [0], np.array([[self.shards[i].ids[step - self.starts[i]], NO_CLIP]]))
+class Windows(NamedTuple):
+    """Clips with their fixed windows, for data.batches."""
+    meta: Meta
+    config: object
 
     def read(self, clip, bucket, step, slot):
         """{"video": uint8 [K T H W 3], "decoded"}; raises UnreadableClip."""
@@ -664,12 +653,12 @@ def train(args):
 
 
 def reconstruct(args):
-    vae = load_vae(args.vae)
-    frames, _ = read_window(args.path, start=0)
+    path, vae = args.command, load_vae(args.vae)
+    frames, _ = read_window(path, start=0)
     T, H, W, _ = (frames := frames[:args.num_frames]).shape
     video = to_video(frames[:, :H // vae.down * vae.down, :W // vae.down * vae.down])[None]
     again = vae.decode(vae.encode(video))
-    print(f"{args.path}: {T} frames of {video.shape[3]}x{video.shape[4]}, PSNR {psnr(again, video):.2f} dB")
+    print(f"{path}: {T} frames of {video.shape[3]}x{video.shape[4]}, PSNR {psnr(again, video):.2f} dB")
     if args.out:
         write_video(args.out, np.concatenate([to_uint8(video[0]), to_uint8(again[0])], axis=1))
         print(f"{args.out}: the clip above, its reconstruction below")
@@ -677,39 +666,37 @@ def reconstruct(args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", help='"train", "text", "cache", or a video or image to reconstruct')
-    parser.add_argument("path", nargs="?", help="meta.csv of the clips; of cache: a config, and --field=value after it")
-    parser.add_argument("--vae", default="assets/tiny/vae", help="folder or hub name")
-    parser.add_argument("--out", help="folder or, for a reconstruction, a .mp4, .gif or .png")
-    parser.add_argument("--steps", type=int, default=6000)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--num-clips", type=int, default=4000, help="of meta.csv, held in memory")
-    parser.add_argument("--num-frames", type=int, default=16, help="of a clip to reconstruct")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
-    args, unknown = parser.parse_known_args()
-    rank = int(os.environ.get("RANK", 0))
+    add = parser.add_argument
+    add("command", help='"train", "text", "cache", or a video or image to reconstruct')
+    add("path", nargs="?", help="meta.csv of the clips; of cache: a config, and --field=value after it")
+    add("--vae", default="assets/tiny/vae", help="folder or hub name")
+    add("--out", help="folder or, for a reconstruction, a .mp4, .gif or .png")
+    add("--steps", type=int, default=6000)
+    add("--batch", type=int, default=32)
+    add("--num-clips", type=int, default=4000, help="of meta.csv, held in memory")
+    add("--num-frames", type=int, default=16, help="of a clip to reconstruct")
+    add("--seed", type=int, default=0)
+    add("--debug", action="store_true", help="errors with their traceback")
+    (args, unknown), rank = parser.parse_known_args(), int(os.environ.get("RANK", 0))
+    needs = {"train": "a meta.csv and --out DIR", "text": "a meta.csv and --out DIR",
+             "cache": "a config, as in configs/tiny.py"}.get(args.command)
+    if unknown and not (args.command == "cache" and args.path):
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     try:
-        if args.command == "cache" and args.path:
+        if needs and not (args.path and (args.out or args.command == "cache")):
+            raise ValueError(f"python vae.py {args.command} needs {needs}")
+        if args.command == "train":
+            train(args)
+        elif args.command == "text":
+            meta = read_meta(args.path)
+            make_text_encoder([meta.text(clip) for clip in range(len(meta))], args.out, seed=args.seed)
+        elif args.command == "cache":
             import configs
             from sample import find
             overrides = sys.argv[sys.argv.index(args.path) + 1:]    # --vae and --seed are the config's here
             config = configs.load(args.path, [text for text in overrides if text != "--debug"])
             cache(config, find(config.vae), find(config.text_encoder))
-        elif unknown:
-            parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-        elif args.command == "cache":
-            raise ValueError("python vae.py cache needs a config, as in configs/tiny.py")
-        elif args.command in ("train", "text"):
-            if not (args.path and args.out):
-                raise ValueError(f"python vae.py {args.command} needs a meta.csv and --out DIR")
-            if args.command == "train":
-                train(args)
-            else:
-                meta = read_meta(args.path)
-                make_text_encoder([meta.text(clip) for clip in range(len(meta))], args.out, seed=args.seed)
         else:
-            args.path = args.command
             reconstruct(args)
     except (ValueError, FileNotFoundError) as error:
         if args.debug:
