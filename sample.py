@@ -145,7 +145,7 @@ def step_back(scheduler, out, t, x, generators):
 
 @torch.no_grad()
 def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler="iddpm", prediction="eps",
-                   cfg_scale=7.0, rescale=0.0, known=None, strength=None, quirks=SampleQuirks(), progress=None):
+                   cfg_scale=7.0, rescale=0.0, quirks=SampleQuirks(), known=None, strength=None, progress=None):
     """Clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a dict of
     height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps): called after step i.
 
@@ -221,14 +221,14 @@ class Job:
 
 
 def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, seed=0,
-             references=None, strategies=None, segments=None, overlap=None, batch_size=4, quirks=SampleQuirks(), **how):
+             references=None, strategies=None, segments=None, overlap=None, batch_size=4, **how):
     """Videos, uint8 [B T H W 3], one per prompt.  Video i depends on seed, i, and the i-th of:
 
     prompts      a text, or "|0|text|3|text" for segments 0 to 2 and from 3 on
     references   None or a list of uint8 [K H W 3] of any size
     strategies   None or a list of masks.Given; None with references: the first frame of the first one comes first
     With segments > 1, T = segments * (num_frames - overlap) + overlap.  fps: of a source of which every
-    frame_interval-th frame is taken.  how: steps, sampler, prediction, cfg_scale, rescale of sample_latents."""
+    frame_interval-th frame is taken.  how: the sampler's settings, those of sample_latents from steps to quirks."""
     many = len(prompts)
     references, strategies = references or [None] * many, strategies or [None] * many
     if not len(references) == len(strategies) == many:
@@ -243,7 +243,7 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
         jobs.append(plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width,
                              fps=fps, frame_interval=frame_interval, seed=seed, number=number))
     check_jobs(jobs, references, vae.down, model.config.patch_size)
-    made, how = [[] for _ in jobs], how | {"quirks": quirks}
+    made = [[] for _ in jobs]
     for part in (slice(i, i + batch_size) for i in range(0, many, batch_size)):
         for _ in sample_segments(model, vae, text_encoder, jobs[part], references[part], made[part], **how):
             pass
@@ -302,7 +302,7 @@ def check_jobs(jobs, references, down, patch_size):
             print(f"{height}x{width} asked, {made} made: a latent cell is {down} pixels wide")
 
 
-def sample_segments(model, vae, text_encoder, jobs, references, made, progress=None, **how):
+def sample_segments(model, vae, text_encoder, jobs, references, made, progress=None, quirks=SampleQuirks(), **how):
     """Appends to `made`, per job its segments' latents [C T h w], those that are not in there; yields each [B C T h w].
 
     jobs: of one shape.  references: per job a list of uint8 [K H W 3].  how: the settings of sample_latents."""
@@ -321,10 +321,10 @@ def sample_segments(model, vae, text_encoder, jobs, references, made, progress=N
                     known[b, :, t] = sources[source[0]][:, source[1]]
         masks = dict(known=known, strength=strength) if (strength < 1).any() else {}
         y, y_mask = text_encoder([job.prompts[segment] for job in jobs])
-        rows = [job.conditions(how["quirks"]) for job in jobs]
+        rows = [job.conditions(quirks) for job in jobs]
         cond = {name: torch.tensor([float(row[name]) for row in rows], device=device) for name in rows[0]}
-        z = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators, progress=progress,
-                           **masks, **how)
+        z = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators, quirks=quirks,
+                           progress=progress, **masks, **how)
         for segments, latent in zip(made, z):
             segments.append(latent)
         yield z
@@ -512,8 +512,7 @@ def add_job_options(parser):
     add("--fps", type=float, help="frames per second of the source that it imitates; default: the config's")
     add("--frame-interval", type=int, metavar="N", help="of these it shows every N-th; default: the config's")
     add("--seed", "--seeds", dest="seeds", type=int, nargs="+", default=[0], help="a video for each; default: 0")
-    add("--segments", type=int, metavar="N", help="length: N * (T - overlap) + overlap frames; default: 1, or as many "
-                                                  "as a prompt |0|text|3|text names")
+    add("--segments", type=int, metavar="N", help="of T frames each; default: as a prompt |0|text|3|text names")
     add("--overlap", type=int, metavar="FRAMES", help="that a segment takes from the one before; default: T / 4")
     add("--seamless", action="store_true", default=False, help="the last segment leads back to the first: a loop")
     add = parser.add_argument_group("frames that are given: one of these (or in a prompt's JSON)").add_argument
@@ -526,8 +525,7 @@ def add_job_options(parser):
     add("--strength", type=float, default=0.5, help="0: not at all, to 1: all new; default: %(default)s")
     add("--infill", nargs=2, metavar=("CLIP", "START:STOP"), help="frames START to STOP - 1, from 0, are made anew")
     add("--reference", "--reference-path", nargs="+", metavar="PATH", help="or \"a.png;b.mp4\", images and clips, for")
-    add("--mask-strategy", metavar="GROUPS", help="segment,reference,ref_start,target_start,length,edit;.. - see "
-                                                  "`python masks.py 0,0,-4,0,4`; default: 0, the first frame is given")
+    add("--mask-strategy", metavar="GROUPS", help="their frames and places, as in masks.py; default: 0, the first")
 
 
 def parse_args(argv=None):
@@ -541,16 +539,14 @@ def parse_args(argv=None):
     what.add_argument("--export", metavar="FOLDER", help="write --ckpt as Open-Sora reads it, and stop")
     add_job_options(parser)
     add = parser.add_argument_group("how").add_argument
-    add("--ckpt", default="assets/tiny", help="a run's folder, or Open-Sora's weights: a folder, a file, a name on the "
-                                              "hub as hpcai-tech/OpenSora-STDiT-v2-stage3; default: %(default)s")
+    add("--ckpt", default="assets/tiny", help="a run, or Open-Sora's folder, file or hub name; default: %(default)s")
     add("--vae", metavar="NAME", help="folder or hub name of the autoencoder; default: the config's")
     add("--text-encoder", metavar="NAME", help="folder or hub name of the T5; default: the config's")
     add("--sampler", choices=SAMPLERS, default="iddpm", help="default: %(default)s")
     add("--steps", type=int, help="default: " + ", ".join(f"{name} {n}" for name, n in DEFAULT_STEPS.items()))
     add("--cfg-scale", type=float, help="guidance; 1: none, at half the time; default: the config's")
     add("--rescale", type=float, default=0.0, help="of the guidance, 0 to 1; default: %(default)s")
-    add("--quirks", action="store_const", const=RELEASED, help="Q4 to Q8 on, as in the release; default: what the "
-                                                               "weights expect")
+    add("--quirks", action="store_const", const=RELEASED, help="Q4 to Q8 on; default: what the weights expect")
     add = parser.add_argument_group("files").add_argument
     add("--out", type=Path, default="samples", help="folder; default: %(default)s")
     add("--format", choices=FORMATS, default="mp4", help="beside the contact sheet, .png; default: %(default)s")
@@ -715,7 +711,8 @@ def run(args):
             for _ in sample_segments(model, vae, text_encoder, batch, references, [made[job] for job in batch],
                                      lambda *_: bar.update(), prediction=config.prediction, **how):
                 for job in batch if place.reads and len(batch[0].prompts) > 1 else ():
-                    keep_latents(job, made[job], records[job], args.out)
+                    args.out.mkdir(parents=True, exist_ok=True)
+                    write_whole(latents_file(job, args.out), {"z": torch.stack(made[job]).cpu()}, records[job])
             for job in batch if place.reads else ():                        # one of those who share it
                 save(job, show(vae, job, made.pop(job)), records[job], args)
     if args.grid and place.reads:
@@ -743,8 +740,8 @@ def save(job, frames, record, args):
     (T, H, W, _), fps = frames.shape, job.fps / job.frame_interval
     for path in pictures(job, args):
         write_video(path, frames, fps)
-        what = f"{T} frames of {H}x{W}" + (f", {fps:g} per second" if path.suffix != ".png" else " in reading order")
-        tqdm.write(f"{path}  " + (what if T > 1 else f"an image of {H}x{W}"))
+        order = " in reading order" if path.suffix == ".png" else f", {fps:g} per second"
+        tqdm.write(f"{path}  " + (f"{T} frames of {H}x{W}{order}" if T > 1 else f"an image of {H}x{W}"))
     with whole(args.out / f"{job.name}.json") as part:
         part.write_text(json.dumps(record, indent=1), "utf-8")
     latents_file(job, args.out).unlink(missing_ok=True)
@@ -763,11 +760,6 @@ def there(job, record, args, place):
 
 def latents_file(job, out):
     return Path(out) / f".{job.name}.safetensors"
-
-
-def keep_latents(job, segments, record, out):
-    out.mkdir(parents=True, exist_ok=True)
-    write_whole(latents_file(job, out), {"z": torch.stack(segments).cpu()}, record)
 
 
 def read_latents(job, record, out, device="cpu"):
