@@ -45,6 +45,7 @@ from einops import rearrange
 from huggingface_hub import hf_hub_download
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
@@ -170,7 +171,6 @@ def from_sentencepiece(data):
 
     Fields read, by sentencepiece_model.proto: ModelProto 1 pieces, 3 normalizer_spec; SentencePiece 1 piece, 2 score;
     NormalizerSpec 2 precompiled_charsmap."""
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     try:
         message = list(protobuf(data))
         pieces = [dict(protobuf(value)) for number, value in message if number == 1]
@@ -277,7 +277,6 @@ def make_text_encoder(captions, folder, width=64, seed=0):
 
     One layer leaves a word's embedding nearly the same whatever stands beside it, so what the model learns of "red" in
     seen captions holds in unseen ones; its relative position bias still tells word order apart."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     words = {word for caption in captions for word in caption.split()} | {"and"}  # "and": for two things in a clip
     vocabulary = ["<pad>", "</s>", "<unk>", *sorted(words)]
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>"))
@@ -411,14 +410,14 @@ class CacheWriter:
         shards = [self.shards[n] for n in self.missing]
         clips = ((shard.bucket, clip) for shard in shards if shard.bucket for clip in shard.ids)
         plans = (Plan(i, bucket, [0], np.array([[clip, NO_CLIP]])) for i, (bucket, clip) in enumerate(clips))
-        read = batches(SimpleNamespace(plan=lambda *_: next(plans)), Windows(self.meta, self.config), 0,
-                       sum(len(shard.ids) for shard in shards if shard.bucket))
+        self.read = batches(SimpleNamespace(plan=lambda *_: next(plans)), Windows(self.meta, self.config), 0,
+                            sum(len(shard.ids) for shard in shards if shard.bucket))
         self.tried, self.bad = 0, set()
         self.bar = tqdm(desc=f"writing {self.folder}", total=sum(len(shard.ids) for shard in shards), unit="clip",
                         disable=self.rank > 0)                      # of the first rank's; a caption counts as a clip
         for n, shard in zip(self.missing, shards):
-            path, write = self.folder / self.names[n], self.encode_clips if shard.bucket else self.encode_captions
-            tensors, note = write(shard, read)
+            path = self.folder / self.names[n]
+            tensors, note = self.encode_clips(shard) if shard.bucket else self.encode_captions(shard)
             if self.tried >= 200 and len(self.bad) > self.config.max_bad * self.tried:
                 raise ValueError(f"{len(self.bad)} of {self.tried} clips could not be read, more than max_bad="
                                  f"{self.config.max_bad:g} of them, see above: mend or drop them, or raise max_bad")
@@ -426,11 +425,11 @@ class CacheWriter:
                 raise ValueError(f"{path}: its clips' files changed while they were read - start again")
             write_whole(path, tensors, note)
 
-    def encode_clips(self, shard, read):
-        """A shard's tensors and note; `read` gives its clips' batches next."""
+    def encode_clips(self, shard):
+        """A shard's tensors and note.  The batches that are read next are its clips."""
         moments, unreadable = torch.empty(len(shard.ids), *self.shape(shard.bucket), dtype=self.dtype), {}
         self.tried += len(shard.ids)
-        for place, batch in zip(range(len(shard.ids)), read):
+        for place, batch in zip(range(len(shard.ids)), self.read):
             self.bar.update()
             for fault in batch["faults"]:
                 unreadable[place] = fault.reason
@@ -442,7 +441,7 @@ class CacheWriter:
                 moments[place - len(unreadable)] = torch.stack(self.vae.moments(video), dim=1)  # [K 2 C T h w]
         return {"moments": moments[:len(shard.ids) - len(unreadable)]}, {"unreadable": unreadable, "cut": 0}
 
-    def encode_captions(self, shard, _):
+    def encode_captions(self, shard):
         parts, lengths, cut, texts = [], [0], self.text_encoder.cut, self.texts(shard)
         for i in range(0, len(texts), 64):
             y, y_mask = self.text_encoder(texts[i:i + 64])
@@ -454,15 +453,14 @@ class CacheWriter:
 
     def finish(self):
         """Rank 0 writes bad_clips.csv and the index from what all shards say."""
-        told, names, ids, bad, cut = {}, defaultdict(list), defaultdict(list), {}, 0
-        for part in self.exchange({n: (name, read_note(self.folder / name)) for n, name in self.names.items()}):
-            told |= part
+        names, ids, bad, cut = defaultdict(list), defaultdict(list), {}, 0
+        told = self.exchange({n: (name, read_note(self.folder / name)) for n, name in self.names.items()})
         for n, shard in enumerate(self.shards):
-            name, note = told[n]
+            name, note = told[n % self.world][n]
             places = [int(place) for place in note["unreadable"]]
             names[kind(shard.bucket)].append(name)
             ids[kind(shard.bucket)].append(np.delete(shard.ids, places))
-            bad |= zip([self.meta.path(clip) for clip in shard.ids[places]], note["unreadable"].values())
+            bad |= zip(map(self.meta.path, shard.ids[places]), note["unreadable"].values())
             cut += note["cut"]
         arrays = {f"{part}.ids": torch.from_numpy(np.concatenate(of)) for part, of in ids.items()}
         arrays |= {f"{part}.first": torch.tensor([0, *map(len, of)]).cumsum(0) for part, of in ids.items()}
@@ -483,7 +481,8 @@ class CacheWriter:
 class Windows(NamedTuple):
     """Clips with their fixed windows, for data.batches."""
     meta: Meta
-    config: object
+    config: object                                          # configs.Config
+
 
     def read(self, clip, bucket, step, slot):
         """{"video": uint8 [K T H W 3], "decoded"}; raises UnreadableClip."""
@@ -610,7 +609,7 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
                         sample_size=min(frames[0].shape[1:3]))
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
-    share = np.array([len(f) for f in frames]) / sum(len(f) for f in frames)
+    share = np.array([len(of_one_size) for of_one_size in frames]) / sum(map(len, frames))
     images = lambda frames: rearrange(to_video(frames), "c n h w -> n c h w")
     bar = tqdm(range(steps), desc="fitting the VAE")
     for step in bar:
@@ -635,15 +634,15 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
 
 def train(args):
     meta = read_meta(args.path)
-    by_size, skipped = {}, 0
+    by_size, skipped = defaultdict(list), 0
     for clip in tqdm(range(min(args.num_clips, len(meta))), desc="reading clips"):
         try:
             frames, _ = read_window(meta.path(clip))
         except UnreadableClip as error:
             skipped += 1
             print(f"skipped, {skipped} so far: {error}", file=sys.stderr)
-            continue
-        by_size.setdefault(tuple(frames.shape[1:3]), []).append(frames)
+        else:
+            by_size[frames.shape[1:3]].append(frames)
     if not by_size:
         raise ValueError(f"{args.path}: none of its {len(meta)} clips could be read")
     net = fit_vae([torch.cat(parts) for _, parts in sorted(by_size.items())], args.steps, args.batch, seed=args.seed)
@@ -654,29 +653,31 @@ def train(args):
 
 def reconstruct(args):
     path, vae = args.command, load_vae(args.vae)
-    frames, _ = read_window(path, start=0)
-    T, H, W, _ = (frames := frames[:args.num_frames]).shape
-    video = to_video(frames[:, :H // vae.down * vae.down, :W // vae.down * vae.down])[None]
+    frames = read_window(path, start=0)[0][:args.num_frames]
+    T, H, W = frames.shape[0], *(side // vae.down * vae.down for side in frames.shape[1:3])
+    video = to_video(frames[:, :H, :W])[None]
     again = vae.decode(vae.encode(video))
-    print(f"{path}: {T} frames of {video.shape[3]}x{video.shape[4]}, PSNR {psnr(again, video):.2f} dB")
+    print(f"{path}: {T} frames of {H}x{W}, PSNR {psnr(again, video):.2f} dB")
     if args.out:
         write_video(args.out, np.concatenate([to_uint8(video[0]), to_uint8(again[0])], axis=1))
         print(f"{args.out}: the clip above, its reconstruction below")
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("command", help='"train", "text", "cache", or a video or image to reconstruct')
-    add("path", nargs="?", help="meta.csv of the clips; of cache: a config, and --field=value after it")
-    add("--vae", default="assets/tiny/vae", help="folder or hub name")
-    add("--out", help="folder or, for a reconstruction, a .mp4, .gif or .png")
-    add("--steps", type=int, default=6000)
-    add("--batch", type=int, default=32)
-    add("--num-clips", type=int, default=4000, help="of meta.csv, held in memory")
-    add("--num-frames", type=int, default=16, help="of a clip to reconstruct")
-    add("--seed", type=int, default=0)
-    add("--debug", action="store_true", help="errors with their traceback")
+    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], usage="see --help",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", help='"train", "text", "cache", or a video or image to reconstruct')
+    parser.add_argument("path", nargs="?", help="meta.csv of the clips; of cache: a config, and --field=value after it")
+    parser.add_argument("--out", help="folder or, for a reconstruction, a .mp4, .gif or .png")
+    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
+    add = parser.add_argument_group("a reconstruction").add_argument
+    add("--vae", default="assets/tiny/vae", help="folder or hub name; default: %(default)s")
+    add("--num-frames", type=int, default=16, help="of the clip; default: %(default)s")
+    add = parser.add_argument_group("train").add_argument
+    add("--steps", type=int, default=6000, help="default: %(default)s")
+    add("--batch", type=int, default=32, help="frames of a step; default: %(default)s")
+    add("--num-clips", type=int, default=4000, help="of meta.csv, held in memory; default: %(default)s")
+    add("--seed", type=int, default=0, help="also of text; default: %(default)s")
     (args, unknown), rank = parser.parse_known_args(), int(os.environ.get("RANK", 0))
     needs = {"train": "a meta.csv and --out DIR", "text": "a meta.csv and --out DIR",
              "cache": "a config, as in configs/tiny.py"}.get(args.command)
