@@ -651,11 +651,10 @@ def usual_aspect(resolution):
 
 def read_references(job, down):
     """uint8 [K H W 3] of each reference, at the job's size and at about its frame rate, all of it."""
-    groups, many = parse_strategy(job.strategy), len(job.references)
-    for r, path in enumerate(job.references):
-        at_end = any(group.ref_start < 0 and group.reference in (r, r - many) for group in groups)
-        yield read_reference(find(path), job.height // down * down, job.width // down * down,
-                             job.fps / job.frame_interval, at_end)
+    size, fps = (job.height // down * down, job.width // down * down), job.fps / job.frame_interval
+    from_end = {group.reference for group in parse_strategy(job.strategy) if group.ref_start < 0}
+    return [read_reference(find(path), *size, fps, bool(from_end & {r, r - len(job.references)}))
+            for r, path in enumerate(job.references)]
 
 
 @lru_cache(maxsize=16)                                              # several prompts or seeds for one clip
@@ -684,13 +683,13 @@ def run(args):
         raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
     jobs = [args.job] if args.again else read_jobs(args, config)
     vae, weights = load_vae(find(args.vae), device=place.device), fingerprint(read_weights(file))
-    check_jobs(jobs, (list(read_references(job, vae.down)) for job in jobs), vae.down, config.model.patch_size)
+    check_jobs(jobs, (read_references(job, vae.down) for job in jobs), vae.down, config.model.patch_size)
     if args.again and args.weights != weights:
         place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
     how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
     told = dict(sampling=how | {"quirks": asdict(args.quirks)}, ckpt=args.ckpt, weights=weights, vae=args.vae,
                 text_encoder=args.text_encoder)
-    records = {job: json.loads(json.dumps({"job": asdict(job)} | told)) for job in jobs}    # as they are read back
+    records = {job: json.dumps({"job": asdict(job)} | told, indent=1) for job in jobs}
     todo = [job for job in jobs if args.overwrite or not there(job, records[job], args, place)]
     made = {job: read_latents(job, records[job], args.out, place.device) for job in todo}
     for job in todo:
@@ -707,7 +706,7 @@ def run(args):
     total = args.steps * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
     with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
         for batch in batches:
-            references = [list(read_references(job, vae.down)) for job in batch]
+            references = [read_references(job, vae.down) for job in batch]
             for _ in sample_segments(model, vae, text_encoder, batch, references, [made[job] for job in batch],
                                      lambda *_: bar.update(), prediction=config.prediction, **how):
                 for job in batch if place.reads and len(batch[0].prompts) > 1 else ():
@@ -743,7 +742,7 @@ def save(job, frames, record, args):
         order = " in reading order" if path.suffix == ".png" else f", {fps:g} per second"
         tqdm.write(f"{path}  " + (f"{T} frames of {H}x{W}{order}" if T > 1 else f"an image of {H}x{W}"))
     with whole(args.out / f"{job.name}.json") as part:
-        part.write_text(json.dumps(record, indent=1), "utf-8")
+        part.write_text(record, "utf-8")
     latents_file(job, args.out).unlink(missing_ok=True)
 
 
@@ -751,7 +750,7 @@ def there(job, record, args, place):
     note, last = args.out / f"{job.name}.json", pictures(job, args)[-1]
     if not note.exists() or not last.exists():
         return False
-    if json.loads(note.read_text("utf-8")) != record:
+    if note.read_text("utf-8") != record:
         raise ValueError(f"{last} is there, of another prompt or made with other settings (see its .json): choose "
                          "another --out, or let it go with --overwrite")
     place.say(f"{last} is there: skipped, --overwrite makes it anew")
