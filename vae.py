@@ -79,10 +79,9 @@ class VAE:
         join = lambda parts: rearrange(torch.cat(parts).float() * self.scale, "(b t) c h w -> b c t h w", b=len(video))
         return join([p.mean for p in posteriors]), join([p.std for p in posteriors])
 
-    def encode(self, video, generator=None):
-        """z [B C T h w] of video [B 3 T H W]: the posterior's mean, or a draw from it when a generator is given."""
-        mean, std = self.moments(video)
-        return mean if generator is None else mean + std * torch.randn(std.shape, generator=generator).to(std)
+    def encode(self, video):
+        """z [B C T h w] of video [B 3 T H W]: the posterior's mean."""
+        return self.moments(video)[0]
 
     @torch.no_grad()
     def decode(self, z):
