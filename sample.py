@@ -52,7 +52,6 @@ NUM_TIMESTEPS = 1000
 DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20, "unipc": 20}
 SAMPLERS = tuple(DEFAULT_STEPS)
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           # and the ends of their names
-T5_BLOCKS = 24                          # of the XXL
 
 
 @dataclass(frozen=True)
@@ -426,7 +425,7 @@ def read_weights(file):
 
 
 def weight_dtype(config, device):
-    return torch.bfloat16 if config.dtype == "bf16" and torch.device(device).type == "cuda" else torch.float32
+    return config.torch_dtype if torch.device(device).type == "cuda" else torch.float32
 
 
 def visiting(net, blocks, device):
@@ -670,6 +669,7 @@ def read_reference(path, height, width, fps, at_end):
 
 # ---------------------------------------------------------------- command line: sampling them
 def run(args):
+    """Samples the jobs that are asked for and not there yet; the groups of args.sp processes share them."""
     start, place = time.perf_counter(), start_processes(sp=args.sp, device=args.device)
     place.say(use(place.device, args.plain))
     if args.again:
@@ -801,7 +801,7 @@ def print_plan(ckpt):
         pixels = height * width
         decoding = (DECODER_BYTES * min(T, frames_at_once(height, width)) + 3 * 4 * T) * pixels * bool(vae)
         peak = vae + max(t5, model + held, model + decoding)
-        lean = vae + max(t5 / T5_BLOCKS, model / m.depth + held, decoding)
+        lean = vae + max(t5 / 24, model / m.depth + held, decoding)             # a block: T5-XXL has 24
         print(f"{T:>4} x {height:>3}x{width:<4}{held / gib:>13.2f}{decoding / gib:>10.2f}{peak / gib:>8.2f}"
               f"{lean / gib:>16.2f}")
 

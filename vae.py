@@ -175,17 +175,16 @@ def from_sentencepiece(data):
         pieces = [dict(protobuf(value)) for number, value in message if number == 1]
         vocabulary = [(piece[1].decode(), struct.unpack("<f", piece[2])[0]) for piece in pieces]
         charsmap = dict(protobuf(dict(message).get(3, b""))).get(2)     # without one, text stays as it is
-        place = {piece: i for i, (piece, _) in enumerate(vocabulary)}
-        special = [place[piece] for piece in ("<unk>", "</s>", "<pad>")]
+        unknown, end, _ = map([piece for piece, _ in vocabulary].index, ("<unk>", "</s>", "<pad>"))
     except (LookupError, ValueError, TypeError, struct.error) as error:
         raise ValueError(f"spiece.model: expected T5's pieces as SentencePiece writes them ({error!r})") from error
     extra = [f"<extra_id_{i}>" for i in reversed(range(100))]
-    tokenizer = Tokenizer(models.Unigram(vocabulary + [(piece, 0.0) for piece in extra], unk_id=special[0]))
+    tokenizer = Tokenizer(models.Unigram(vocabulary + [(piece, 0.0) for piece in extra], unk_id=unknown))
     if charsmap:
         tokenizer.normalizer = normalizers.Precompiled(charsmap)        # mostly Unicode's NFKC
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
     tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", special[1])])
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
                                    extra_special_tokens=extra)
 
