@@ -591,8 +591,9 @@ def split_json(line, args):
     add_job_options(parser)
     try:
         for name, value in json.loads(brace + rest or "{}").items():
-            values = value if isinstance(value, list) else [] if value is True else [value]
-            words += ["--" + name.replace("_", "-"), *map(str, values)] if value is not False else []
+            option = "--" + name.replace("_", "-")
+            words += [option] * value if isinstance(value, bool) else (
+                [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"])
         asked, unknown = parser.parse_known_args(words, argparse.Namespace(**vars(args)))
     except json.JSONDecodeError as error:
         raise ValueError(f"prompt {line!r}: a brace starts JSON that ends it, as in a cat {{\"num_frames\": 16}}: "

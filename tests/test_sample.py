@@ -778,6 +778,8 @@ def test_json_of_prompts_is_upstreams(monkeypatch):
                                    '"connect": ["a", "b"]}', asked("--size", "16x16", "--num-frames", "4"))
     assert (options.reference, options.num_frames, options.seamless) == (["a;b"], 16, True)
     assert (options.connect, options.seeds, options.size) == (["a", "b"], [3], "16x16")
+    _, options = sample.split_json('x {"mask_strategy": "-1,0", "seamless": false}', asked())    # no option, though "-"
+    assert (options.mask_strategy, options.seamless) == ("-1,0", False)
     with pytest.raises(ValueError, match="--num-frames: invalid int value: 'many'"):
         sample.split_json('x {"num_frames": "many"}', asked())
 
