@@ -1,4 +1,4 @@
-"""Raw videos -> a training set: probe, cut, measure, score, caption, choose; on any number of machines.
+"""Raw videos -> a training set: cut, measure, write clips, score, caption, choose; on any number of machines.
 
 in    a folder of videos and images
 out   DIR/files.csv (every file found), DIR/clips/, DIR/clips.csv (every clip: numbers, and why it was dropped), and
@@ -32,12 +32,11 @@ import sys
 import threading
 import time
 from array import array
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
-from dataclasses import dataclass, fields
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -51,8 +50,6 @@ from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from einops import rearrange, reduce
 from PIL import Image
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from tqdm import tqdm
 
 from data import (COLUMNS, IMAGES, MAX_PIXELS, SCORES, UnreadableClip, assign, bucket_table, end_with, fail, read_image,
@@ -60,7 +57,7 @@ from data import (COLUMNS, IMAGES, MAX_PIXELS, SCORES, UnreadableClip, assign, b
 from vae import from_pretrained  # before transformers, which it tells that our kernels.py is not the package
 
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
-                          CLIPConfig, CLIPModel, PerceiverForOpticalFlow)
+                          CLIPConfig, CLIPModel)
 
 
 # ---- probe ----
@@ -77,43 +74,27 @@ def find_files(folder, out=None) -> tuple[list[Path], list[Path]]:
         raise FileNotFoundError(f"{folder}: no such file or folder - give one with videos or images")
     found, other = [], []
     for place, folders, names in os.walk(folder) if folder.is_dir() else [(folder.parent, [], [folder.name])]:
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name) != out]
-        for name in names:
-            if not name.startswith("."):
-                path = Path(place, name)
-                is_utf8 = str(path).encode(errors="ignore").decode() == str(path)
-                (found if is_utf8 and name.lower().endswith(VIDEOS + IMAGES) else other).append(path)
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name).absolute() != out]
+        for path in (Path(place, name) for name in names if not name.startswith(".")):
+            is_utf8 = str(path).encode(errors="ignore").decode() == str(path)
+            (found if is_utf8 and path.name.lower().endswith(VIDEOS + IMAGES) else other).append(path)
     return sorted(found), sorted(other)
-
-
-def file_hash(path) -> str:
-    """Of the size and the first and last 64 KiB: takes a millisecond whatever the size."""
-    with open(path, "rb") as f:
-        size = os.fstat(f.fileno()).st_size
-        head = f.read(1 << 16)
-        f.seek(max(0, size - (1 << 16)))
-        return hashlib.sha256(b"%d " % size + head + f.read(1 << 16)).hexdigest()[:16]
 
 
 def probe(path) -> dict:
     """The columns that opening a file tells; height and width as displayed, rotation counter-clockwise in degrees.
 
     num_frames is the number of packets with different times, after the container's edit list, without decoding
-    them (counted = "packets"), or 1 for an image ("decoded"); cutting decodes and corrects it.
-    Raises UnreadableClip or OSError.
+    them (counted = "packets"), or 1 for an image; cutting decodes and corrects it.  Raises UnreadableClip or OSError.
     """
-    is_image = str(path).lower().endswith(IMAGES)
-    found = {"kind": "image" if is_image else "video", "hash": file_hash(path)}
-    return found | (probe_image(path) if is_image else probe_video(path))
-
-
-def probe_image(path) -> dict:
-    height, width, _ = read_image(str(path)).shape
-    return {"num_frames": 1, "counted": "decoded", "fps": "", "height": height, "width": width, "rotation": 0,
-            "seconds": 0.0, "codec": Path(path).suffix[1:].lower()}
-
-
-def probe_video(path) -> dict:
+    with open(path, "rb") as f:  # the hash is of the size and the first and last 64 KiB: a millisecond for any size
+        size, head = os.fstat(f.fileno()).st_size, f.read(1 << 16)
+        f.seek(max(0, size - (1 << 16)))
+        columns = {"hash": hashlib.sha256(b"%d " % size + head + f.read(1 << 16)).hexdigest()[:16]}
+    if str(path).lower().endswith(IMAGES):
+        height, width, _ = read_image(str(path)).shape
+        return columns | {"kind": "image", "num_frames": 1, "counted": "decoded", "fps": "", "height": height,
+                          "width": width, "rotation": 0, "seconds": 0.0, "codec": Path(path).suffix[1:].lower()}
     times, packets = set(), 0
     try:
         with av.open(str(path), options={"max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore") as container:
@@ -133,8 +114,9 @@ def probe_video(path) -> dict:
     rate = constant_rate(np.array(sorted(map(float, times))), stream.guessed_rate)
     seconds = float(max(times) - min(times)) if times else 0.0
     fps = float(rate or max(1, len(times) - 1) / max(seconds, 0.001))
-    return {"num_frames": len(times), "counted": "packets", "fps": round(fps, 4), "height": height, "width": width,
-            "rotation": 90 * turns, "seconds": round(seconds + 1 / fps, 3), "codec": stream.codec_context.name}
+    return columns | {"kind": "video", "num_frames": len(times), "counted": "packets", "fps": round(fps, 4),
+                      "height": height, "width": width, "rotation": 90 * turns, "seconds": round(seconds + 1 / fps, 3),
+                      "codec": stream.codec_context.name}
 
 
 def displayed(path, frame, stream) -> tuple[int, int, int]:
@@ -153,10 +135,11 @@ def constant_rate(times: np.ndarray, guess=None) -> Fraction | None:
     gap = np.median(gaps) if len(gaps) else 0.0
     if gap <= 0:
         return Fraction(guess or 24) if len(times) == 1 else None
-    if (np.abs(gaps - gap) > 0.05 * gap + 0.0015).mean() > 0.02:  # Matroska's times are whole milliseconds
+    usual = np.abs(gaps - gap) <= 0.05 * gap + 0.0015  # Matroska's times are whole milliseconds
+    if (~usual).mean() > 0.02:
         return None
-    usual = gaps[np.abs(gaps - gap) <= 0.05 * gap + 0.0015].mean()
-    return Fraction(guess if guess and abs(usual * guess - 1) < 0.01 else 1 / usual).limit_denominator(1001)
+    gap = gaps[usual].mean()
+    return Fraction(guess if guess and abs(gap * guess - 1) < 0.01 else 1 / gap).limit_denominator(1001)
 
 
 # ---- decoding ----
@@ -167,13 +150,14 @@ def decoded(path, fast=False):
     fast leaves out H.264's deblocking: a third of the time, and nothing that is seen at a quarter of the size.
     """
     count, seconds, last = 0, 0.0, -math.inf
-    options = {"max_pixels": str(MAX_PIXELS)} | ({"skip_loop_filter": "all"} if fast else {})
+    limit = {"max_pixels": str(MAX_PIXELS)}
     try:
-        with av.open(str(path), options={"max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore") as container:
+        with av.open(str(path), options=limit, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise UnreadableClip(f"{path}: has no video stream of a known codec")
-            stream.codec_context.options, stream.codec_context.thread_count = options, 1  # workers are the parallelism
+            stream.codec_context.options = limit | ({"skip_loop_filter": "all"} if fast else {})
+            stream.codec_context.thread_count = 1  # workers are the parallelism
             gap = float(1 / (stream.guessed_rate or 24))
             for frame in container.decode(stream):
                 if frame.is_corrupt:
@@ -224,13 +208,54 @@ MIN_CHANGE = 8.0  # of `change`, the original's 15; the clips' cuts have 13.5 or
 FLASH = 6  # frames: what looks as before after so many was a flash
 DISSOLVES = (12, 16, 24, 32, 48)  # frames over which a mixture is looked for; a longer one looks as linear within
 MIN_MIXED = 0.25  # of `mixing`: the clips' one dissolve has 0.32, motion up to 0.16
-BLOCK, HALO = 2048, 160  # frames searched at once, and those beside them that are looked at again
+BLOCK, HALO = 2048, 160  # frames searched at once, and those beside them that are looked at, too
+
+
+class Cuts:
+    """Takes the small frames of a video, run after run, and gives its transitions; holds a KB of each frame."""
+    def __init__(self):
+        self.last, self.changes, self.thumbs = None, [0.0], bytearray()  # small arrays would scatter: see `measure`
+
+    def add(self, frames):
+        """frames: the next uint8 [T h w 3]."""
+        step = -(-max(frames.shape[1:3]) // 80)
+        frames = frames[:, ::step, ::step]  # at most 80 pixels a side
+        now = hsv(frames)
+        two = now if self.last is None else [np.concatenate([a, b]) for a, b in zip(self.last, now)]
+        self.changes += change([x[:-1] for x in two], [x[1:] for x in two]).tolist()
+        self.last = [x[-1:] for x in now]
+        x = frames[:, :frames.shape[1] // 2 * 2 or None, :frames.shape[2] // 2 * 2 or None].astype(np.uint16)
+        x = (x[:, ::2, ::2] + x[:, 1::2, 1::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2]) // 4
+        self.thumbs += x.astype(np.uint8).tobytes()
+
+    def end(self) -> list[tuple[int, int]]:
+        """Transitions (end of a shot, begin of the next), ascending: the same frame for a hard cut.
+
+        Those that overlap, or hard cuts within half a second with no quiet frame between, are one: an object that
+        sweeps over the picture.
+        """
+        changes, found = np.array(self.changes), []
+        thumbs = np.frombuffer(self.thumbs, np.uint8).reshape(len(changes), -1)
+        starts = range(0, max(1, len(changes) - 2 * HALO + 1), BLOCK)
+        for start in starts:
+            part = slice(start, None if start == starts[-1] else start + BLOCK + 2 * HALO)
+            near, x = changes[part], thumbs[part].astype(np.float32)
+            lead, upto = HALO if start else 0, len(near) if start == starts[-1] else BLOCK + HALO
+            events = [(t, t) for t in hard_cuts(near, x)] + mixed(x, near)
+            found += [(start + a, start + b) for a, b in events if lead <= a < upto]
+        transitions, busy = [], changes >= MIN_CHANGE
+        for a, b in sorted(found):
+            end = transitions[-1][1] if transitions else -math.inf
+            if a <= end or a - end < 12 and busy[end:a].all():
+                transitions[-1] = transitions[-1][0], max(b, end)
+            else:
+                transitions.append((a, b))
+        return transitions
 
 
 def hsv(frames):
-    """uint8 [T h w 3] -> hue in half degrees, chroma, value (float32 [T h w], 0..255), of at most 80 pixels a side."""
-    k = -(-max(frames.shape[1:3]) // 80)
-    r, g, b = np.moveaxis(frames[:, ::k, ::k], -1, 0).astype(np.float32, order="C")
+    """uint8 [T h w 3] -> hue in half degrees, chroma, value (float32 [T h w], 0..255)."""
+    r, g, b = np.moveaxis(frames, -1, 0).astype(np.float32, order="C")
     value = np.maximum(np.maximum(r, g), b)
     chroma = value - np.minimum(np.minimum(r, g), b)
     sector = np.where(value == r, g - b, np.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
@@ -249,33 +274,17 @@ def change(one, two):
     return (hue + np.abs(one[1] - two[1]) + np.abs(one[2] - two[2])).mean((1, 2)) / 3
 
 
-def thumbnails(frames):
-    """uint8 [T h w 3] -> uint8 [T P]: about 40 x 22 pixels, each the mean of 2 x 2 of those `hsv` sees."""
-    k = -(-max(frames.shape[1:3]) // 80)
-    x = frames[:, ::k, ::k]
-    x = x[:, :x.shape[1] // 2 * 2 or None, :x.shape[2] // 2 * 2 or None].astype(np.uint16)
-    return ((x[:, ::2, ::2] + x[:, 1::2, 1::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2]) // 4).astype(np.uint8).reshape(
-        len(frames), -1)
-
-
-def moving(changes):
-    """Those that are not of a frame shown twice, as animation at 8 or 12 frames a second has."""
-    return changes[changes > 0.3]
-
-
 def hard_cuts(changes, thumbs) -> list[int]:
-    """First frames of new shots: where the change is RATIO times the median of those around it, and
-    lasts.  The original's mean is drawn up by fast motion right after a cut.
-
-    changes [T]: changes[t] between frame t - 1 and t; thumbs float [T P].
-    """
+    """First frames of new shots: where the change is RATIO times the median of those around it, and lasts.  The
+    original's mean is drawn up by fast motion right after a cut.  changes [T]: changes[t] between frame t - 1 and t;
+    thumbs float32 [T P]: about 40 x 22 pixels of each."""
     cuts = []
     for t in np.flatnonzero(changes >= MIN_CHANGE):
-        near = [*moving(changes[max(1, t - 6):t])[-WINDOW:], *moving(changes[t + 1:t + 7])[:WINDOW]]
+        before, after = changes[max(1, t - 6):t], changes[t + 1:t + 7]
+        near = [*before[before > 0.3][-WINDOW:], *after[after > 0.3][:WINDOW]]  # animation shows frames twice or thrice
         if changes[t] < RATIO * np.median(near or [0]):
             continue
-        before, after = thumbs[max(0, t - FLASH):t, None], thumbs[t:t + FLASH]
-        apart = np.abs(before - after).mean(-1)  # [FLASH FLASH]
+        apart = np.abs(thumbs[max(0, t - FLASH):t, None] - thumbs[t:t + FLASH]).mean(-1)  # [FLASH FLASH]
         if apart.min() > 0.3 * apart[-1, 0]:  # no frame before looks like one after
             cuts.append(int(t))
     return cuts
@@ -333,56 +342,9 @@ def mixed(thumbs, changes) -> list[tuple[int, int]]:
     return found
 
 
-class Cuts:
-    """Takes the small frames of a video, run after run, and gives its transitions; holds BLOCK + 2 HALO thumbnails."""
-    def __init__(self):
-        self.last, self.start, self.changes, self.thumbs, self.found = None, 0, np.zeros(1), None, []
-
-    def add(self, frames):
-        """frames: the next uint8 [T h w 3]."""
-        now = hsv(frames)
-        two = now if self.last is None else [np.concatenate([a, b]) for a, b in zip(self.last, now)]
-        self.changes = np.append(self.changes, change([x[:-1] for x in two], [x[1:] for x in two]))
-        self.last, new = [x[-1:] for x in now], thumbnails(frames)
-        self.thumbs = new if self.thumbs is None else np.concatenate([self.thumbs, new])
-        if len(self.thumbs) >= BLOCK + 2 * HALO:
-            self.search(BLOCK + HALO)
-
-    def search(self, upto: int):
-        """Looks for what begins in the frames held, before `upto` of them, and keeps HALO before that."""
-        thumbs, lead = self.thumbs.astype(np.float32), HALO if self.start else 0
-        events = [(t, t) for t in hard_cuts(self.changes, thumbs)] + mixed(thumbs, self.changes)
-        self.found += [(self.start + a, self.start + b) for a, b in events if lead <= a < upto]
-        busy = self.changes >= MIN_CHANGE
-        self.found = joined(self.found, self.start, busy)
-        keep = max(0, upto - HALO)
-        self.start, self.thumbs, self.changes = self.start + keep, self.thumbs[keep:], self.changes[keep:]
-
-    def end(self) -> list[tuple[int, int]]:
-        """Transitions (end of a shot, begin of the next), ascending: the same frame for a hard cut."""
-        if self.thumbs is not None:
-            self.search(len(self.thumbs))
-        return self.found
-
-
-def joined(events, start: int, busy) -> list[tuple[int, int]]:
-    """Events that overlap, or hard cuts within half a second with no quiet frame between, become one: an object that
-    sweeps over the picture.  busy [T]: of frame start + t, whether it differs much from the one before."""
-    out = []
-    for a, b in sorted(events):
-        close = out and a - out[-1][1] < 12 and out[-1][1] >= start and busy[out[-1][1] - start:a - start].all()
-        if out and (a <= out[-1][1] or close):
-            out[-1] = out[-1][0], max(b, out[-1][1])
-        else:
-            out.append((a, b))
-    return out
-
-
 def split(transitions, times, min_seconds=2.0, max_seconds=16.0):
-    """(clips, too short): both lists of (first frame, frame after the last).
-
-    Transitions' own frames are in neither; a shot over max_seconds is divided evenly.  times [T] in seconds.
-    """
+    """(clips, too short): both lists of (first frame, frame after the last), without the frames of transitions; a shot
+    over max_seconds is divided evenly.  times [T] in seconds."""
     clips, short = [], []
     gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
     ends = np.append(times, times[-1] + gap)  # when the frame before is over
@@ -413,33 +375,21 @@ def grey(frames) -> torch.Tensor:
     return torch.as_tensor(np.ascontiguousarray(frames)).float() @ torch.tensor([0.299, 0.587, 0.114])
 
 
-def smooth(x, width=3):
-    """Binomial of 3, or box of another width, over [... h w]; the edge repeats."""
-    x = F.pad(x, (width // 2,) * 4, mode="replicate")
-    if width == 3:
-        x = (x[..., :-2] + x[..., 2:]).add_(x[..., 1:-1], alpha=2)
-        return (x[..., :-2, :] + x[..., 2:, :]).add_(x[..., 1:-1, :], alpha=2).mul_(1 / 16)
-    return F.avg_pool2d(F.avg_pool2d(x, (1, width), 1), (width, 1), 1)
+def padded(x, n=1):
+    return F.pad(x, (n,) * 4, mode="replicate")
+
+
+def smooth(x):
+    """Binomial of 3 over [... h w]; the edge repeats."""
+    x = padded(x)
+    x = (x[..., :-2] + x[..., 2:]).add_(x[..., 1:-1], alpha=2)
+    return (x[..., :-2, :] + x[..., 2:, :]).add_(x[..., 1:-1, :], alpha=2).mul_(1 / 16)
 
 
 def gradient(x):
     """Central differences of [N 1 h w], to the right and down."""
-    x = F.pad(x, (1, 1, 1, 1), mode="replicate")
+    x = padded(x)
     return (x[..., 1:-1, 2:] - x[..., 1:-1, :-2]) / 2, (x[..., 2:, 1:-1] - x[..., :-2, 1:-1]) / 2
-
-
-def warp(b, field):
-    """b [N 1 h w] read at p + field(p), field [N 2 h w]; and 1.0 where that lies inside, [N 1 h w]."""
-    h, w = b.shape[-2:]
-    x, y = torch.arange(w) + field[:, 0], torch.arange(h)[:, None] + field[:, 1]
-    inside = (x >= 0) & (x <= w - 1) & (y >= 0) & (y <= h - 1)
-    place = torch.stack((x * (2 / (w - 1)) - 1, y * (2 / (h - 1)) - 1), -1)
-    return F.grid_sample(b, place, padding_mode="border", align_corners=True), inside[:, None].float()
-
-
-def spread(u, h, w):
-    """[N 2 cells] -> [N 2 h w]; a cell may reach over the edge."""
-    return F.interpolate(u, scale_factor=CELL, mode="bilinear")[..., :h, :w]
 
 
 def flow(a, b) -> torch.Tensor:
@@ -450,7 +400,6 @@ def flow(a, b) -> torch.Tensor:
     to fine with warping.  Each pixel's equation is divided by its gradient (Zimmer et al., IJCV 93(3), 2011) and by
     a Cauchy weight of its misfit.  Levels of a Laplacian pyramid: light that changes is no motion.  Up to 20 pixels
     at 320 wide: mean end-point error 0.12 pixel, 0.2 with noise of 2 grey levels on both frames.
-    Raises ValueError on unlike shapes and below 32 pixels.
     """
     if a.shape != b.shape or a.ndim != 3 or min(a.shape[1:]) < 32:
         raise ValueError(f"flow needs two batches [N h w], h and w at least 32, got {[*a.shape]} and {[*b.shape]}")
@@ -458,18 +407,28 @@ def flow(a, b) -> torch.Tensor:
     while len(pyramid) < LEVELS and min(pyramid[-1][0].shape[-2:]) >= 16:
         pyramid.append(tuple(F.avg_pool2d(smooth(x), 2, ceil_mode=True) for x in pyramid[-1]))
     u = torch.zeros(len(a), 2, *pyramid[-1][0].shape[-2:])  # as from a coarser level; cut to size below
-    for (a, b), warps in reversed(list(zip(pyramid, WARPS))):
-        h, w = a.shape[-2:]
-        a, b = a - smooth(a, 7), b - smooth(b, 7)
+    for pair, warps in reversed(list(zip(pyramid, WARPS))):
+        h, w = pair[0].shape[-2:]
+        a, b = (x - F.avg_pool2d(F.avg_pool2d(padded(x, 3), (1, 7), 1), (7, 1), 1) for x in pair)
         u = 2 * F.interpolate(u, scale_factor=2, mode="bilinear")[..., :-(-h // CELL), :-(-w // CELL)]
         for _ in range(warps):
             u = refine(a, b, u)
-    return spread(u, h, w)
+    return per_pixel(u, h, w)
+
+
+def per_pixel(u, h, w):
+    """[N 2 cells] -> [N 2 h w]; a cell may reach over the edge."""
+    return F.interpolate(u, scale_factor=CELL, mode="bilinear")[..., :h, :w]
 
 
 def refine(a, b, u):
     """One warp of b by the flow u [N 2 cells], then Jacobi sweeps over the linear equations of CLG for the new flow."""
-    warped, inside = warp(b, spread(u, *a.shape[-2:]))
+    h, w = a.shape[-2:]
+    field = per_pixel(u, h, w)
+    x, y = torch.arange(w) + field[:, 0], torch.arange(h)[:, None] + field[:, 1]
+    inside = ((x >= 0) & (x <= w - 1) & (y >= 0) & (y <= h - 1))[:, None].float()
+    place = torch.stack((x * (2 / (w - 1)) - 1, y * (2 / (h - 1)) - 1), -1)
+    warped = F.grid_sample(b, place, padding_mode="border", align_corners=True)
     (ax, ay), (bx, by), misfit = gradient(a), gradient(warped), warped - a
     gx, gy = (ax + bx) / 2, (ay + by) / 2
     weight = inside / ((gx * gx + gy * gy + GRADIENT ** 2) * (1 + (misfit / OUTLIER) ** 2))
@@ -482,7 +441,7 @@ def refine(a, b, u):
     known = solve(torch.stack((xx * u[:, 0] + xy * u[:, 1] - xt, xy * u[:, 0] + yy * u[:, 1] - yt), 1))
     inv = SMOOTH * inv[0], SMOOTH * inv[1]
     for _ in range(SWEEPS):
-        u = known + solve(F.avg_pool2d(F.pad(u, (1, 1, 1, 1), mode="replicate"), 3, 1))
+        u = known + solve(F.avg_pool2d(padded(u), 3, 1))
     return u
 
 
@@ -507,14 +466,19 @@ def similarity(field):
     y, x = torch.meshgrid(torch.arange(2, h, 6) - (h - 1) / 2, torch.arange(2, w, 6) - (w - 1) / 2, indexing="ij")
     z = torch.complex(x, y).flatten()  # [P]
     f = rearrange(torch.complex(field[:, 0], field[:, 1])[:, 2::6, 2::6], "n h w -> n (h w)")
+
+    def following(shift, turn):
+        motion = shift + turn * z
+        return ((f - motion).abs() < AGAINST[0] + AGAINST[1] * motion.abs()).float().mean(1)
+
     i, j = torch.randint(len(z), (2, 400), generator=torch.Generator().manual_seed(0))
     far = ((z[i] - z[j]).abs() > min(h, w) / 3).nonzero()[:96, 0]  # close points would tell growth from noise
     i, j = i[far], j[far]
     turn = (f[:, i] - f[:, j]) / (z[i] - z[j])  # [N K]
     shift = f[:, i] - turn * z[i]
-    count = torch.stack([follows(f, z, s[:, None], t[:, None]).float().mean(1) for s, t in zip(shift.T, turn.T)])
-    best = count.argmax(0, keepdim=True)  # [1 N]
-    shift, turn = shift.T.gather(0, best).T, turn.T.gather(0, best).T  # [N 1]
+    count = torch.stack([following(s[:, None], t[:, None]) for s, t in zip(shift.T, turn.T)])
+    best = count.argmax(0)[:, None]  # [N 1]
+    shift, turn = shift.gather(1, best), turn.gather(1, best)
     for _ in range(8):
         weight = 1 / (1 + ((f - shift - turn * z).abs() / CAUCHY) ** 2)
         weight = weight / weight.sum(1, keepdim=True)
@@ -522,12 +486,7 @@ def similarity(field):
         turn = (weight * (z - zm).conj() * (f - fm)).sum(1, keepdim=True)
         turn = turn / (weight * (z - zm).abs() ** 2).sum(1, keepdim=True)
         shift = fm - turn * zm
-    return shift[:, 0], turn[:, 0], 1 - follows(f, z, shift, turn).float().mean(1)
-
-
-def follows(f, z, shift, turn):
-    motion = shift + turn * z
-    return (f - motion).abs() < AGAINST[0] + AGAINST[1] * motion.abs()
+    return shift[:, 0], turn[:, 0], 1 - following(shift, turn)
 
 
 def motion(field, seconds) -> np.ndarray:
@@ -572,39 +531,18 @@ def camera(rows) -> dict:
 # ---- checks: grey frames [T h w] in 0..255, longer side 320 ----
 
 REPEAT = 0.6      # grey levels, mean over any 16 x 16 block
-UNIFORM = 4.0     # grey levels, standard deviation of a frame
+UNIFORM = 4.0     # grey levels, standard deviation of a frame: one colour all over, such as black
 BAR = 24.0        # grey levels that black bars stay under; black is 0, or 16 where the range is mistaken
 COMB = 12.0       # grey levels by which a row sticks out from both neighbours
 
 
-def brightness(g):
-    """[T] mean luma, 0..1."""
-    return reduce(g, "t h w -> t", "mean") / 255
-
-
-def contrast(g):
-    """[T] standard deviation of luma, 0..0.5 (half of the frame black, half white)."""
-    return spread_of(g).clamp(min=0).sqrt() / 255
-
-
-def spread_of(x):
-    """[T] variance of [T h w]; torch's own takes four times as long."""
-    return x.square().mean((1, 2)) - x.mean((1, 2)).square()
-
-
-def sharpness(g):
-    """[T] variance of the Laplacian, grey levels squared (Pech-Pacheco et al., ICPR 2000, LAPV): low where blurred.
-
-    Only comparable at one size, here a longer side of 320; smaller videos are not enlarged and look sharper.
-    Shots of real clips have 100 to 5000, after a box blur of 9 pixels 1 to 20: reject below 20.
-    """
+def looks(g):
+    """[T 3]: brightness, the mean luma, 0..1; contrast, its standard deviation, 0..0.5 (half black, half white); and
+    sharpness, the variance of the Laplacian, grey levels squared (Pech-Pacheco et al., ICPR 2000, LAPV), which compares
+    at one size only.  Shots of real clips have 100 to 5000, after a box blur of 9 pixels 1 to 20."""
+    variance = lambda x: x.square().mean((1, 2)) - x.mean((1, 2)).square()  # torch's own takes four times as long
     lap = g[:, 1:-1, :-2] + g[:, 1:-1, 2:] + g[:, :-2, 1:-1] + g[:, 2:, 1:-1] - 4 * g[:, 1:-1, 1:-1]
-    return spread_of(lap)
-
-
-def uniform(contrasts):
-    """bool [T] of `contrast`: one colour all over, such as black."""
-    return contrasts * 255 < UNIFORM
+    return torch.stack((g.mean((1, 2)) / 255, variance(g).clamp(min=0).sqrt() / 255, variance(lap)), 1)
 
 
 def repeats(g):
@@ -615,39 +553,6 @@ def repeats(g):
 def longest(flags) -> int:
     """The longest run of True: of repeats, a held picture; many short ones are a low frame rate in a high one."""
     return max((len(run) for run in "".join("01"[int(f)] for f in flags).split("0")), default=0)
-
-
-def lit_share(g):
-    """Of a grey frame [h w] the share of each row, and of each column, that is no black, in 1/255: bytes [h], [w]."""
-    lit = 255 * (g > BAR).float()
-    return tuple(bytes(lit.mean(axis).round().byte().tolist()) for axis in (1, 0))
-
-
-def bars(rows, columns) -> np.ndarray:
-    """Black rows above and below, columns left and right, that hold over T frames: [4].
-
-    rows [T h], columns [T w] in 1/255: `lit_share`.  A bar ends in a straight edge: most of the first line after it is
-    lit in some frame, which titles on black and night skies are not; frames too dark for that give 0.
-    """
-    return np.array([edge(rows), edge(rows[:, ::-1]), edge(columns), edge(columns[:, ::-1])])
-
-
-def edge(lit) -> int:
-    """Dark lines of [T h] before the first lit one; 0 when no straight edge ends them or over a third is dark."""
-    spots = np.quantile(lit, 0.98, 0) / 255  # [h] share of the line in a bright frame; one in fifty may be broken
-    dark = int((spots < 0.02).cumprod().sum())
-    return dark if 0 < dark <= lit.shape[1] // 3 and lit[:, dark:dark + 3].max() > 127 else 0
-
-
-def crop(bar, small, height, width) -> tuple[int, int, int, int]:
-    """The box without bars, (top, left, height, width) in pixels of the full frame: even, a small row inside the edge.
-
-    bar: from `bars` on frames of size small = (h, w).
-    """
-    h, w = small
-    sides = zip(bar, (height / h, height / h, width / w, width / w))
-    top, bottom, left, right = (2 * math.ceil((n + 0.5) * scale / 2) if n else 0 for n, scale in sides)
-    return top, left, (height - top - bottom) // 2 * 2, (width - left - right) // 2 * 2
 
 
 def combs(g):
@@ -665,16 +570,48 @@ def combs(g):
     return (share(g) - share(rearrange(g, "t h w -> t w h"))).clamp(min=0)
 
 
+def lit_share(g):
+    """Of a grey frame [h w] the share of each row, and of each column, that is no black, in 1/255: bytes [h], [w]."""
+    lit = 255 * (g > BAR).float()
+    return tuple(bytes(lit.mean(axis).round().byte().tolist()) for axis in (1, 0))
+
+
+def bars(lit) -> np.ndarray:
+    """Black rows above and below, columns left and right, that hold over frames of `lit_share`: [4].
+
+    A bar ends in a straight edge: most of the first line after it is lit in some frame, which titles on black and night
+    skies are not; frames too dark for that give 0, and so do those of which it would be over a third.
+    """
+    def edge(lines):
+        spots = np.quantile(lines, 0.98, 0) / 255  # share of the line in a bright frame; one in fifty may be broken
+        dark = int((spots < 0.02).cumprod().sum())
+        return dark if 0 < dark <= lines.shape[1] // 3 and lines[:, dark:dark + 3].max() > 127 else 0
+    rows, columns = (np.frombuffer(b"".join(lines), np.uint8).reshape(len(lines), -1) for lines in zip(*lit))
+    return np.array([edge(rows), edge(rows[:, ::-1]), edge(columns), edge(columns[:, ::-1])])
+
+
+def crop(bar, small, height, width) -> tuple[int, int, int, int]:
+    """The box without bars, (top, left, height, width) in pixels of the full frame: even, a small row inside the edge.
+
+    bar: from `bars` on frames of size small = (h, w).
+    """
+    h, w = small
+    sides = zip(bar, (height / h, height / h, width / w, width / w))
+    top, bottom, left, right = (2 * math.ceil((n + 0.5) * scale / 2) if n else 0 for n, scale in sides)
+    return top, left, (height - top - bottom) // 2 * 2, (width - left - right) // 2 * 2
+
+
 # ---- one decode for cuts, motion and checks ----
 
 class Measured(NamedTuple):
-    """What `measure` keeps of T frames: some 200 bytes of each and 4 KB of a few.  A frame is named by its number."""
+    """What `measure` keeps of T frames: a KB of each and 4 KB of a few.  A frame is named by its number."""
     times: np.ndarray    # [T] seconds
     transitions: list    # (end of a shot, begin of the next)
     looks: np.ndarray    # [T 4] brightness, contrast, sharpness, whether it repeats the frame before
     moves: np.ndarray    # [pairs 8] first frame, second frame, and what `motion` says
     woven: np.ndarray    # [frames 2] frame, combs
-    lit: list            # (frame, `lit_share` of its rows [h], of its columns [w], perceptual hash)
+    samples: list        # (frame, `lit_share` of its rows [h], of its columns [w], perceptual hash)
+    bars: np.ndarray     # [4] of all samples
 
 
 def measure(path) -> Measured:
@@ -682,13 +619,13 @@ def measure(path) -> Measured:
 
     What stays is in lists of numbers: small arrays would lie among the freed large ones, and 10 minutes of video would
     take another GiB."""
-    cuts, times, looks, moves, woven, samples = Cuts(), [], [], [], [], []
+    cuts, times, seen, moves, woven, samples = Cuts(), [], [], [], [], []
     count, last, quarter, starts, pairs = 0, None, -1, [], []
     for seconds, frames, coded in small_frames(path):
         cuts.add(frames)
         g = grey(frames)
         same = repeats(torch.cat((g[:1] if last is None else last, g)))
-        looks += torch.stack((brightness(g), contrast(g), sharpness(g), same.float()), 1).tolist()
+        seen += torch.cat((looks(g), same[:, None].float()), 1).tolist()
         woven.append((count, combs(torch.from_numpy(coded).float()).item()))
         quarters = np.floor((seconds - (times or seconds)[0]) * PAIRS_PER_SECOND + 1e-3)
         for i in np.flatnonzero(np.diff(quarters, prepend=quarter)):
@@ -703,8 +640,8 @@ def measure(path) -> Measured:
         count, last, quarter = count + len(g), g[-1:], quarters[-1]
         times += seconds.tolist()
     moves += moves_of(pairs)
-    return Measured(np.array(times), cuts.end(), np.array(looks), np.array(moves).reshape(-1, 8), np.array(woven),
-                    samples)
+    return Measured(np.array(times), cuts.end(), np.array(seen), np.array(moves).reshape(-1, 8), np.array(woven),
+                    samples, bars([sample[1:3] for sample in samples]))
 
 
 def moves_of(pairs) -> list:
@@ -716,35 +653,17 @@ def moves_of(pairs) -> list:
 
 
 def describe(m: Measured, first: int, end: int) -> dict:
-    """The columns of a clip of frames first .. end - 1."""
-    looks, same = m.looks[first:end], m.looks[first + 1:end, 3]
-    seconds = m.times[end - 1] - m.times[first]
+    """The columns of a clip of frames first .. end - 1, and its `bars`."""
+    seen, same = m.looks[first:end], m.looks[first + 1:end, 3]
     moves = m.moves[(m.moves[:, 0] >= first) & (m.moves[:, 1] < end)]
     woven = m.woven[(m.woven[:, 0] >= first) & (m.woven[:, 0] < end), 1]
-    hashes = [sample[3] for sample in m.lit if first <= sample[0] < end] or [m.lit[0][3]]
+    samples = [sample for sample in m.samples if first <= sample[0] < end] or m.samples[:1]
     return camera(moves[:, 2:]) | {
-        "brightness": looks[:, 0].mean(), "contrast": looks[:, 1].mean(), "sharpness": np.median(looks[:, 2]),
-        "uniform": uniform(looks[:, 1]).mean(), "repeats": same.mean() if len(same) else 0.0,
-        "held": longest(same) / max(1, len(same)) * seconds, "combs": woven.max(initial=0.0),
-        "phash": joint_hash(hashes)}
-
-
-def box_of(m: Measured, first: int, end: int, height: int, width: int):
-    """(top, left, height, width) that letterbox bars leave of a clip's frames, in pixels as displayed.
-
-    Bars of the whole video count, too: a dark clip of its own shows no edge.
-    """
-    found = []
-    for lit in ([sample for sample in m.lit if first <= sample[0] < end], m.lit):
-        _, rows, columns, _ = zip(*lit or m.lit[:1])
-        found.append(bars(*(np.array([[*line] for line in lines]) for lines in (rows, columns))))
-    return crop(np.maximum(*found), (len(rows[0]), len(columns[0])), height, width)
-
-
-def rounded(columns: dict) -> dict:
-    """Floats to 4 digits after the point, nan to "", as they go into a csv."""
-    return {name: value if not isinstance(value, (float, np.floating)) else
-            "" if math.isnan(value) else round(float(value), 4) for name, value in columns.items()}
+        "brightness": seen[:, 0].mean(), "contrast": seen[:, 1].mean(), "sharpness": np.median(seen[:, 2]),
+        "uniform": (seen[:, 1] * 255 < UNIFORM).mean(), "repeats": same.mean() if len(same) else 0.0,
+        "held": longest(same) / max(1, len(same)) * (m.times[end - 1] - m.times[first]),
+        "combs": woven.max(initial=0.0), "phash": joint_hash([sample[3] for sample in samples]),
+        "bars": np.maximum(bars([sample[1:3] for sample in samples]), m.bars)}  # a dark clip of its own shows no edge
 
 
 # ---- writing clips ----
@@ -756,9 +675,8 @@ MAX_SIDE = 720  # of the short side
 def write_clips(path, clips, times):
     """Decodes path once, writes clips (first frame, frame after the last, file .mp4, box), ascending; yields columns.
 
-    box: (top, left, height, width) to cut out of the frame as displayed, or None for all of it.
-
-    times [T] in seconds, of all frames of path.
+    box: (top, left, height, width) to cut out of the frame as displayed, or None for all of it.  times [T] in seconds,
+    of all frames of path.
     """
     frames, at = decoded(path), 0
     for start, end, out, box in clips:
@@ -793,9 +711,8 @@ def write_clip(out, frames, times, box=None) -> dict:
                     stream.width, stream.height, stream.pix_fmt = small.width, small.height, "yuv420p"
                     for tag in ("colorspace", "color_range"):
                         setattr(stream.codec_context, tag, int(getattr(small, tag)))
-                small.pts, small.time_base = count, stream.codec_context.time_base
-                if not rate:
-                    small.pts = round((seconds - times[0]) * 90000)
+                small.pts = count if rate else round((seconds - times[0]) * 90000)
+                small.time_base = stream.codec_context.time_base
                 small.pict_type = PictureType.NONE  # else x264 makes a key frame wherever the source had one
                 container.mux(stream.encode(small))
                 count += 1
@@ -817,27 +734,27 @@ def as_displayed(path, frame, source, box=None) -> av.filter.Graph:
     scale = min(1, MAX_SIDE / min(box[2:]))
     size = [round(n * scale) for n in ((height, width) if turns % 2 else (width, height))]
     top, left, height, width = (round(n * scale) for n in box)
-    turn = [("transpose", "cclock")] * (turns % 2) + [("hflip", ""), ("vflip", "")] * (turns > 1)
+    turn = [("transpose", "cclock")] * (turns % 2) + [("hflip", None), ("vflip", None)] * (turns > 1)
     steps = [("scale", "{}:{}:flags=area".format(*size)), *turn, ("format", "yuv420p"),
              ("crop", f"{width // 2 * 2}:{height // 2 * 2}:{left}:{top}:exact=1"), ("setsar", "1")]
     graph = av.filter.Graph()
     nodes = [graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=source.time_base),
-             *(graph.add(name, text) if text else graph.add(name) for name, text in steps), graph.add("buffersink")]
+             *(graph.add(name, text) for name, text in steps), graph.add("buffersink")]
     graph.link_nodes(*nodes).configure()
     return graph
 
 
-# ---- frames, in workers ----
+# ---- networks: frames by workers, numbers by a device ----
 
 def read_frames(row, places) -> list[np.ndarray]:
     """Frames [H W 3] of a clip by number, each decoded from the key frame before it, at most 15 frames back."""
     return [read_window(row["path"], 1, start=i)[0][0].numpy() for i in places]
 
 
-def ends_and_middle(row) -> list[int]:
-    """First, middle and last; an image's only frame is all three."""
+def ends_and_middle(row) -> list[np.ndarray]:
+    """The first, middle and last frame; an image's only frame is all three."""
     last = int(row["num_frames"]) - 1
-    return sorted({0, last // 2, last})
+    return read_frames(row, sorted({0, last // 2, last}))
 
 
 def resized(frame, height: int, width: int, filter=Image.Resampling.BILINEAR) -> np.ndarray:
@@ -870,12 +787,6 @@ def clip_pixels(frame, size: int) -> np.ndarray:
     return resized(frame, h, w, Image.Resampling.BICUBIC)[top:top + size, left:left + size]
 
 
-def prepare_aesthetic(row, options):
-    """uint8 [n size size 3], n = 3, fewer for an image."""
-    size = clip_size(options.clip_model)
-    return np.stack([clip_pixels(frame, size) for frame in read_frames(row, ends_and_middle(row))])
-
-
 def image_features(clip, frames):
     """Unit vectors [N C], fp32, of uint8 [N size size 3]."""
     x = torch.as_tensor(frames).to(clip.device).float() / 255
@@ -884,31 +795,31 @@ def image_features(clip, frames):
     return F.normalize(x.float(), dim=-1)
 
 
-def load_head(path, width: int, device) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The (weight, bias) of LAION's aesthetic predictor, sac+logos+ava1-l14-linearMSE.pth or .safetensors."""
+def prepare_aesthetic(row, options):
+    """uint8 [n size size 3], n = 3, fewer for an image."""
+    return np.stack([clip_pixels(frame, clip_size(options.clip_model)) for frame in ends_and_middle(row)])
+
+
+def load_aesthetic(options, device):
+    """The head is LAION's aesthetic predictor, on unit features of CLIP ViT-L/14."""
+    clip, path = net_of(CLIPModel, options.clip_model, device), options.aesthetic_head
     if not Path(path or "").is_file():
         raise FileNotFoundError(f"the aesthetic head {path!r} is not a file: get sac+logos+ava1-l14-linearMSE.pth from "
                                 f"{HEAD_URL} and name it with --aesthetic-head")
     try:
-        state = load_file(path) if Path(path).suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        layers = [tuple(state[f"layers.{i}.{kind}"].float().to(device) for kind in ("weight", "bias"))
-                  for i in HEAD_LAYERS]
-    except (pickle.UnpicklingError, RuntimeError, EOFError, SafetensorError, LookupError, TypeError) as error:
+        state = torch.load(path, device, weights_only=True)
+        head = [[state[f"layers.{i}.{kind}"].float() for kind in ("weight", "bias")] for i in HEAD_LAYERS]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(f"the aesthetic head {path} holds no tensors layers.0.weight ... layers.7.bias: {reason}") \
             from error
-    if layers[0][0].shape[1] != width:
-        raise ValueError(f"the aesthetic head {path} takes features of width {layers[0][0].shape[1]}, the CLIP model "
-                         f"gives {width}: LAION's head goes with openai/clip-vit-large-patch14")
-    return layers
+    takes, width = head[0][0].shape[1], clip.config.projection_dim
+    if takes != width:
+        raise ValueError(f"the aesthetic head {path} takes features of width {takes}, the CLIP model gives {width}: "
+                         "LAION's head goes with openai/clip-vit-large-patch14")
+    return partial(aesthetic, clip, head)
 
 
-def load_aesthetic(options, device):
-    clip = net_of(CLIPModel, options.clip_model, device)
-    return partial(aesthetic, clip, load_head(options.aesthetic_head, clip.config.projection_dim, device))
-
-
-@torch.inference_mode()
 def aesthetic(clip, head, rows, prepared):
     """aes 1..10, mean over the frames; features: the frames' mean direction, unit length, fp16 in base64."""
     features = score = image_features(clip, np.concatenate(prepared))
@@ -933,7 +844,6 @@ def load_match(options, device):
     return partial(match, clip, from_pretrained(AutoTokenizer, options.clip_model))
 
 
-@torch.inference_mode()
 def match(clip, tokenizer, rows, prepared):
     """100 cos(text, middle frame); "" without a text.  Words beyond CLIP's 77 tokens do not count."""
     texts = [row["text"] for row, frame in zip(rows, prepared) if frame is not None]
@@ -957,7 +867,7 @@ TEXT, BOX, UNCLIP, MIN_SIDE = 0.3, 0.6, 1.5, 3  # DB's thresholds of pixel and b
 
 
 def prepare_ocr(row, options):
-    return ocr_frames(read_frames(row, ends_and_middle(row)))
+    return ocr_frames(ends_and_middle(row))
 
 
 def ocr_frames(frames) -> np.ndarray:
@@ -970,7 +880,6 @@ def load_ocr(options, device):
     return partial(ocr, net_of(AutoModelForObjectDetection, options.ocr_model, device))
 
 
-@torch.inference_mode()
 def ocr(net, rows, prepared):
     """text_area, share of the picture, and ocr, number of boxes, of each clip's frame with most text."""
     sizes, columns = defaultdict(list), [None] * len(rows)
@@ -978,10 +887,9 @@ def ocr(net, rows, prepared):
         sizes[frames.shape[1:]].append(i)
     for members in sizes.values():
         parts = torch.as_tensor(np.concatenate([prepared[i] for i in members])).split(OCR_AT_ONCE)
-        found = [text for part in parts for text in text_boxes(text_probability(net, part))]
+        found = iter([text for part in parts for text in text_boxes(text_probability(net, part))])
         for i in members:
-            mine, found = found[:len(prepared[i])], found[len(prepared[i]):]
-            columns[i] = dict(zip(("text_area", "ocr"), max(mine)))
+            columns[i] = dict(zip(("text_area", "ocr"), max(itertools.islice(found, len(prepared[i])))))
     return columns
 
 
@@ -991,23 +899,19 @@ def text_probability(net, frames):
     Text stays text as a negative and at another size; the patches of fur, petals and lit windows, up to 0.2 of the
     picture, that the small detector takes for text on a tenth of textless frames, do not.
     """
-    x = rearrange(frames.to(net.device).float().flip(-1) / 255, "n h w c -> n c h w")
-    text = detect(net, x)
+    x = rearrange(frames.to(net.device).float().flip(-1) / 255, "n h w c -> n c h w")  # B G R
+    mean, std = (x.new_tensor(values)[:, None, None] for values in (OCR_MEAN, OCR_STD))
+    detect = lambda x: net(((x - mean) / std).to(net.dtype)).last_hidden_state[:, 0].float()
+    text = detect(x)
     some = (text.amax((1, 2)) > TEXT).nonzero()[:, 0]
     if len(some):
-        h, w = size = x.shape[2:]
+        size = x.shape[2:]
         scale = 0.5 if max(size) > OCR_SMALL else 2
         sides = [max(1, round(n * scale / 32)) * 32 for n in size]
         other = F.interpolate(x[some], sides, mode="bilinear", antialias=True)
-        other = F.interpolate(detect(net, other)[:, None], (h, w), mode="bilinear")[:, 0]
-        text[some] = torch.minimum(text[some], torch.minimum(detect(net, 1 - x[some]), other))
+        other = F.interpolate(detect(other)[:, None], size, mode="bilinear")[:, 0]
+        text[some] = torch.minimum(text[some], torch.minimum(detect(1 - x[some]), other))
     return text
-
-
-def detect(net, x):
-    """The network's probability [N h w] for x [N 3 h w], B G R in 0..1."""
-    mean, std = (x.new_tensor(values)[:, None, None] for values in (OCR_MEAN, OCR_STD))
-    return net(((x - mean) / std).to(net.dtype)).last_hidden_state[:, 0].float()
 
 
 def text_boxes(probability) -> list[tuple[float, int]]:
@@ -1055,21 +959,21 @@ def components(mask):
 # ---- captions ----
 
 CAPTION_SIDE = 640     # more than most captioners look at; bounds the tokens of those that take any size
-CAPTIONS_AT_ONCE = 16  # clips; at 4 frames of LLaVA-1.5's 576 tokens 37,000 tokens
 # of the clip, each the middle of its part: 2 to 16 s make a frame every 0.5 to 4 s, and four of LLaVA-1.5's 576 tokens
 # leave room for the answer in its 4,096; upstream shows three
 CAPTION_FRAMES = 4
 PROMPT = ("These are frames of one video, in order. Describe the video in one paragraph: who or what is seen, what "
           "happens, the place, the light and the style. Do not speak of frames, images or a video, and do not guess "
           "what is not seen.")
-KINDS = r"(?:video|image|clip|footage|scene|frame|picture|photo(?:graph)?|sequence|animation|film)s?"
+KIND = r"(?:video|image|clip|footage|scene|frame|picture|photo(?:graph)?|sequence|animation|film)s?"
+KIND = rf"(?:short\ |given\ |provided\ |four\ |three\ )?{KIND}(?:\ {KIND})?"
 PREFIX = re.compile(rf"""
     (?: (?:sure|certainly|of\ course|here\ is)\b[^:.!]*[:.!]\s* )?
-    (?: in\ (?:this|the|these)\ (?:short\ |given\ |provided\ )?{KINDS}(?:\ {KINDS})?[,:]\s*(?:we\ (?:can\ )?see\ )?
-      | (?:this|the|these)\ (?:short\ |given\ |provided\ |four\ |three\ )?{KINDS}(?:\ {KINDS})?\ (?:
+    (?: in\ (?:this|the|these)\ {KIND}[,:]\s*(?:we\ (?:can\ )?see\ )?
+      | (?:this|the|these)\ {KIND}\ (?:
             (?:show|showcase|capture|feature|depict|present|portray|display|illustrate)s?\ (?:us\ )?
           | (?:begins|starts|opens)\ with\  | (?:is|are)\ (?:of\ |about\ |showing\ )?(?=an?\ |the\ ) )
-      | (?:this|it)\ is\ an?\ (?:short\ )?{KINDS}(?:\ {KINDS})?\ (?:of|showing|that\ shows|depicting)\  )?
+      | (?:this|it)\ is\ an?\ {KIND}\ (?:of|showing|that\ shows|depicting)\  )?
     """, re.IGNORECASE | re.VERBOSE)
 REFUSAL = re.compile(r"\W*(?:(?:i['’]m|i am) (?:sorry|unable|not able|afraid)|sorry\b|i apologi|unfortunately,? i\b|"
                      r"as an ai\b|i (?:cannot|can['’]t|can not|could not|don['’]t|do not|am)\b)", re.IGNORECASE)
@@ -1096,109 +1000,45 @@ def load_caption(options, device):
     processor.tokenizer.padding_side = "left"  # what is written follows the prompt at once
     processor.tokenizer.pad_token = processor.tokenizer.pad_token or processor.tokenizer.eos_token
     net = net_of(AutoModelForImageTextToText, options.captioner, device, torch.bfloat16)
-    return Captioner(net, processor, options.prompt, options.max_new_tokens)
+    return partial(caption, partial(answers, net, processor, options.prompt, options.max_new_tokens))
 
 
-class Captioner:
-    """refused: how often the model said that it cannot, of how many seen."""
+def caption(answers, rows, prepared):
+    """text: what `answers` says of the frames, cleaned, with the camera's motion in Open-Sora 1.2's form."""
+    said = answers(prepared)
+    if refused := [text for text, _ in said if REFUSAL.match(text)]:
+        print(f"{len(refused)} of {len(rows)} clips get no caption, the model said {refused[0][:80]!r}",
+              file=sys.stderr)
+    texts = [clean(*answer) for answer in said]
+    return [{"text": f"{text} camera motion: {row['cmotion']}." if text and row.get("cmotion") else text}
+            for row, text in zip(rows, texts)]
 
-    def __init__(self, net, processor, prompt, max_new_tokens):
-        self.net, self.processor, self.max_new_tokens, self.refused, self.seen = net, processor, max_new_tokens, 0, 0
-        self.prompt = prompt
 
-    def __call__(self, rows, prepared):
-        texts = []
-        for i in range(0, len(rows), CAPTIONS_AT_ONCE):
-            texts += self.write(prepared[i:i + CAPTIONS_AT_ONCE])
-        self.seen += len(rows)
-        return [{"text": self.finish(row, *text)} for row, text in zip(rows, texts)]
-
-    @torch.inference_mode()
-    def write(self, clips) -> list[tuple[str, bool]]:
-        """The model's words about clips, each uint8 [n h w 3], and whether they end where the model ended them."""
-        prompts = [self.processor.apply_chat_template(
-            [{"role": "user", "content": [{"type": "image"}] * len(frames) + [{"type": "text", "text": self.prompt}]}],
-            add_generation_prompt=True) for frames in clips]
-        bos = self.processor.tokenizer.bos_token  # of most templates a part
-        inputs = self.processor(text=prompts, images=[[Image.fromarray(f) for f in frames] for frames in clips],
-                                padding=True, return_tensors="pt",
-                                add_special_tokens=not (bos and prompts[0].startswith(bos)))
-        inputs = inputs.to(self.net.device, self.net.dtype)
-        out = self.net.generate(**inputs, do_sample=False, max_new_tokens=self.max_new_tokens,
-                                pad_token_id=self.processor.tokenizer.pad_token_id)
-        out = out[:, inputs.input_ids.shape[1]:]
-        ends = torch.as_tensor(self.net.generation_config.eos_token_id or -1, device=out.device)
-        return list(zip(self.processor.tokenizer.batch_decode(out, skip_special_tokens=True),
-                        torch.isin(out, ends).any(1).tolist()))
-
-    def finish(self, row, text, ended):
-        """The caption, cleaned, with the camera's motion in Open-Sora 1.2's form; "" for a refusal."""
-        if REFUSAL.match(text):
-            self.refused += 1
-            if self.refused & (self.refused - 1) == 0:  # the 1st, 2nd, 4th, 8th ...
-                print(f"{row['path']}: no caption, the model said {text[:80]!r}; {self.refused} of {self.seen} so far",
-                      file=sys.stderr)
-            return ""
-        text = clean(text, ended)
-        return f"{text} camera motion: {row['cmotion']}." if text and row.get("cmotion") else text
+def answers(net, processor, prompt, max_new_tokens, clips) -> list[tuple[str, bool]]:
+    """The model's words about clips, each uint8 [n h w 3], and whether they end where the model ended them."""
+    question = {"type": "text", "text": prompt}
+    prompts = [processor.apply_chat_template(
+        [{"role": "user", "content": [{"type": "image"}] * len(frames) + [question]}], add_generation_prompt=True)
+        for frames in clips]
+    bos = processor.tokenizer.bos_token  # of most templates a part
+    inputs = processor(text=prompts, images=[[Image.fromarray(f) for f in frames] for frames in clips], padding=True,
+                       return_tensors="pt", add_special_tokens=not (bos and prompts[0].startswith(bos)))
+    out = net.generate(**inputs.to(net.device, net.dtype), do_sample=False, max_new_tokens=max_new_tokens,
+                       pad_token_id=processor.tokenizer.pad_token_id)[:, inputs.input_ids.shape[1]:]
+    ends = torch.as_tensor(net.generation_config.eos_token_id or -1, device=out.device)
+    return list(zip(processor.tokenizer.batch_decode(out, skip_special_tokens=True),
+                    torch.isin(out, ends).any(1).tolist()))
 
 
 def clean(text, ended=True) -> str:
-    """Without words about the video, and without a last sentence that the limit of tokens cut off."""
+    """Without words about the video, and without a last sentence that the limit of tokens cut off; "" for a refusal."""
+    if REFUSAL.match(text):
+        return ""
     text = " ".join(text.split())
     text = text[PREFIX.match(text).end():]
     stops = [stop.end() for stop in SENTENCE.finditer(text)]
     text = text if ended or not stops else text[:stops[-1]]
     return text[:1].upper() + text[1:]
-
-
-# ---- flow by a network ----
-
-PERCEIVER_SIDE = 496    # the longer of the published one's train_size
-PERCEIVER_SCALE = 20.0  # it was trained on flow / 20 (DeepMind's optical_flow.ipynb, FLOW_SCALE_FACTOR)
-PAIRS_AT_ONCE = 4       # an attention of 2,048 latents to 182,528 pixels: 0.75 GB a pair in fp16
-
-
-def prepare_flow(row, options):
-    """(uint8 [P 2 h w 3], seconds [P] between the two) for a network, without one the columns."""
-    if not options.flow_model:
-        return measured(row, FLOW)
-    times, frames, _ = zip(*small_frames(row["path"], PERCEIVER_SIDE))
-    times, frames = np.concatenate(times), np.concatenate(frames)
-    a = np.searchsorted(times, np.arange(times[0], times[-1], 1 / PAIRS_PER_SECOND) - 1e-6)
-    b = np.searchsorted(times, times[a] + GAP_SECONDS - 1e-6)
-    a, b = a[b < len(times)], b[b < len(times)]
-    return frames[np.stack((a, b), 1)], times[b] - times[a]
-
-
-def load_flow(options, device):
-    if not options.flow_model:
-        return lambda rows, prepared: prepared
-    return partial(perceiver_motion, net_of(PerceiverForOpticalFlow, options.flow_model, device))
-
-
-def perceiver_motion(net, rows, prepared):
-    """flow, against and cmotion by a network's field in place of curate's own."""
-    columns = []
-    for pairs, seconds in prepared:
-        parts = [slice(i, i + PAIRS_AT_ONCE) for i in range(0, len(pairs), PAIRS_AT_ONCE)]
-        found = [motion(perceiver_flow(net, pairs[part]), seconds[part]) for part in parts]
-        columns.append(camera(np.concatenate(found) if found else np.zeros((0, 6))))
-    return columns
-
-
-@torch.inference_mode()
-def perceiver_flow(net, pairs):
-    """Flow [P 2 h' w'], (right, down) in its pixels, longer side 320, fp32 on the CPU, of uint8 [P 2 h w 3]."""
-    h, w = pairs.shape[2:4]
-    H, W = net.config.train_size
-    x = rearrange(torch.as_tensor(pairs).to(net.device).float() / 127.5 - 1, "p t h w c -> (p t) c h w")
-    x = F.interpolate(x, (H, W), mode="bilinear", antialias=True)
-    x = rearrange(F.unfold(x, 3, padding=1), "(p t) (c k) (H W) -> p t (k c) H W", t=2, c=3, H=H)  # TensorFlow's order
-    field = rearrange(net(x.to(net.dtype)).logits.float(), "p H W xy -> p xy H W") * PERCEIVER_SCALE
-    h, w = (max(32, round(n * 320 / max(h, w))) for n in (h, w))
-    return (F.interpolate(field, (h, w), mode="bilinear", antialias=True)
-            * field.new_tensor((w / W, h / H))[:, None, None]).cpu()
 
 
 # ---- the steps ----
@@ -1217,26 +1057,32 @@ class Step(NamedTuple):
     batch: int = 1      # rows that work sees at once
 
 
-FLOW = "flow", "cmotion", "against"
 TOO_SHORT = "too short a shot"
+SIZE = "num_frames", "height", "width", "fps"
+FLOW = "flow", "cmotion", "against"
 CHECKS = "brightness", "contrast", "sharpness", "uniform", "repeats", "held", "combs", "phash"
 
 
 def cut_file(row: dict, options) -> dict:
     """Probes, measures and cuts a file, writes its clips: the columns of the file, and "clips", the rows of these."""
-    path, file = row["path"], probe(row["path"])
-    m, still = measure(path), file["kind"] == "image"
+    path, source, file = row["path"], Path(row["source"]), probe(row["path"])
+    m, still, (height, width) = measure(path), file["kind"] == "image", (file["height"], file["width"])
     clips, short = ([(0, 1)], []) if still else split(m.transitions, m.times, options.min_seconds, options.max_seconds)
-    place, rows, wanted = place_of(row["source"]), [], []
+    place = Path("clips", *(part for part in source.parts if part not in ("..", source.anchor)))
+    rows, wanted, small = [], [], [len(share) for share in m.samples[0][1:3]]
     for a, b in clips:
-        name = place if still else place / f"{a:06d}-{b:06d}.mp4"
-        box = (0, 0, file["height"], file["width"]) if still else box_of(m, a, b, file["height"], file["width"])
+        clip, name = describe(m, a, b), place if still else place / f"{a:06d}-{b:06d}.mp4"
+        bar = clip.pop("bars")
+        box = (0, 0, height, width) if still else crop(bar, small, height, width)
         wanted.append((a, b, options.folder / name, box))
-        rows.append(describe(m, a, b) | {"path": name.as_posix(), "height": box[2], "width": box[3],
-                                         "fps": file["fps"]})
-    if not options.dry_run:
-        written = [copied(path, options.folder / place, file)] if still else write_clips(path, wanted, m.times)
-        rows = [row | {name: own[name] for name in ("height", "width", "fps")} for row, own in zip(rows, written)]
+        rows.append(clip | {"path": name.as_posix(), "height": box[2], "width": box[3], "fps": file["fps"]})
+    if still and not options.dry_run:
+        (options.folder / place).parent.mkdir(parents=True, exist_ok=True)
+        with whole(options.folder / place) as part:
+            shutil.copyfile(path, part)
+    elif not options.dry_run:
+        for clip, own in zip(rows, write_clips(path, wanted, m.times)):
+            clip |= {name: own[name] for name in ("height", "width", "fps")}
     rows += [{"path": "", "error": TOO_SHORT} for _ in short]
     ends = np.append(m.times, m.times[-1] + file["seconds"] / max(1, file["num_frames"])) - m.times[0]
     for clip, (a, b) in zip(rows, clips + short):
@@ -1244,50 +1090,35 @@ def cut_file(row: dict, options) -> dict:
     return file | {"num_frames": len(m.times), "counted": "decoded", "clips": [rounded(clip) for clip in rows]}
 
 
-def place_of(source: str) -> Path:
-    """Where clips of a file go: "../videos/a.mp4" -> clips/videos/a.mp4, for an image its copy."""
-    source = Path(source)
-    return Path("clips", *(part for part in source.parts if part not in ("..", source.anchor)))
+def rounded(columns: dict) -> dict:
+    """Floats to 4 digits after the point, nan to "", as they go into a csv."""
+    return {name: value if not isinstance(value, (float, np.floating)) else
+            "" if math.isnan(value) else round(float(value), 4) for name, value in columns.items()}
 
 
-def copied(path, out: Path, columns: dict) -> dict:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with whole(out) as part:
-        shutil.copyfile(path, part)
-    return columns
-
-
-def probe_file(row: dict, options) -> dict:
+def probe_clip(row: dict, options) -> dict:
     return probe(row["path"])
 
 
-def measured(row: dict, columns) -> dict:
-    """Those columns of a clip that its frames tell."""
+def measure_clip(columns, row: dict, options) -> dict:
     m = measure(row["path"])
     found = describe(m, 0, len(m.times))
     return {name: found[name] for name in columns}
 
 
-def checks_of(row: dict, options) -> dict:
-    return measured(row, CHECKS)
-
-
 STEPS = {
-    "probe": Step(("path", "bytes", "modified"), (), probe_file, None, ("num_frames", "height", "width", "fps")),
     "cut": Step(("source", "bytes", "modified"), ("min_seconds", "max_seconds", "dry_run"), cut_file),
-    "flow": Step(("path",), ("flow_model",), prepare_flow, load_flow, FLOW),
-    "checks": Step(("path",), (), checks_of, None, CHECKS),
+    "probe": Step(("path",), (), probe_clip, None, SIZE),
+    "flow": Step(("path",), (), partial(measure_clip, FLOW), None, FLOW),
+    "checks": Step(("path",), (), partial(measure_clip, CHECKS), None, CHECKS),
     "aesthetic": Step(("path", "num_frames"), ("clip_model", "aesthetic_head"), prepare_aesthetic, load_aesthetic,
                       ("aes",), 64),
     "ocr": Step(("path", "num_frames"), ("ocr_model",), prepare_ocr, load_ocr, ("ocr", "text_area"), 16),
     "caption": Step(("path", "num_frames", "cmotion"), ("captioner", "prompt", "caption_frames", "max_new_tokens"),
-                    prepare_caption, load_caption, ("text",), 16),
+                    prepare_caption, load_caption, ("text",), 16),  # 4 frames of LLaVA-1.5's 576 tokens each: 37,000
     "match": Step(("path", "num_frames", "text"), ("clip_model",), prepare_match, load_match, ("match",), 64),
 }
-NETWORKS = "flow", "aesthetic", "ocr", "caption", "match"  # in this order: a match needs a caption
-CLIP_COLUMNS = (*COLUMNS, *FLOW, *CHECKS, "source", "start_seconds", "seconds", "error", "duplicate_of", "dropped")
-FILE_COLUMNS = ("path", "kind", "error", "num_frames", "counted", "fps", "height", "width", "rotation",
-                "seconds", "codec", "hash", "bytes", "clips")
+NETWORKS = "aesthetic", "ocr", "caption", "match"  # in this order: a match needs a caption
 
 
 # ---- work: items spread over ranks and processes, results that outlive them ----
@@ -1305,7 +1136,7 @@ class Results:
         self.step = STEPS[name]
         settings = repr([RESULTS_VERSION, *(getattr(options, field) for field in self.step.settings)])
         self.folder = options.folder / "parts" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-        self.places, self.failed, self.read, self.out, self.synced = {}, set(), {}, None, 0.0
+        self.places, self.read, self.out, self.synced = {}, Counter(), None, 0.0
         self.refresh()
 
     def key(self, row: dict) -> str:
@@ -1314,25 +1145,21 @@ class Results:
 
     def refresh(self):
         """Reads on where it stopped: what other processes have added is known from now on."""
-        self.looked = time.monotonic()
         for file in sorted(self.folder.glob("*.jsonl")):        # by the time of their begin: a later word replaces one
             with open(file, "rb") as f:
-                at = f.seek(self.read.get(file, 0))
+                f.seek(self.read[file])
                 for line in f:
-                    if not line.endswith(b"\n"):
-                        break
-                    record = json.loads(line)
-                    self.places[record["key"]] = file, at
-                    (self.failed.add if record.get("error") else self.failed.discard)(record["key"])
-                    at += len(line)
-                self.read[file] = at
+                    if line.endswith(b"\n"):
+                        self.places[json.loads(line)["key"]] = file, self.read[file]
+                        self.read[file] += len(line)
 
-    def get(self, row: dict) -> dict | None:
-        place = self.places.get(self.key(row))
-        if place is None:
-            return None
-        with open(place[0], "rb") as f:
-            f.seek(place[1])
+    def get(self, row: dict) -> dict:
+        """{"columns": {...}}, {"error": why not}, or {} when nothing is known."""
+        if (key := self.key(row)) not in self.places:
+            return {}
+        file, at = self.places[key]
+        with open(file, "rb") as f:
+            f.seek(at)
             return json.loads(f.readline())
 
     def add(self, row: dict, record: dict):
@@ -1345,19 +1172,25 @@ class Results:
             os.fsync(self.out.fileno())
             self.synced = time.monotonic()
 
+    def wait(self, rows):
+        """Until other ranks, too, have done their rows."""
+        self.refresh()
+        missing = {key for key in map(self.key, rows) if key not in self.places}
+        with tqdm(desc=f"{self.folder.name}, other ranks", total=len(missing), disable=not missing) as bar:
+            while missing:
+                time.sleep(1)
+                self.refresh()
+                bar.update(len(missing) - len(missing := missing - self.places.keys()))
+
 
 def rank() -> int:
     return int(os.environ.get("RANK", 0))
 
 
-def world() -> int:
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
 def is_mine(row: dict) -> bool:
     """Whether this rank works on a row: all clips of a file go to the rank that cuts it."""
-    name = row.get("source") or row["path"]
-    return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % world() == rank()
+    name = hashlib.sha256((row.get("source") or row["path"]).encode()).hexdigest()
+    return int(name[:8], 16) % int(os.environ.get("WORLD_SIZE", 1)) == rank()
 
 
 def start_worker(parent: int):
@@ -1379,85 +1212,57 @@ def in_parallel(prepare, rows, options, ahead: int):
     """Yields (row, prepare(row, options), "") or (row, None, the reason why not) in the order in which they get done.
 
     `ahead` rows are under way in options.workers processes.  When one of these dies, its pool does, too: then what was
-    under way is tried one by one, each in a process of its own, and what kills that is told.
+    under way is tried one by one, and what kills its process again is told.
     """
-    rows = iter(rows)
-    while True:
-        pool, pending = new_pool(options.workers), {}
+    rows, suspects = deque(rows), deque()
+    while queue := suspects or rows:
+        workers, limit = (1, 1) if queue is suspects else (options.workers, ahead)
+        pool, pending = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)), {}
         try:
-            while True:
-                more = itertools.islice(rows, ahead - len(pending))
-                pending |= {pool.submit(attempt, prepare, row, options): row for row in more}
-                if not pending:
-                    return
+            while queue or pending:
+                while queue and len(pending) < limit:
+                    future = pool.submit(attempt, prepare, queue[0], options)
+                    pending[future] = queue.popleft()
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending[future], *future.result()
                     del pending[future]
         except BrokenProcessPool:
-            pass
-        finally:
-            end_pool(pool)
-        for row in pending.values():
-            one = new_pool(1)
-            try:
-                yield row, *one.submit(attempt, prepare, row, options).result()
-            except BrokenProcessPool:
+            if queue is rows:
+                suspects += pending.values()
+                continue
+            for row in pending.values():
                 yield row, None, f"{row['path']}: ended its process: a fault of the decoder, or too little memory"
-            finally:
-                end_pool(one)
-
-
-def new_pool(workers: int):
-    return ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),))
-
-
-def end_pool(pool):
-    """At once: what is under way is lost."""
-    for process in multiprocessing.active_children():
-        process.kill()
-    pool.shutdown(cancel_futures=True)
+        finally:
+            for process in multiprocessing.active_children():  # at once: what is under way is lost
+                process.kill()
+            pool.shutdown(cancel_futures=True)
 
 
 def do(name: str, rows, options) -> Results:
     """Does a step for those of this rank's rows that have no result yet; paths count from options.folder."""
-    step, rows = STEPS[name], [row for row in rows if is_mine(row)]
-    results = Results(name, options)
-    todo = [row for row in rows if (key := results.key(row)) not in results.places or key in results.failed]
+    step, results, failed = STEPS[name], Results(name, options), []
+    todo = [row for row in rows if is_mine(row) and "columns" not in results.get(row)]
     work = step.load(options, options.device) if todo and step.load else None
     made = in_parallel(step.prepare, todo, options, 2 * (options.workers + step.batch))
-    with tqdm(desc=name, total=len(rows) * world(), initial=len(results.places) - len(results.failed), smoothing=0.05,
-              disable=rank() > 0 or not todo) as bar:  # of all ranks, which have about as many rows each
+    with tqdm(desc=name, total=len(todo), smoothing=0.05, disable=rank() > 0 or not todo) as bar:
         while batch := list(itertools.islice(made, step.batch)):
             good = [(row, data) for row, data, error in batch if not error]
             columns = iter(work(*zip(*good)) if work and good else [data for _, data in good])
             for row, _, error in batch:
                 results.add(row, {"error": error} if error else {"columns": rounded(next(columns))})
-            if time.monotonic() - results.looked > 2:
-                results.refresh()
-                bar.update(len(results.places) - bar.n)
-        results.refresh()
-        bar.update(len(results.places) - bar.n)
-    if results.failed and rank() == 0 and step.load:
-        failed = [row for row in rows if results.key(row) in results.failed]
-        print(f"{name}: {len(failed)} clips could not be read, such as {results.get(failed[0])['error']}")
-    return results
-
-
-def wait_for(results: Results, rows):
-    """Until other ranks, too, have done their rows."""
+                failed += [error] * bool(error)
+            bar.update(len(batch))
+    if failed and rank() == 0 and step.load:
+        print(f"{name}: {len(failed)} clips could not be read, such as {failed[0]}")
     results.refresh()
-    missing = {key for key in map(results.key, rows) if key not in results.places}
-    with tqdm(desc=f"{results.folder.name}, other ranks", total=len(missing), disable=not missing) as bar:
-        while missing:
-            time.sleep(1)
-            results.refresh()
-            bar.update(len(missing) - len(missing := missing - results.places.keys()))
+    return results
 
 
 # ---- tables ----
 
 TABLE = (*COLUMNS, *SCORES, "cmotion", "against", "text_area", *CHECKS, "source", "start_seconds", "seconds", "error",
          "duplicate_of", "dropped")  # the columns of clips.csv and meta.csv, in this order, as far as there are
+FILES = ("path", "kind", "error", *SIZE, "counted", "rotation", "seconds", "codec", "hash", "bytes", "clips")
 
 
 def read_table(path):
@@ -1514,13 +1319,13 @@ def with_results(rows, done):
     """Rows with the columns that steps have found, or an error where they could not read them."""
     for row in rows:
         for results in done:
-            record = results.get(row) or {}
+            record = results.get(row)
             row = row | record.get("columns", record)
         yield row
 
 
-def can_be_read(row: dict) -> bool:
-    return bool(row["path"]) and not row.get("error")
+def readable(rows):
+    return (row for row in rows if row["path"] and not row.get("error"))
 
 
 def clip_rows(files, cut: Results):
@@ -1563,20 +1368,18 @@ def joint_hash(hashes: list[str]) -> str:
 
 
 def hash_vectors(hashes: list[str]) -> np.ndarray:
-    """Of `perceptual_hash`, to float16 [N 192] of length 1: their product is 1 - 2 (bits that differ) / 192.  "": 0."""
-    known = np.array([bool(h) for h in hashes])
-    bits = np.unpackbits(np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, HASH_BITS // 8), axis=1)
+    """Of `joint_hash`, to float16 [N 192] of length 1: their product is 1 - 2 (bits that differ) / 192.  "": 0."""
+    packed = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, HASH_BITS // 8)
     vectors = np.zeros((len(hashes), HASH_BITS), np.float16)
-    vectors[known] = (2 * bits.astype(np.float16) - 1) / np.float16(math.sqrt(HASH_BITS))
-    return vectors
+    vectors[[bool(text) for text in hashes]] = np.unpackbits(packed, axis=1) * np.float16(2) - 1
+    return vectors / np.float16(math.sqrt(HASH_BITS))
 
 
 def feature_vectors(texts: list[str]) -> np.ndarray:
     """The column `features`, base64 of float16, to [N D].  "": 0, which is like nothing."""
-    known = np.array([bool(text) for text in texts])
-    rows = np.stack([np.frombuffer(base64.b64decode(text), np.float16) for text in texts if text] or [np.zeros(1)])
-    vectors = np.zeros((len(texts), rows.shape[1]), np.float16)
-    vectors[known] = rows[:known.sum()]
+    rows = [np.frombuffer(base64.b64decode(text), np.float16) for text in texts if text]
+    vectors = np.zeros((len(texts), len(rows[0]) if rows else 1), np.float16)
+    vectors[[bool(text) for text in texts]] = rows or 0
     return vectors
 
 
@@ -1628,36 +1431,11 @@ def find_duplicates(rows, rules, device) -> list[str]:
 
 # ---- rules ----
 
-@dataclass(frozen=True)
-class Rules:
-    """A clip is kept if its columns are within all of these; None = off.  min_flow is about the column flow.
-
-    Upstream names one threshold, of aes (docs/data_processing.md); its tools/datasets/datautil.py has --matchmin and
-    --flowmin without a number.  Where ours is another measure the numbers are from 49 clips of real footage: animation,
-    a concert, a city.
-    """
-    min_aesthetic: float | None = 5.0   # upstream's --aesmin 5; for a first stage it takes 4.5 (docs/report_03.md)
-    min_match: float | None = 20.0      # cosine x 100; upstream names none, ports of its pipeline --matchmin 20
-    max_text_area: float | None = 0.02  # share of the picture: titles 0.02 to 0.1, textless 0; upstream counts boxes
-    min_flow: float | None = 0.5        # px/s: a held picture 0.04, with noise of 2 levels 1.0; quietest shots 1.0, 1.6
-    max_flow: float | None = None       # px/s: half of all over 12, the wildest 71 and no worse to look at
-    max_repeats: float | None = 0.7     # share: drawn at 12 of 24 fps 0.5, at 8 of 24 0.67, a held picture 1
-    max_held: float | None = 2.0        # seconds: an animated shot 1.5, a held picture all of its 3
-    max_uniform: float | None = 0.1     # share: a shot from black 0.04, black 1
-    min_brightness: float | None = 0.03  # 0 to 1: the darkest shot of a concert 0.04, black 0.014
-    min_sharpness: float | None = 20.0  # shots have 150 to 5000, blurred over 9 pixels 1 to 20
-    max_combs: float | None = 0.01      # share: progressive clips have up to 0.007
-    min_height: float | None = None     # the buckets leave out what is too small for them
-
-
-COLUMN = {"aesthetic": "aes"}  # of a rule, where it is not the rule's name
-MOVES = ("flow", "repeats", "held", "combs", "seconds")  # what an image has not
-
-
 class Rule(NamedTuple):
-    name: str
+    """What a column must keep to; limit None: off."""
+    name: str  # of its flag
     column: str
-    limit: float
+    limit: float | None
 
     def __str__(self):
         return f"{self.name} {self.limit:g}"
@@ -1666,18 +1444,32 @@ class Rule(NamedTuple):
         return value < self.limit if self.name.startswith("min") else value > self.limit
 
 
-@lru_cache
-def in_force(rules: Rules) -> list[Rule]:
-    names = [(f.name, f.name[4:]) for f in fields(rules) if getattr(rules, f.name) is not None]
-    return [Rule(name, COLUMN.get(about, about), getattr(rules, name)) for name, about in names]
+# Upstream names one threshold, of aes (docs/data_processing.md); its tools/datasets/datautil.py has --matchmin and
+# --flowmin without a number.  Where ours is another measure the numbers are from 49 clips of real footage: animation,
+# a concert, a city.
+RULES = (
+    Rule("min_aesthetic", "aes", 5.0),    # upstream's --aesmin 5; for a first stage it takes 4.5 (docs/report_03.md)
+    Rule("min_match", "match", 20.0),     # cosine x 100; upstream names none, ports of its pipeline --matchmin 20
+    Rule("max_text_area", "text_area", 0.02),  # share: titles 0.02 to 0.1, textless 0; upstream counts boxes
+    Rule("min_flow", "flow", 0.5),        # px/s: a held picture 0.04, noisy 1.0; quietest shots 1.0, 1.6
+    Rule("max_flow", "flow", None),       # px/s: half of all over 12, the wildest 71 and no worse to look at
+    Rule("max_repeats", "repeats", 0.7),  # share: drawn at 12 of 24 fps 0.5, at 8 of 24 0.67, a held picture 1
+    Rule("max_held", "held", 2.0),        # seconds: an animated shot 1.5, a held picture all of its 3
+    Rule("max_uniform", "uniform", 0.1),  # share: a shot from black 0.04, black 1
+    Rule("min_brightness", "brightness", 0.03),  # 0 to 1: the darkest shot of a concert 0.04, black 0.014
+    Rule("min_sharpness", "sharpness", 20.0),    # shots have 150 to 5000, blurred over 9 pixels 1 to 20
+    Rule("max_combs", "combs", 0.01),     # share: progressive clips have up to 0.007
+    Rule("min_height", "height", None),   # the buckets leave out what is too small for them
+)
+MOVES = ("flow", "repeats", "held", "combs")  # what an image has not
 
 
 def add_flags(parser):
-    """--min-flow=0.5 ... for each field of Rules; --min-flow=none switches it off."""
-    for f in fields(Rules):
-        default = "none" if f.default is None else f"{f.default:g}"
-        parser.add_argument("--" + f.name.replace("_", "-"), type=flag_limit, default=f.default, metavar="NUMBER",
-                            help=f"{f.name[:3]}imum of {COLUMN.get(f.name[4:], f.name[4:])} (default: {default})")
+    """--min-flow=0.5 ... for each of RULES; --min-flow=none switches it off."""
+    for rule in RULES:
+        default = "none" if rule.limit is None else f"{rule.limit:g}"
+        parser.add_argument("--" + rule.name.replace("_", "-"), type=flag_limit, default=rule.limit, metavar="NUMBER",
+                            help=f"{rule.name[:3]}imum of {rule.column} (default: {default})")
 
 
 def flag_limit(text: str) -> float | None:
@@ -1688,76 +1480,71 @@ def flag_limit(text: str) -> float | None:
     return number(text)
 
 
-def from_flags(options) -> Rules:
-    return Rules(**{f.name: getattr(options, f.name) for f in fields(Rules)})
+def rules_of(options) -> list[Rule]:
+    """Those in force."""
+    rules = [rule._replace(limit=getattr(options, rule.name)) for rule in RULES]
+    return [rule for rule in rules if rule.limit is not None]
 
 
 def number(value) -> float:
     return read_number(str(value))  # nan for what is none, also ""
 
 
-def standing(row) -> tuple[str, str] | None:
-    """(kind, reason) of what no rule can mend."""
-    if row.get("error"):
-        return "too short" if row["error"] == TOO_SHORT else "unreadable", row["error"]
-    return ("duplicate", f"duplicate of {row['duplicate_of']}") if row.get("duplicate_of") else None
+def faults(row, rules):
+    """Yields (what drops a row, why): one that no rule can mend, or all rules that it breaks, in their order."""
+    if error := row.get("error"):
+        yield "too short" if error == TOO_SHORT else "unreadable", error
+    elif row.get("duplicate_of"):
+        yield "duplicate", f"duplicate of {row['duplicate_of']}"
+    else:
+        still = number(row.get("num_frames")) == 1
+        for rule in rules:
+            if rule.column not in row or still and rule.column in MOVES:
+                continue
+            value = number(row[rule.column])
+            if math.isnan(value):
+                yield rule, f"no {rule.column}"
+            elif rule.breaks(value):
+                shown = f"{value:.4g}" if rule.breaks(float(f"{value:.4g}")) else repr(value)
+                yield rule, f"{rule.column} {shown} {'<' if rule.name[:3] == 'min' else '>'} {rule}"
 
 
-def broken(row, rules: Rules) -> Iterator[tuple[Rule, str]]:
-    """(rule, reason) of the rules that a row breaks, in their order."""
-    still = number(row.get("num_frames")) == 1
-    for rule in in_force(rules):
-        if rule.column not in row or still and rule.column in MOVES:
-            continue
-        value = number(row[rule.column])
-        if math.isnan(value):
-            yield rule, f"no {rule.column}"
-        elif rule.breaks(value):
-            shown = f"{value:.4g}" if rule.breaks(float(f"{value:.4g}")) else repr(value)
-            yield rule, f"{rule.column} {shown} {'<' if rule.name[:3] == 'min' else '>'} {rule}"
-
-
-def verdict(row, rules: Rules) -> str:
-    """Why a row is dropped, "" if it is not: what no rule can mend, else the first rule that it breaks."""
-    found = standing(row)
-    return found[1] if found else next((why for _, why in broken(row, rules)), "")
+def verdict(row, rules) -> str:
+    """Why a row is dropped, "" if it is not."""
+    return next((why for _, why in faults(row, rules)), "")
 
 
 class Tally:
     """Counts rows by the first thing that drops them, and by all (`alone`)."""
     LEGEND = "A clip is dropped by the first rule that it breaks; alone: what the rule would drop without the others."
 
-    def __init__(self, rules: Rules):
-        self.rules, self.total, self.kept, self.measured, self.example = rules, 0, 0, set(), {}
-        names = ["unreadable", "too short", "duplicate", *(rule.name for rule in in_force(rules))]
-        self.dropped, self.alone = dict.fromkeys(names, 0), dict.fromkeys(names, 0)
+    def __init__(self, rules):
+        self.rules, self.total, self.kept, self.measured = rules, 0, 0, set()
+        self.dropped, self.alone, self.example = Counter(), Counter(), {}
 
     def add(self, row) -> str:
         """`verdict` of the row."""
         self.total += 1
         self.measured.update(row)
-        found = standing(row)
-        found = [found] if found else [(rule.name, why) for rule, why in broken(row, self.rules)]
-        for name, _ in found:
-            self.alone[name] += 1
+        found = list(faults(row, self.rules))
+        self.alone.update(what for what, _ in found)
         if not found:
             self.kept += 1
             return ""
-        name, why = found[0]
-        self.dropped[name] += 1
-        self.example.setdefault(name, f"{row['path'] or row['source']}: {why}")
+        what, why = found[0]
+        self.dropped[what] += 1
+        self.example.setdefault(what, " ".join(f"{row['path'] or row['source']}: {why}".split()))
         return why
 
-    def lines(self) -> Iterator[tuple[str, str, str, str, str]]:
-        """(rule, kept, dropped, alone, example), kept being what is left after it."""
-        left, rules = self.total, {rule.name: rule for rule in in_force(self.rules)}
-        for name, dropped in self.dropped.items():
-            left -= dropped
-            if name in rules and rules[name].column not in self.measured:
-                yield str(rules[name]), "not measured", "", "", ""
+    def lines(self):
+        """Yields (rule, kept, dropped, alone, example), kept being what is left after it."""
+        left = self.total
+        for what in ("unreadable", "too short", "duplicate", *self.rules):
+            left -= self.dropped[what]
+            if isinstance(what, Rule) and what.column not in self.measured:
+                yield str(what), "not measured", "", "", ""
             else:
-                example = " ".join(self.example.get(name, "").split())
-                yield str(rules.get(name, name)), f"{left}", f"{dropped}", f"{self.alone[name]}", example
+                yield str(what), f"{left}", f"{self.dropped[what]}", f"{self.alone[what]}", self.example.get(what, "")
 
     def __str__(self):
         table = [("rule", "kept", "dropped", "alone", "example"), *self.lines()]
@@ -1767,39 +1554,9 @@ class Tally:
 
 # ---- report ----
 
-STYLE = """:root{--page:#f6f6f4;--card:#fff;--ink:#20242b;--soft:#667080;--line:#e3e3df;--kept:#2f74c0;--drop:#d9772b}
-@media(prefers-color-scheme:dark){
-:root{--page:#15171b;--card:#1e2127;--ink:#e7e7e4;--soft:#9aa1ac;--line:#343841;--kept:#5d9fe6;--drop:#e8a05c}}
-body{margin:0 auto;max-width:1200px;padding:24px;background:var(--page);color:var(--ink);font:14px/1.45 system-ui}
-section{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:16px;margin:14px 0}
-h1,h2{margin:0 0 8px}h3,figcaption,p,th,text{color:var(--soft);fill:var(--soft);font-size:13px}
-.row{display:flex;flex-wrap:wrap;gap:12px 24px}figure{margin:0;max-width:352px;overflow-wrap:anywhere}
-img{max-width:100%;border-radius:4px}table{border-collapse:collapse}th{text-align:left}
-td,th{padding:4px 16px 4px 0;border-bottom:1px solid var(--line);white-space:nowrap}td:last-child{white-space:normal}
-svg{display:block;width:100%;max-width:720px}.kept{fill:var(--kept)}.drop{fill:var(--drop);color:var(--drop)}
-line{stroke:var(--ink);stroke-dasharray:4 3}"""
-SPREAD = ("flow", "sharpness")  # columns on a logarithmic axis
-
-
-def histogram(values, rule: Rule) -> str:
-    """SVG of values float32 [N], those that the rule drops on those that it keeps; heights are roots of counts."""
-    scale = (lambda v: np.log10(np.maximum(v, 0.01))) if rule.column in SPREAD else np.asarray
-    x, limit, drop = scale(values), float(scale(rule.limit)), rule.breaks(values)
-    low, high = min(limit, np.percentile(x, 0.5)), max(limit, np.percentile(x, 99.5))
-    low, high = (low, high) if high > low else (low - 0.5, high + 0.5)
-    every, dropped = (np.histogram(np.clip(part, low, high), 48, (low, high))[0] for part in (x, x[drop]))
-    every, kept = (100 * np.sqrt(n / every.max()) for n in (every, every - dropped))
-    bars = "".join(f'<rect class="{kind}" x="{20 + 12.5 * i:g}" width="11.5" y="{122 - b:.1f}" height="{b - a:.1f}"/>'
-                   for kind, foot, head in (("kept", 0 * kept, kept), ("drop", kept, every))
-                   for i, (a, b) in enumerate(zip(foot, head)) if b > a)
-    place = lambda v: round(20 + 600 * (float(v) - low) / (high - low), 1)
-    ends = np.array([low, (low + high) / 2, high])
-    marks = "".join(f'<text x="{place(v)}" y="138" text-anchor="middle">{mark:.3g}</text>'
-                    for v, mark in zip(ends, 10 ** ends if rule.column in SPREAD else ends))
-    says = (f"{rule.column} of {len(values):,} clips, {drop.sum():,} of them dropped: {values.min():.4g} to "
-            f"{values.max():.4g}, median {np.median(values):.4g}")
-    return (f'<p>{says}</p><svg viewBox="0 0 640 142" role="img" aria-label="Histogram of {says}">{bars}{marks}'
-            f'<line x1="{place(limit)}" x2="{place(limit)}" y1="10" y2="124"/></svg>')
+STYLE = """:root{color-scheme:light dark;font:14px system-ui}body{margin:2em auto;max-width:1200px}
+table{border-spacing:1em 0}th{text-align:left}.row{display:flex;flex-wrap:wrap;gap:1em}
+figure{margin:0;max-width:352px;overflow-wrap:anywhere}img{max-width:100%}.drop{color:#d9772b}"""
 
 
 def picks(values, rule: Rule) -> dict[str, list[int]]:
@@ -1813,7 +1570,7 @@ def picks(values, rule: Rule) -> dict[str, list[int]]:
     return {title: found.tolist() for title, found in rows.items() if len(found)}
 
 
-def figure(row, frames_of) -> str:
+def figure(row, why: str, frames_of) -> str:
     """A strip of the frames that frames_of(row) gives, uint8 [T h w 3], or why there is none; its path and verdict."""
     name = html.escape(row["path"])
     try:
@@ -1824,83 +1581,74 @@ def figure(row, frames_of) -> str:
                    f'{base64.b64encode(buffer.getvalue()).decode()}">')
     except (UnreadableClip, OSError) as error:
         picture = html.escape(str(error))
-    why = html.escape(row["dropped"])
-    return f'<figure>{picture}<figcaption>{name}<br><span class="drop">{why}</span></figcaption></figure>'
+    return f'<figure>{picture}<br>{name}<br><span class="drop">{html.escape(why)}</span></figure>'
 
 
-def write_report(rows: Callable[[], Iterable[dict]], rules: Rules, path: Path, frames_of: Callable[[dict], Iterable]):
-    """Writes one .html file that needs nothing else: what is dropped and why, then of each rule the histogram and clips
+def write_report(rows, rules, path: Path, frames_of):
+    """Writes one .html file that needs nothing else: what is dropped and why, then of each rule the values and clips
     to look at.  rows() is gone through twice; a row takes 4 bytes of memory a rule."""
-    tally, hours, values = Tally(rules), 0.0, {rule: array("f") for rule in in_force(rules)}
+    tally, hours, values = Tally(rules), 0.0, {rule: array("f") for rule in rules}
     for row in rows():
         hours += 0 if tally.add(row) else (number(row.get("seconds")) or 0) / 3600
         for rule, column in values.items():
             column.append(number(row.get(rule.column)))
-    values = {rule: found for rule, column in values.items()
-              if np.isfinite(found := np.frombuffer(column, np.float32)).any()}
-    chosen = {rule: picks(found, rule) for rule, found in values.items()}
+    values = {rule: np.frombuffer(column, np.float32) for rule, column in values.items()}
+    chosen = {rule: picks(column, rule) for rule, column in values.items() if np.isfinite(column).any()}
     wanted = {i for titles in chosen.values() for found in titles.values() for i in found}
-    shown = {i: figure(row | {"dropped": verdict(row, rules)}, frames_of)
-             for i, row in enumerate(rows()) if i in wanted}
+    shown = {i: figure(row, verdict(row, rules), frames_of) for i, row in enumerate(rows()) if i in wanted}
     table = "".join(f"<tr><td>{'<td>'.join(map(html.escape, line))}</tr>" for line in tally.lines())
     with whole(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Clips</title><style>{STYLE}</style>'
-                f"</head><body><h1>{tally.kept:,} of {tally.total:,} clips kept, {hours:,.2f} hours</h1><section>"
-                "<table><tr><th>rule<th>kept<th>dropped<th>alone<th>example</tr>"
-                f"{table}</table><p>{Tally.LEGEND}</p></section>")
+                f"</head><body><h1>{tally.kept:,} of {tally.total:,} clips kept, {hours:,.2f} hours</h1><table>"
+                f"<tr><th>rule<th>kept<th>dropped<th>alone<th>example</tr>{table}</table><p>{Tally.LEGEND}</p>")
         for rule, titles in chosen.items():
-            f.write(f"<section><h2>{rule}</h2>{histogram(values[rule][np.isfinite(values[rule])], rule)}")
+            known = values[rule][np.isfinite(values[rule])]
+            spread = ", ".join(f"{value:.4g}" for value in np.quantile(known, np.linspace(0, 1, 11)))
+            f.write(f"<h2>{rule}</h2><p>{rule.column} of {len(known):,} clips, {rule.breaks(known).sum():,} of them "
+                    f"dropped; the least, each tenth, and the largest: {spread}</p>")
             for title, found in titles.items():
                 figures = "".join(f"<div><b>{values[rule][i]:.4g}</b>{shown[i]}</div>" for i in found)
                 f.write(f'<h3>{title}</h3><div class="row">{figures}</div>')
-            f.write("</section>")
         f.write("</body></html>")
 
 
 # ---- commands ----
 
 def start(options):
-    """run, cut and probe: a folder of videos to files.csv, clips.csv and meta.csv."""
+    """run and cut: a folder of videos to files.csv, clips.csv and meta.csv."""
     files = listed(options)
-    first = do("probe" if options.command == "probe" else "cut", files, options)
-    done, asked = [], []
-    for name in NETWORKS if options.command == "run" else ():
-        done.append(Results(name, options))  # also of an earlier run
+    cut, done, asked = do("cut", files, options), [], []
+    rows = lambda: with_results(clip_rows(files, cut), done)
+    for name in NETWORKS:
+        found = Results(name, options)  # also of an earlier run
         if name in options.also:
-            mine = clip_rows((row for row in files if is_mine(row)), first)
             try:
-                done[-1] = do(name, filter(can_be_read, with_results(mine, done[:-1])), options)
-                asked.append(done[-1])
+                found = do(name, readable(rows()), options)
+                asked.append(found)
             except (ValueError, FileNotFoundError) as error:
                 print(f"{name} is not done: {error}", file=sys.stderr)
+        done.append(found)
     if rank():
         return
-    wait_for(first, files)
-    for i, results in enumerate(done):  # in their order: what one reads another has found
-        mine = filter(can_be_read, with_results(clip_rows(files, first), done[:i])) if results in asked else ()
-        wait_for(results, mine)
-    write_table(options.folder / "files.csv", (
-        row | {"clips": sum(bool(clip["path"]) for clip in row.get("clips", ()))}
-        for row in with_results(files, [first])), FILE_COLUMNS)
-    tell_files(options.folder / "files.csv")
-    if options.command != "probe":
-        columns = {*CLIP_COLUMNS, *(name for results in done if results.places for name in results.step.writes)}
-        choose(lambda: with_results(clip_rows(files, first), done), columns, options)
-
-
-def tell_files(path):
-    count, seconds, broken = 0, 0.0, []
-    for row in read_table(path):
-        count, seconds = count + 1, seconds + float(row["seconds"] or 0)
-        broken += [row["error"]] if row["error"] else []
-    print(f"{path}: {count} files, {seconds / 3600:.2f} hours, {len(broken)} cannot be read",
+    cut.wait(files)
+    for i, found in enumerate(done):  # in their order: what one reads another has found
+        if found in asked:
+            found.wait(readable(with_results(clip_rows(files, cut), done[:i])))
+    files_csv = options.folder / "files.csv"
+    table = [row | {"clips": sum(bool(clip["path"]) for clip in row.get("clips", ()))}
+             for row in with_results(files, [cut])]
+    write_table(files_csv, table, FILES)
+    hours, broken = sum(row.get("seconds", 0) for row in table) / 3600, [r["error"] for r in table if "error" in r]
+    print(f"{files_csv}: {len(table)} files, {hours:.2f} hours, {len(broken)} cannot be read",
           *broken[:10], *[f"and {len(broken) - 10} more"] * (len(broken) > 10), sep="\n  ")
+    absent = {name for found in done if not found.places for name in found.step.writes} - {"text"}
+    choose(rows, [name for name in TABLE if name not in absent], options)
 
 
 def choose(rows, columns, options):
     """Finds duplicates, applies the rules; writes clips.csv and meta.csv, says what is kept and why the rest is not.
     rows() gives all rows, again and again."""
-    tally, table = Tally(from_flags(options)), options.table
+    tally, table = Tally(rules_of(options)), options.table
     meta = table.with_name("meta.csv" if table.name == "clips.csv" else f"{table.stem}-kept.csv")
     if not options.no_dedup:
         found = find_duplicates(rows(), tally.rules, options.device)
@@ -1922,51 +1670,46 @@ def choose(rows, columns, options):
 
 
 def add_columns(options):
-    """flow, checks and what needs a network: adds columns to a table."""
+    """A step on a table: adds its columns."""
     table, step = options.table, STEPS[options.command]
     header = header_of(table)
     if missing := {"num_frames", "text"} & set(step.reads) - set(header):
         raise ValueError(f"{table}: has no column {' or '.join(missing)}, which {options.command} reads - `python "
                          f"curate.py {'probe' if 'num_frames' in missing else 'caption'} {options.what}` adds it")
-    rows = lambda: (row for row in read_table(table) if can_be_read(row) or row["path"] and options.command == "probe")
-    results = do(options.command, rows(), options)
+    results = do(options.command, readable(read_table(table)), options)
     if rank() == 0:
-        wait_for(results, rows())
+        results.wait(readable(read_table(table)))
         write_table(table, with_results(read_table(table), [results]), (*header, *step.writes, "error"))
         print(f"{table}: {', '.join(step.writes)}; `python curate.py filter {options.what}` chooses by them")
-
-
-def frames_under(folder: Path):
-    """What gives the first, middle and last frame of a row."""
-    return lambda row: read_frames(row | {"path": str(folder / row["path"])}, ends_and_middle(row))
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", *STEPS, "dedup", "filter", "report"))
-    parser.add_argument("what", help="a folder of videos (run, probe, cut), or the DIR or table that they made")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="of run, probe, cut: where all is written")
-    parser.add_argument("--with", dest="also", default="", metavar="STEPS", help=f"of run: {','.join(NETWORKS)}")
-    parser.add_argument("--captions", metavar="CSV", help="columns path,text: captions of the videos; without, a .txt "
+    parser.add_argument("what", help="a folder of videos (run, cut), or the DIR or table that they made")
+    making = parser.add_argument_group("run and cut")
+    making.add_argument("--out", type=Path, metavar="DIR", help="where all is written")
+    making.add_argument("--with", dest="also", default="", metavar="STEPS", help=f"of run: {','.join(NETWORKS)}")
+    making.add_argument("--captions", metavar="CSV", help="columns path,text: captions of the videos; without, a .txt "
                         "beside a video is its caption")
-    parser.add_argument("--min-seconds", type=float, default=2.0, help="of a clip (default: %(default)s)")
-    parser.add_argument("--max-seconds", type=float, default=16.0, help="of a clip: longer shots are divided (default: "
+    making.add_argument("--min-seconds", type=float, default=2.0, help="of a clip (default: %(default)s)")
+    making.add_argument("--max-seconds", type=float, default=16.0, help="of a clip: longer shots are divided (default: "
                         "%(default)s)")
-    parser.add_argument("--dry-run", action="store_true", help="measures and writes clips.csv, but no clips")
-    parser.add_argument("--no-dedup", action="store_true", help="leaves out the search for near-duplicates")
-    parser.add_argument("--config", help="of run and filter: which of its buckets the clips go to")
+    making.add_argument("--dry-run", action="store_true", help="measures and writes clips.csv, but no clips")
+    making.add_argument("--no-dedup", action="store_true", help="leaves out the search for near-duplicates")
+    parser.add_argument("--config", help="of run, filter: tells which of its buckets the clips go to")
     parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: all cores)")
+    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     networks = parser.add_argument_group("networks: folders or names on the hub")
     networks.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="(default: %(default)s)")
     networks.add_argument("--aesthetic-head", metavar="FILE", help="sac+logos+ava1-l14-linearMSE.pth")
-    networks.add_argument("--ocr-model", default="PaddlePaddle/PP-OCRv5_mobile_det_safetensors")
+    networks.add_argument("--ocr-model", default="PaddlePaddle/PP-OCRv5_mobile_det_safetensors",
+                          help="(default: %(default)s)")
     networks.add_argument("--captioner", default="llava-hf/llava-v1.6-mistral-7b-hf", help="(default: %(default)s)")
-    networks.add_argument("--prompt", default=PROMPT)
-    networks.add_argument("--caption-frames", type=int, default=CAPTION_FRAMES)
-    networks.add_argument("--max-new-tokens", type=int, default=200)
-    networks.add_argument("--flow-model", metavar="NAME", help="such as deepmind/optical-flow-perceiver")
+    networks.add_argument("--prompt", default=PROMPT, help="what the captioner is asked")
+    networks.add_argument("--caption-frames", type=int, default=CAPTION_FRAMES, help="(default: %(default)s)")
+    networks.add_argument("--max-new-tokens", type=int, default=200, help="of a caption (default: %(default)s)")
     add_flags(parser.add_argument_group("rules: a number, or none"))
-    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     return parser.parse_args()
 
 
@@ -1975,8 +1718,7 @@ def resolve(options):
     options.also = tuple(filter(None, options.also.split(",")))
     if wrong := set(options.also) - set(NETWORKS):
         raise ValueError(f"--with {','.join(wrong)}: expected some of {','.join(NETWORKS)}")
-    what = Path(options.what)
-    options.starts = options.command in ("run", "cut") or options.command == "probe" and what.suffix != ".csv"
+    what, options.starts = Path(options.what), options.command in ("run", "cut")
     if options.starts and not options.out:
         raise ValueError(f"{options.command}: expected --out DIR, where clips and tables are written")
     options.table = what if what.suffix == ".csv" else (options.out if options.starts else what) / "clips.csv"
@@ -1984,7 +1726,6 @@ def resolve(options):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     options.workers = options.workers or max(1, os.cpu_count() // local)
     options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    return options
 
 
 def main():
@@ -1999,8 +1740,9 @@ def main():
         elif options.command in STEPS:
             add_columns(options)
         elif options.command == "report":
+            frames_of = lambda row: ends_and_middle(row | {"path": str(options.folder / row["path"])})
             path = options.table.with_name("report.html")
-            write_report(lambda: read_table(options.table), from_flags(options), path, frames_under(options.folder))
+            write_report(lambda: read_table(options.table), rules_of(options), path, frames_of)
             print(path)
         else:
             options.no_dedup = options.command == "filter"

@@ -15,12 +15,10 @@ import torch
 import torch.nn.functional as F
 from data import UnreadableClip, read_window, write_video
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig, LlamaConfig,
-                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PerceiverConfig,
-                          PerceiverForOpticalFlow, PPOCRV5MobileDetConfig, PPOCRV5MobileDetForObjectDetection,
-                          PreTrainedTokenizerFast)
+                          LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PPOCRV5MobileDetConfig,
+                          PPOCRV5MobileDetForObjectDetection, PreTrainedTokenizerFast)
 
 WORDS = "a the red blue dog runs over grass . , describe this video user assistant : it is".split()
 
@@ -78,7 +76,7 @@ def save_head(path, width):
     state = {f"layers.{i}.{kind}": torch.randn(*shape, generator=generator)
              for i, a, b in zip(M.HEAD_LAYERS, sizes, sizes[1:])
              for kind, shape in (("weight", (b, a)), ("bias", (b,)))}
-    torch.save(state, path) if path.suffix == ".pth" else save_file(state, path)
+    torch.save(state, path)
     return state
 
 
@@ -108,10 +106,9 @@ def clip_directly(folder, row, places):
         return net, F.normalize(net.get_image_features(**processor(frames, return_tensors="pt")).pooler_output, dim=-1)
 
 
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_aesthetic_is_the_head_on_clip_features(clips, clip_folder, tmp_path, suffix):
-    state = save_head(tmp_path / f"head{suffix}", 24)
-    options = Namespace(clip_model=str(clip_folder), aesthetic_head=str(tmp_path / f"head{suffix}"))
+def test_aesthetic_is_the_head_on_clip_features(clips, clip_folder, tmp_path):
+    state = save_head(tmp_path / "head.pth", 24)
+    options = Namespace(clip_model=str(clip_folder), aesthetic_head=str(tmp_path / "head.pth"))
     for row, found, places in zip(clips, run("aesthetic", clips, options), ([0, 9, 19], [0, 5, 10], [0])):
         _, features = clip_directly(clip_folder, row, places)
         score = features
@@ -133,9 +130,6 @@ def test_aesthetic_heads_that_do_not_fit_are_said(clip_folder, tmp_path):
         torch.save([print], tmp_path / "head.pth") if content is None else (tmp_path / "head.pth").write_bytes(content)
         with pytest.raises(ValueError, match="holds no tensors"):
             M.load_aesthetic(options, "cpu")
-    (tmp_path / "head.safetensors").write_bytes(b"x" * 40)
-    with pytest.raises(ValueError, match="holds no tensors"):
-        M.load_head(str(tmp_path / "head.safetensors"), 24, "cpu")
 
 
 def test_match_is_the_cosine_with_the_middle_frame(clips, clip_folder):
@@ -152,11 +146,11 @@ def test_match_is_the_cosine_with_the_middle_frame(clips, clip_folder):
     assert run("match", [clips[2]], Namespace(clip_model=str(clip_folder))) == [{"match": ""}]
 
 
-@pytest.mark.parametrize("step", ["aesthetic", "match", "ocr", "caption", "flow"])
+@pytest.mark.parametrize("step", ["aesthetic", "match", "ocr", "caption"])
 def test_a_model_that_cannot_be_had_is_one_sentence(step, tmp_path):
     missing = str(tmp_path / "nothing")
     options = Namespace(clip_model=missing, aesthetic_head=missing, ocr_model=missing, captioner=missing,
-                        flow_model=missing, prompt="", max_new_tokens=1)
+                        prompt="", max_new_tokens=1)
     with pytest.raises((FileNotFoundError, ValueError), match="nothing") as caught:
         M.STEPS[step].load(options, "cpu")
     assert "\n" not in str(caught.value)
@@ -316,22 +310,20 @@ def caption_directly(folder, row, places, prompt, new):
     return processor.tokenizer.decode(words, skip_special_tokens=True)
 
 
-def test_captions_are_what_the_model_writes(clips, llava_folder, monkeypatch):
-    monkeypatch.setattr(M, "CAPTIONS_AT_ONCE", 2)
+def test_captions_are_what_the_model_writes(clips, llava_folder):
     options = Namespace(captioner=str(llava_folder), caption_frames=4, max_new_tokens=12,
                         prompt="describe this video .")
     work = M.load_caption(options, "cpu")
+    answers, = work.args
     prepared = [M.prepare_caption(row, options) for row in clips]
     assert [len(frames) for frames in prepared] == [4, 4, 1]  # padded on the left in one batch with the image
-    both = work.write([prepared[0], prepared[2]])
+    said = answers(prepared)
     texts = [caption_directly(llava_folder, row, places, options.prompt, 12)
              for row, places in zip(clips, ([2, 7, 12, 17], [1, 4, 6, 9], [0]))]
-    assert [text for text, _ in both] == [texts[0], texts[2]] and len(set(texts)) > 1 and all(texts)
+    assert [text for text, _ in said] == texts and len(set(texts)) > 1 and all(texts)
     rows = [clips[0] | {"cmotion": "pan right"}, *clips[1:]]
-    found, cut = work(rows, prepared), [ended for _, ended in work.write(prepared)]
-    assert found == [{"text": M.clean(text, ended) + end} for text, ended, end in
-                     zip(texts, cut, (" camera motion: pan right.", "", ""))]
-    assert work.seen == 3 and work.refused == 0
+    assert work(rows, prepared) == [{"text": M.clean(text, ended) + end} for (text, ended), end in
+                                    zip(said, (" camera motion: pan right.", "", ""))]
 
 
 def test_captioners_that_cannot_work_here_are_one_sentence(llava_folder, tmp_path, monkeypatch):
@@ -387,77 +379,18 @@ def test_a_sentence_that_was_cut_off_is_dropped(text, cleaned):
 
 
 def test_refusals_give_no_caption_and_are_said(capsys):
-    captioner = M.Captioner(None, None, "", 1)
     row = {"path": "a.mp4", "cmotion": "static"}
+    texts_of = lambda texts: [columns["text"] for columns in
+                              M.caption(lambda clips: [(text, True) for text in texts], [row] * len(texts), None)]
     refusals = ["I'm sorry, I cannot help with that.", "I’m unable to see the video.", "I cannot describe people.",
                 "As an AI language model, I do not watch videos.", "Sorry, but no.", "Unfortunately, I can't tell.",
                 "I apologize, the frames are dark.", "I am not able to view images."]
-    for text in refusals:
-        assert captioner.finish(row, text, True) == ""
-    assert captioner.refused == len(refusals)
-    said = capsys.readouterr().err.splitlines()
-    assert len(said) == 4 and said[0].startswith("a.mp4: no caption, the model said \"I'm sorry")  # 1st 2nd 4th 8th
-    for text in ("An ice cream melts.", "I love NY is written on a shirt.", "A sorry dog looks up."):
-        assert captioner.finish(row, text, True) == f"{text} camera motion: static."
-    assert captioner.finish(row | {"cmotion": ""}, "A dog.", True) == "A dog."
-    assert captioner.finish(row, "", True) == "" and captioner.refused == len(refusals)
-
-
-# ---- flow by a network ----
-
-@pytest.fixture(scope="module")
-def perceiver_folder(tmp_path_factory):
-    torch.manual_seed(0)
-    net = PerceiverForOpticalFlow(PerceiverConfig(
-        num_latents=8, d_latents=16, d_model=322, num_blocks=1, num_self_attends_per_block=1,
-        num_self_attention_heads=2, num_cross_attention_heads=1, train_size=[32, 48]))
-    for weight in net.parameters():
-        torch.nn.init.normal_(weight, std=0.2)
-    folder = tmp_path_factory.mktemp("perceiver")
-    net.save_pretrained(folder)
-    return folder
-
-
-def test_flow_is_the_perceivers(perceiver_folder):
-    """Patches as TensorFlow's extract_patches lays them out: (row, column, colour), zeros beyond the edge."""
-    pairs = np.stack([footage(2, 32, 48, seed=s) for s in range(3)])
-    net = PerceiverForOpticalFlow.from_pretrained(perceiver_folder).eval()
-    x = np.pad(pairs.astype(np.float32) / 255 * 2 - 1, ((0, 0), (0, 0), (1, 1), (1, 1), (0, 0)))
-    patches = np.concatenate([x[:, :, j:j + 32, i:i + 48] for j in range(3) for i in range(3)], -1)  # [P 2 H W 27]
-    with torch.no_grad():
-        theirs = net(torch.from_numpy(patches.transpose(0, 1, 4, 2, 3))).logits * 20
-    ours = M.perceiver_flow(net, pairs)
-    assert theirs.std() > 1e-3 and ours.shape == (3, 2, 213, 320)
-    scale = torch.tensor((320 / 48, 213 / 32))[:, None, None]
-    wanted = F.interpolate(theirs.permute(0, 3, 1, 2), (213, 320), mode="bilinear", antialias=True) * scale
-    assert torch.allclose(ours, wanted, atol=1e-4)
-
-
-def test_flow_of_a_net_that_knows_the_answer_is_in_pixels_of_320():
-    """A field that says 4 pixels right, 2 down at 32 x 48: a twelfth and a sixteenth of the frame."""
-    class Net:
-        device, dtype = torch.device("cpu"), torch.float32
-        config = Namespace(train_size=(32, 48))
-
-        def __call__(self, x):
-            return Namespace(logits=torch.tensor((4.0, 2.0)).expand(len(x), 32, 48, 2) / 20)
-    for (h, w), size in (((64, 128), (160, 320)), ((100, 50), (320, 160))):
-        field = M.perceiver_flow(Net(), np.zeros((1, 2, h, w, 3), np.uint8))
-        assert field.shape[2:] == size
-        assert torch.allclose(field.mean((0, 2, 3)), torch.tensor((size[1] / 12, size[0] / 16)))
-    found, = M.perceiver_motion(Net(), [{}], [(np.zeros((9, 2, 64, 128, 3), np.uint8), np.full(9, 0.1))])
-    assert found["cmotion"] == "pan left" and found["flow"] == pytest.approx(10 * np.hypot(320 / 12, 10), rel=1e-3)
-
-
-def test_flow_runs_over_pairs_of_a_clip(clips, perceiver_folder):
-    options = Namespace(flow_model=str(perceiver_folder))
-    pairs, seconds = M.prepare_flow(clips[0], options)  # 20 frames at 8 per second: every second starts a pair
-    video = read_window(clips[0]["path"])[0].numpy()
-    assert pairs.shape == (10, 2, 96, 160, 3) and seconds == pytest.approx(np.full(10, 0.125), abs=1e-3)
-    assert np.abs(pairs[3].astype(int) - video[[6, 7]]).mean() < 8  # decoded without deblocking, in another way
-    found = run("flow", clips, options)
-    assert set(found[0]) == {"flow", "against", "cmotion"} and found[0]["flow"] > 0
-    assert np.isnan(found[2]["flow"]) and found[2]["cmotion"] == ""  # an image does not move
+    assert texts_of([*refusals, "A dog."]) == [""] * len(refusals) + ["A dog. camera motion: static."]
+    assert capsys.readouterr().err.startswith("8 of 9 clips get no caption, the model said \"I'm sorry")
+    texts = ["An ice cream melts.", "I love NY is written on a shirt.", "A sorry dog looks up."]
+    assert texts_of(texts) == [f"{text} camera motion: static." for text in texts]
+    row["cmotion"] = ""
+    assert texts_of(["A dog.", ""]) == ["A dog.", ""] and not capsys.readouterr().err
 
 
 # ---- the real detector on real footage ----
@@ -487,7 +420,7 @@ def test_text_area_on_real_footage(turn):
 
 # ---- all of them, as a user starts them ----
 
-def test_a_run_with_all_networks(clips, clip_folder, ocr_folder, llava_folder, perceiver_folder, tmp_path):
+def test_a_run_with_all_networks(clips, clip_folder, ocr_folder, llava_folder, tmp_path):
     """Two ranks, one after the other; then a second run that has nothing left to do, not even to load."""
     head = {}
     for i, a, b in zip(M.HEAD_LAYERS, (24, 32, 16, 8, 4), (32, 16, 8, 4, 1)):
@@ -495,9 +428,9 @@ def test_a_run_with_all_networks(clips, clip_folder, ocr_folder, llava_folder, p
     torch.save(head, tmp_path / "head.pth")
     out = tmp_path / "out"
     command = [sys.executable, "curate.py", "run", str(Path(clips[0]["path"]).parent), "--out", str(out),
-               "--with", "match,aesthetic,caption,ocr,flow", f"--clip-model={clip_folder}", f"--ocr-model={ocr_folder}",
+               "--with", "match,aesthetic,caption,ocr", f"--clip-model={clip_folder}", f"--ocr-model={ocr_folder}",
                f"--aesthetic-head={tmp_path / 'head.pth'}", f"--captioner={llava_folder}", "--max-new-tokens=4",
-               f"--flow-model={perceiver_folder}", "--prompt=describe", "--min-seconds=1", "--workers=1",
+               "--prompt=describe", "--min-seconds=1", "--workers=1",
                "--no-dedup",  # to random weights all pictures are alike
                *(f"--{rule}=none" for rule in ("min-aesthetic", "min-match", "max-text-area", "min-flow", "max-uniform",
                                                "min-sharpness", "max-repeats", "max-held"))]
@@ -510,7 +443,7 @@ def test_a_run_with_all_networks(clips, clip_folder, ocr_folder, llava_folder, p
     assert rows.keys() == {"wide.mp4", "tall.mp4", "image.png"} and "features" not in rows["wide.mp4"]
     for name, row in rows.items():
         assert all(row[column] for column in ("aes", "ocr", "text_area")) and bool(row["match"]) == bool(row["text"])
-        assert bool(row["flow"]) == bool(row["cmotion"]) == ("camera motion" in row["text"]) == (name != "image.png")
+        assert bool(row["flow"]) == (name != "image.png") and bool(row["cmotion"]) == ("camera motion" in row["text"])
     shutil.rmtree(llava_folder)
     again = subprocess.run(command, cwd=Path(M.__file__).parent, capture_output=True, text=True)
     assert again.returncode == 0 and "not done" not in again.stderr
