@@ -328,12 +328,9 @@ def mixed(thumbs, changes) -> list[tuple[int, int]]:
         step = np.diff(thumbs[low:high] @ way) / (way @ way) * length  # about 1 within, 0 outside
         moves = np.pad(step > 0.3, 1)
         moves = moves[1:-1] | moves[:-2] & moves[2:]  # a frame shown twice is no end
-        first = last = s - low + length // 2
-        while first > 0 and moves[first - 1]:
-            first -= 1
-        while last < len(moves) and moves[last]:
-            last += 1
-        first, end = int(low + first + 1), int(low + last)
+        still, middle = np.flatnonzero(~moves), s - low + length // 2
+        first = int(low + max(still[still < middle], default=-1) + 2)
+        end = int(low + min(still[still >= middle], default=len(moves)))
         if first >= end or any(first <= b and a <= end for a, b in found):
             continue
         around = [x.mean() for x in (changes[max(1, first - 8):first], changes[end + 1:end + 9]) if len(x)]
@@ -361,9 +358,10 @@ def split(transitions, times, min_seconds=2.0, max_seconds=16.0):
 
 # ---- flow ----
 
-LEVELS = 5        # each halves: 20 pixels are 1.25 at the coarsest, where the first linear step still holds
+# Per level, finest first; each halves: 20 pixels are 1.25 at the coarsest, where the first linear step still holds.  A
+# second one at full size wins 0.01 pixel and takes a third more time
+WARPS = 1, 2, 2, 2, 3
 CELL = 4          # pixels per unknown
-WARPS = 1, 2, 2, 2, 3  # per level, finest first; a second one at full size wins 0.01 pixel and takes a third more time
 SWEEPS = 15       # 8: a tenth worse, 30: nothing better
 SMOOTH = 0.1      # weight of the neighbours' mean against one fully textured cell
 GRADIENT = 3.0    # grey levels per pixel: below it an edge is no better than grain
@@ -404,7 +402,7 @@ def flow(a, b) -> torch.Tensor:
     if a.shape != b.shape or a.ndim != 3 or min(a.shape[1:]) < 32:
         raise ValueError(f"flow needs two batches [N h w], h and w at least 32, got {[*a.shape]} and {[*b.shape]}")
     pyramid = [(smooth(a[:, None].float()), smooth(b[:, None].float()))]
-    while len(pyramid) < LEVELS and min(pyramid[-1][0].shape[-2:]) >= 16:
+    while len(pyramid) < len(WARPS) and min(pyramid[-1][0].shape[-2:]) >= 16:
         pyramid.append(tuple(F.avg_pool2d(smooth(x), 2, ceil_mode=True) for x in pyramid[-1]))
     u = torch.zeros(len(a), 2, *pyramid[-1][0].shape[-2:])  # as from a coarser level; cut to size below
     for pair, warps in reversed(list(zip(pyramid, WARPS))):
@@ -761,6 +759,13 @@ def resized(frame, height: int, width: int, filter=Image.Resampling.BILINEAR) ->
     return np.array(Image.fromarray(np.ascontiguousarray(frame)).resize((width, height), filter))
 
 
+def fitted(frames, side: int, multiple: int = 1) -> np.ndarray:
+    """uint8 [n h w 3]: the longer side at most `side`, both sides rounded to multiples."""
+    scale = min(1, side / max(frames[0].shape[:2]))
+    return np.stack([resized(frame, *(max(multiple, round(n * scale / multiple) * multiple) for n in frame.shape[:2]))
+                     for frame in frames])
+
+
 def net_of(cls, name, device, half=torch.float16):
     """A frozen network by folder or hub name; half precision on a GPU."""
     dtype = half if torch.device(device).type == "cuda" else torch.float32
@@ -779,9 +784,9 @@ def clip_size(name) -> int:
     return from_pretrained(CLIPConfig, name).vision_config.image_size
 
 
-def clip_pixels(frame, size: int) -> np.ndarray:
+def clip_pixels(frame, name) -> np.ndarray:
     """uint8 [size size 3]: the short side bicubically to `size`, the middle cut out, as CLIP's own preprocessing."""
-    h, w = frame.shape[:2]
+    (h, w), size = frame.shape[:2], clip_size(name)
     h, w = size * h // min(h, w), size * w // min(h, w)
     top, left = (h - size) // 2, (w - size) // 2
     return resized(frame, h, w, Image.Resampling.BICUBIC)[top:top + size, left:left + size]
@@ -796,8 +801,7 @@ def image_features(clip, frames):
 
 
 def prepare_aesthetic(row, options):
-    """uint8 [n size size 3], n = 3, fewer for an image."""
-    return np.stack([clip_pixels(frame, clip_size(options.clip_model)) for frame in ends_and_middle(row)])
+    return np.stack([clip_pixels(frame, options.clip_model) for frame in ends_and_middle(row)])
 
 
 def load_aesthetic(options, device):
@@ -810,13 +814,10 @@ def load_aesthetic(options, device):
         state = torch.load(path, device, weights_only=True)
         head = [[state[f"layers.{i}.{kind}"].float() for kind in ("weight", "bias")] for i in HEAD_LAYERS]
     except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"the aesthetic head {path} holds no tensors layers.0.weight ... layers.7.bias: {reason}") \
-            from error
-    takes, width = head[0][0].shape[1], clip.config.projection_dim
-    if takes != width:
-        raise ValueError(f"the aesthetic head {path} takes features of width {takes}, the CLIP model gives {width}: "
-                         "LAION's head goes with openai/clip-vit-large-patch14")
+        raise ValueError(f"the aesthetic head {path} holds no tensors layers.0.weight ... layers.7.bias") from error
+    if (takes := head[0][0].shape[1]) != clip.config.projection_dim:
+        raise ValueError(f"the aesthetic head {path} takes features of width {takes}, the CLIP model gives "
+                         f"{clip.config.projection_dim}: LAION's head goes with openai/clip-vit-large-patch14")
     return partial(aesthetic, clip, head)
 
 
@@ -836,7 +837,7 @@ def prepare_match(row, options):
     if not row["text"]:
         return None
     frame, = read_frames(row, [(int(row["num_frames"]) - 1) // 2])
-    return clip_pixels(frame, clip_size(options.clip_model))
+    return clip_pixels(frame, options.clip_model)
 
 
 def load_match(options, device):
@@ -867,13 +868,7 @@ TEXT, BOX, UNCLIP, MIN_SIDE = 0.3, 0.6, 1.5, 3  # DB's thresholds of pixel and b
 
 
 def prepare_ocr(row, options):
-    return ocr_frames(ends_and_middle(row))
-
-
-def ocr_frames(frames) -> np.ndarray:
-    """uint8 [n h w 3]: longer side at most OCR_SIDE, both rounded to multiples of 32."""
-    scale = min(1, OCR_SIDE / max(frames[0].shape[:2]))
-    return np.stack([resized(f, *(max(32, round(n * scale / 32) * 32) for n in f.shape[:2])) for f in frames])
+    return fitted(ends_and_middle(row), OCR_SIDE, 32)
 
 
 def load_ocr(options, device):
@@ -958,35 +953,22 @@ def components(mask):
 
 # ---- captions ----
 
-CAPTION_SIDE = 640     # more than most captioners look at; bounds the tokens of those that take any size
-# of the clip, each the middle of its part: 2 to 16 s make a frame every 0.5 to 4 s, and four of LLaVA-1.5's 576 tokens
-# leave room for the answer in its 4,096; upstream shows three
-CAPTION_FRAMES = 4
+CAPTION_SIDE = 640  # more than most captioners look at; bounds the tokens of those that take any size
 PROMPT = ("These are frames of one video, in order. Describe the video in one paragraph: who or what is seen, what "
           "happens, the place, the light and the style. Do not speak of frames, images or a video, and do not guess "
           "what is not seen.")
-KIND = r"(?:video|image|clip|footage|scene|frame|picture|photo(?:graph)?|sequence|animation|film)s?"
-KIND = rf"(?:short\ |given\ |provided\ |four\ |three\ )?{KIND}(?:\ {KIND})?"
-PREFIX = re.compile(rf"""
-    (?: (?:sure|certainly|of\ course|here\ is)\b[^:.!]*[:.!]\s* )?
-    (?: in\ (?:this|the|these)\ {KIND}[,:]\s*(?:we\ (?:can\ )?see\ )?
-      | (?:this|the|these)\ {KIND}\ (?:
-            (?:show|showcase|capture|feature|depict|present|portray|display|illustrate)s?\ (?:us\ )?
-          | (?:begins|starts|opens)\ with\  | (?:is|are)\ (?:of\ |about\ |showing\ )?(?=an?\ |the\ ) )
-      | (?:this|it)\ is\ an?\ {KIND}\ (?:of|showing|that\ shows|depicting)\  )?
-    """, re.IGNORECASE | re.VERBOSE)
+PREFIX = re.compile(r"""(?: (?:sure|certainly|here\ is)\b[^:.!]*[:.!]\s* )?
+    (?: (?:in\ )?(?:this|the|these)\ (?:short\ |four\ )?(?:video|image|clip|footage|scene|frame)s?(?:\ clip)?
+        (?: [,:]\s*(?:we\ (?:can\ )?see\ )? | \ (?:show|capture|feature|depict|present|portray|display)s?\s
+          | \ (?:begins|starts|opens)\ with\s | \ (?:is|are)\ (?:of\ )?(?=an?\ |the\ ) ))?""", re.I | re.X)
 REFUSAL = re.compile(r"\W*(?:(?:i['’]m|i am) (?:sorry|unable|not able|afraid)|sorry\b|i apologi|unfortunately,? i\b|"
                      r"as an ai\b|i (?:cannot|can['’]t|can not|could not|don['’]t|do not|am)\b)", re.IGNORECASE)
 SENTENCE = re.compile(r"[.!?][\"'”’)]*(?=\s|$)")  # its end
 
 
 def prepare_caption(row, options):
-    """uint8 [n h w 3], longer side at most CAPTION_SIDE, n = options.caption_frames or what there is."""
     count, n = int(row["num_frames"]), options.caption_frames
-    frames = read_frames(row, sorted({(2 * k + 1) * count // (2 * n) for k in range(n)}))
-    h, w = frames[0].shape[:2]
-    scale = min(1, CAPTION_SIDE / max(h, w))
-    return np.stack([resized(frame, max(1, round(h * scale)), max(1, round(w * scale))) for frame in frames])
+    return fitted(read_frames(row, sorted({(2 * k + 1) * count // (2 * n) for k in range(n)})), CAPTION_SIDE)
 
 
 def load_caption(options, device):
@@ -1058,7 +1040,6 @@ class Step(NamedTuple):
 
 
 TOO_SHORT = "too short a shot"
-SIZE = "num_frames", "height", "width", "fps"
 FLOW = "flow", "cmotion", "against"
 CHECKS = "brightness", "contrast", "sharpness", "uniform", "repeats", "held", "combs", "phash"
 
@@ -1096,10 +1077,6 @@ def rounded(columns: dict) -> dict:
             "" if math.isnan(value) else round(float(value), 4) for name, value in columns.items()}
 
 
-def probe_clip(row: dict, options) -> dict:
-    return probe(row["path"])
-
-
 def measure_clip(columns, row: dict, options) -> dict:
     m = measure(row["path"])
     found = describe(m, 0, len(m.times))
@@ -1108,7 +1085,6 @@ def measure_clip(columns, row: dict, options) -> dict:
 
 STEPS = {
     "cut": Step(("source", "bytes", "modified"), ("min_seconds", "max_seconds", "dry_run"), cut_file),
-    "probe": Step(("path",), (), probe_clip, None, SIZE),
     "flow": Step(("path",), (), partial(measure_clip, FLOW), None, FLOW),
     "checks": Step(("path",), (), partial(measure_clip, CHECKS), None, CHECKS),
     "aesthetic": Step(("path", "num_frames"), ("clip_model", "aesthetic_head"), prepare_aesthetic, load_aesthetic,
@@ -1165,7 +1141,7 @@ class Results:
     def add(self, row: dict, record: dict):
         if self.out is None:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self.out = open(self.folder / f"{time.time_ns()}-{rank()}-{os.getpid()}.jsonl", "a")
+            self.out = open(self.folder / f"{time.time_ns()}-{RANK}-{os.getpid()}.jsonl", "a")
         self.out.write(json.dumps({"key": self.key(row)} | record) + "\n")
         self.out.flush()
         if time.monotonic() - self.synced > 10:     # seconds that a power cut may take
@@ -1175,22 +1151,20 @@ class Results:
     def wait(self, rows):
         """Until other ranks, too, have done their rows."""
         self.refresh()
-        missing = {key for key in map(self.key, rows) if key not in self.places}
-        with tqdm(desc=f"{self.folder.name}, other ranks", total=len(missing), disable=not missing) as bar:
-            while missing:
-                time.sleep(1)
-                self.refresh()
-                bar.update(len(missing) - len(missing := missing - self.places.keys()))
+        missing = set(map(self.key, rows)) - self.places.keys()
+        if missing:
+            print(f"{self.folder.name}: waiting for other ranks, which have {len(missing)} to do", file=sys.stderr)
+        while missing := missing - self.places.keys():
+            time.sleep(1)
+            self.refresh()
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", 0))
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def is_mine(row: dict) -> bool:
     """Whether this rank works on a row: all clips of a file go to the rank that cuts it."""
-    name = hashlib.sha256((row.get("source") or row["path"]).encode()).hexdigest()
-    return int(name[:8], 16) % int(os.environ.get("WORLD_SIZE", 1)) == rank()
+    return int(hashlib.sha256((row.get("source") or row["path"]).encode()).hexdigest()[:8], 16) % WORLD == RANK
 
 
 def start_worker(parent: int):
@@ -1244,7 +1218,7 @@ def do(name: str, rows, options) -> Results:
     todo = [row for row in rows if is_mine(row) and "columns" not in results.get(row)]
     work = step.load(options, options.device) if todo and step.load else None
     made = in_parallel(step.prepare, todo, options, 2 * (options.workers + step.batch))
-    with tqdm(desc=name, total=len(todo), smoothing=0.05, disable=rank() > 0 or not todo) as bar:
+    with tqdm(desc=name, total=len(todo), smoothing=0.05, disable=RANK > 0 or not todo) as bar:
         while batch := list(itertools.islice(made, step.batch)):
             good = [(row, data) for row, data, error in batch if not error]
             columns = iter(work(*zip(*good)) if work and good else [data for _, data in good])
@@ -1252,7 +1226,7 @@ def do(name: str, rows, options) -> Results:
                 results.add(row, {"error": error} if error else {"columns": rounded(next(columns))})
                 failed += [error] * bool(error)
             bar.update(len(batch))
-    if failed and rank() == 0 and step.load:
+    if failed and RANK == 0 and step.load:
         print(f"{name}: {len(failed)} clips could not be read, such as {failed[0]}")
     results.refresh()
     return results
@@ -1262,7 +1236,7 @@ def do(name: str, rows, options) -> Results:
 
 TABLE = (*COLUMNS, *SCORES, "cmotion", "against", "text_area", *CHECKS, "source", "start_seconds", "seconds", "error",
          "duplicate_of", "dropped")  # the columns of clips.csv and meta.csv, in this order, as far as there are
-FILES = ("path", "kind", "error", *SIZE, "counted", "rotation", "seconds", "codec", "hash", "bytes", "clips")
+FILES = ("path", "kind", "error", *COLUMNS[2:], "counted", "rotation", "seconds", "codec", "hash", "bytes", "clips")
 
 
 def read_table(path):
@@ -1297,7 +1271,7 @@ def listed(options) -> list[dict]:
     if not found:
         raise ValueError(f"{options.what}: has no video or image among {len(other)} files, expected "
                          f"{' '.join(VIDEOS + IMAGES)}")
-    if rank() == 0 and (other := [path for path in other if path.suffix != ".txt"]):
+    if RANK == 0 and (other := [path for path in other if path.suffix != ".txt"]):
         print(f"{len(other)} files are left alone, no video, no image or no name in UTF-8, such as {str(other[0])!a}")
     captions = {row["path"]: row["text"] for row in read_table(options.captions)} if options.captions else {}
     rows = []
@@ -1310,7 +1284,7 @@ def listed(options) -> list[dict]:
                 text = " ".join(beside.read_text(encoding="utf-8", errors="replace").split())
             rows.append({"path": name, "source": name, "bytes": stat.st_size, "modified": stat.st_mtime_ns,
                          "text": text or ""})
-    if captions and rank() == 0:
+    if captions and RANK == 0:
         print(f"{options.captions}: {len(captions)} captions are of no file here, such as of {next(iter(captions))}")
     return rows
 
@@ -1391,26 +1365,24 @@ def duplicates(vectors, threshold: float, order, device="cpu", block=4096, wide=
     All pairs are looked at: 10 million x 192 are 2e16 operations, about 2 minutes on an H100 by its bandwidth (not
     measured), which then holds N x D in fp16, 4 GB, and block x wide products.  2 cores: 40,000 in 6 s.
     """
-    vectors, order = torch.as_tensor(vectors), np.asarray(order)
-    kind = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    kept, kept_index = torch.empty(vectors.shape, dtype=kind, device=device), np.empty(len(order), np.int64)
-    repeats, count = np.full(len(order), -1), 0
-    for begin in range(0, len(order), block):
-        rows = order[begin:begin + block]
-        x, first = vectors[rows].to(device, kind), np.full(len(rows), -1)
-        for start in range(0, count, wide):
-            alike = x @ kept[start:min(start + wide, count)].T
+    order, kind = np.asarray(order), torch.float32 if torch.device(device).type == "cpu" else torch.float16
+    x = torch.as_tensor(vectors)[order].to(device, kind)  # one that repeats another becomes 0, which is like nothing
+    repeats = np.full(len(x), -1)
+    for begin in range(0, len(x), block):
+        new, first = x[begin:begin + block], repeats[begin:begin + block]
+        for start in range(0, begin, wide):
+            alike = new @ x[start:min(start + wide, begin)].T
             for i in (alike.amax(1) >= threshold).cpu().numpy().nonzero()[0]:
                 if first[i] < 0:
-                    first[i] = kept_index[start + (alike[i] >= threshold).nonzero()[0, 0].item()]
-        near = (x @ x.T >= threshold).tril(-1).cpu().numpy()
+                    first[i] = start + (alike[i] >= threshold).nonzero()[0, 0].item()
+        near = (new @ new.T >= threshold).tril(-1).cpu().numpy()
         for i in np.flatnonzero(near.any(1) & (first < 0)):  # ascending, so those before it are decided
             before = np.flatnonzero(near[i] & (first < 0))
-            first[i] = rows[before[0]] if len(before) else -1
-        new = np.flatnonzero(first < 0)
-        kept[count:count + len(new)], kept_index[count:count + len(new)] = x[new], rows[new]
-        repeats[rows], count = first, count + len(new)
-    return repeats
+            first[i] = begin + before[0] if len(before) else -1
+        new[torch.as_tensor(first >= 0, device=device)] = 0
+    found = np.empty_like(repeats)
+    found[order] = np.where(repeats < 0, -1, order[repeats])
+    return found
 
 
 def find_duplicates(rows, rules, device) -> list[str]:
@@ -1464,20 +1436,11 @@ RULES = (
 MOVES = ("flow", "repeats", "held", "combs")  # what an image has not
 
 
-def add_flags(parser):
-    """--min-flow=0.5 ... for each of RULES; --min-flow=none switches it off."""
-    for rule in RULES:
-        default = "none" if rule.limit is None else f"{rule.limit:g}"
-        parser.add_argument("--" + rule.name.replace("_", "-"), type=flag_limit, default=rule.limit, metavar="NUMBER",
-                            help=f"{rule.name[:3]}imum of {rule.column} (default: {default})")
-
-
 def flag_limit(text: str) -> float | None:
-    if text.lower() == "none":
-        return None
-    if not math.isfinite(number(text)):
+    limit = None if text.lower() == "none" else number(text)
+    if limit is not None and not math.isfinite(limit):
         raise argparse.ArgumentTypeError(f"expected a number, or none to switch the rule off, got {text!r}")
-    return number(text)
+    return limit
 
 
 def rules_of(options) -> list[Rule]:
@@ -1516,46 +1479,38 @@ def verdict(row, rules) -> str:
 
 class Tally:
     """Counts rows by the first thing that drops them, and by all (`alone`)."""
-    LEGEND = "A clip is dropped by the first rule that it breaks; alone: what the rule would drop without the others."
-
     def __init__(self, rules):
         self.rules, self.total, self.kept, self.measured = rules, 0, 0, set()
         self.dropped, self.alone, self.example = Counter(), Counter(), {}
 
     def add(self, row) -> str:
         """`verdict` of the row."""
-        self.total += 1
-        self.measured.update(row)
         found = list(faults(row, self.rules))
+        self.total, self.kept = self.total + 1, self.kept + (not found)
+        self.measured.update(row)
         self.alone.update(what for what, _ in found)
-        if not found:
-            self.kept += 1
-            return ""
-        what, why = found[0]
-        self.dropped[what] += 1
-        self.example.setdefault(what, " ".join(f"{row['path'] or row['source']}: {why}".split()))
-        return why
-
-    def lines(self):
-        """Yields (rule, kept, dropped, alone, example), kept being what is left after it."""
-        left = self.total
-        for what in ("unreadable", "too short", "duplicate", *self.rules):
-            left -= self.dropped[what]
-            if isinstance(what, Rule) and what.column not in self.measured:
-                yield str(what), "not measured", "", "", ""
-            else:
-                yield str(what), f"{left}", f"{self.dropped[what]}", f"{self.alone[what]}", self.example.get(what, "")
+        for what, why in found[:1]:
+            self.dropped[what] += 1
+            self.example.setdefault(what, " ".join(f"{row['path'] or row['source']}: {why}".split()))
+            return why
+        return ""
 
     def __str__(self):
-        table = [("rule", "kept", "dropped", "alone", "example"), *self.lines()]
-        text = "".join(f"{a:<20} {b:>12} {c:>9} {d:>9}  {e}".rstrip() + "\n" for a, b, c, d, e in table)
-        return f"{text}{self.LEGEND}\n{self.total} clips, {self.kept} kept"
+        left, lines = self.total, [("rule", "kept", "dropped", "alone", "example")]
+        for what in ("unreadable", "too short", "duplicate", *self.rules):
+            left -= self.dropped[what]
+            counts = left, self.dropped[what], self.alone[what], self.example.get(what, "")
+            known = not isinstance(what, Rule) or what.column in self.measured
+            lines.append((str(what), *(counts if known else ("not measured", "", "", ""))))
+        text = "".join(f"{a:<20} {b:>12} {c:>9} {d:>9}  {e}".rstrip() + "\n" for a, b, c, d, e in lines)
+        return (f"{text}A clip is dropped by the first rule that it breaks; alone: what the rule would drop without "
+                f"the others.\n{self.total} clips, {self.kept} kept")
 
 
 # ---- report ----
 
 STYLE = """:root{color-scheme:light dark;font:14px system-ui}body{margin:2em auto;max-width:1200px}
-table{border-spacing:1em 0}th{text-align:left}.row{display:flex;flex-wrap:wrap;gap:1em}
+pre{white-space:pre-wrap}.row{display:flex;flex-wrap:wrap;gap:1em}
 figure{margin:0;max-width:352px;overflow-wrap:anywhere}img{max-width:100%}.drop{color:#d9772b}"""
 
 
@@ -1596,11 +1551,10 @@ def write_report(rows, rules, path: Path, frames_of):
     chosen = {rule: picks(column, rule) for rule, column in values.items() if np.isfinite(column).any()}
     wanted = {i for titles in chosen.values() for found in titles.values() for i in found}
     shown = {i: figure(row, verdict(row, rules), frames_of) for i, row in enumerate(rows()) if i in wanted}
-    table = "".join(f"<tr><td>{'<td>'.join(map(html.escape, line))}</tr>" for line in tally.lines())
     with whole(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Clips</title><style>{STYLE}</style>'
-                f"</head><body><h1>{tally.kept:,} of {tally.total:,} clips kept, {hours:,.2f} hours</h1><table>"
-                f"<tr><th>rule<th>kept<th>dropped<th>alone<th>example</tr>{table}</table><p>{Tally.LEGEND}</p>")
+                f"</head><body><h1>{tally.kept:,} of {tally.total:,} clips kept, {hours:,.2f} hours</h1>"
+                f"<pre>{html.escape(str(tally))}</pre>")
         for rule, titles in chosen.items():
             known = values[rule][np.isfinite(values[rule])]
             spread = ", ".join(f"{value:.4g}" for value in np.quantile(known, np.linspace(0, 1, 11)))
@@ -1628,7 +1582,7 @@ def start(options):
             except (ValueError, FileNotFoundError) as error:
                 print(f"{name} is not done: {error}", file=sys.stderr)
         done.append(found)
-    if rank():
+    if RANK:
         return
     cut.wait(files)
     for i, found in enumerate(done):  # in their order: what one reads another has found
@@ -1674,22 +1628,22 @@ def add_columns(options):
     table, step = options.table, STEPS[options.command]
     header = header_of(table)
     if missing := {"num_frames", "text"} & set(step.reads) - set(header):
-        raise ValueError(f"{table}: has no column {' or '.join(missing)}, which {options.command} reads - `python "
-                         f"curate.py {'probe' if 'num_frames' in missing else 'caption'} {options.what}` adds it")
+        raise ValueError(f"{table}: has no column {' or '.join(missing)}, which {options.command} reads")
     results = do(options.command, readable(read_table(table)), options)
-    if rank() == 0:
+    if RANK == 0:
         results.wait(readable(read_table(table)))
         write_table(table, with_results(read_table(table), [results]), (*header, *step.writes, "error"))
         print(f"{table}: {', '.join(step.writes)}; `python curate.py filter {options.what}` chooses by them")
 
 
-def parse_args():
+def parse_args(args=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", *STEPS, "dedup", "filter", "report"))
     parser.add_argument("what", help="a folder of videos (run, cut), or the DIR or table that they made")
     making = parser.add_argument_group("run and cut")
     making.add_argument("--out", type=Path, metavar="DIR", help="where all is written")
-    making.add_argument("--with", dest="also", default="", metavar="STEPS", help=f"of run: {','.join(NETWORKS)}")
+    making.add_argument("--with", dest="also", type=lambda text: text.split(","), default=[], metavar="STEPS",
+                        help=f"of run: {','.join(NETWORKS)}")
     making.add_argument("--captions", metavar="CSV", help="columns path,text: captions of the videos; without, a .txt "
                         "beside a video is its caption")
     making.add_argument("--min-seconds", type=float, default=2.0, help="of a clip (default: %(default)s)")
@@ -1698,7 +1652,8 @@ def parse_args():
     making.add_argument("--dry-run", action="store_true", help="measures and writes clips.csv, but no clips")
     making.add_argument("--no-dedup", action="store_true", help="leaves out the search for near-duplicates")
     parser.add_argument("--config", help="of run, filter: tells which of its buckets the clips go to")
-    parser.add_argument("--workers", type=int, default=0, help="processes that decode (default: all cores)")
+    cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    parser.add_argument("--workers", type=int, default=cores, help="processes that decode (default: all cores)")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     networks = parser.add_argument_group("networks: folders or names on the hub")
     networks.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="(default: %(default)s)")
@@ -1707,24 +1662,26 @@ def parse_args():
                           help="(default: %(default)s)")
     networks.add_argument("--captioner", default="llava-hf/llava-v1.6-mistral-7b-hf", help="(default: %(default)s)")
     networks.add_argument("--prompt", default=PROMPT, help="what the captioner is asked")
-    networks.add_argument("--caption-frames", type=int, default=CAPTION_FRAMES, help="(default: %(default)s)")
+    # each the middle of its part: of 2 to 16 s one every 0.5 to 4 s; four of LLaVA-1.5's 576 tokens leave room for the
+    # answer in its 4,096; upstream shows three
+    networks.add_argument("--caption-frames", type=int, default=4, help="(default: %(default)s)")
     networks.add_argument("--max-new-tokens", type=int, default=200, help="of a caption (default: %(default)s)")
-    add_flags(parser.add_argument_group("rules: a number, or none"))
-    return parser.parse_args()
+    limits = parser.add_argument_group("rules: a number, or none to switch one off")
+    for rule in RULES:
+        limits.add_argument("--" + rule.name.replace("_", "-"), type=flag_limit, default=rule.limit, metavar="NUMBER",
+                            help=f"{rule.name[:3]}imum of {rule.column} (default: %(default)s)")
+    return parser.parse_args(args)
 
 
 def resolve(options):
     """Fills in what the command line leaves open."""
-    options.also = tuple(filter(None, options.also.split(",")))
-    if wrong := set(options.also) - set(NETWORKS):
-        raise ValueError(f"--with {','.join(wrong)}: expected some of {','.join(NETWORKS)}")
     what, options.starts = Path(options.what), options.command in ("run", "cut")
+    if wrong := set(options.also) - {*NETWORKS, ""}:
+        raise ValueError(f"--with {','.join(wrong)}: expected some of {','.join(NETWORKS)}")
     if options.starts and not options.out:
         raise ValueError(f"{options.command}: expected --out DIR, where clips and tables are written")
     options.table = what if what.suffix == ".csv" else (options.out if options.starts else what) / "clips.csv"
     options.folder = options.table.parent.absolute()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    options.workers = options.workers or max(1, os.cpu_count() // local)
     options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 

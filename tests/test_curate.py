@@ -1,5 +1,4 @@
 """Cuts of footage that was looked at, motion of known size, networks against transformers, runs that are killed."""
-import argparse
 import base64
 import csv
 import io
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import curate
-from curate import (FEATURE_ALIKE, HASH_ALIKE, HASH_BITS, RULES, TOO_SHORT, UNIFORM, Cuts, Rule, Tally, add_flags, bars,
+from curate import (FEATURE_ALIKE, HASH_ALIKE, HASH_BITS, RULES, TOO_SHORT, UNIFORM, Cuts, Rule, Tally, bars,
                     camera, combs, crop, duplicates, feature_vectors, find_files, flow, grey, hash_vectors, joint_hash,
                     lit_share, longest, looks, motion, perceptual_hash, picks, probe, repeats, rules_of, similarity,
                     small_frames, split, verdict, write_clips, write_report)
@@ -761,15 +760,14 @@ def test_verdict(change, expected):
 
 
 def test_flags(capsys):
-    parser = argparse.ArgumentParser()
-    add_flags(parser)
-    assert rules_of(parser.parse_args([])) == DEFAULT
-    rules = rules_of(parser.parse_args(["--min-aesthetic=4.5", "--min-flow=none", "--max-text-area", "0.03"]))
-    assert list(map(str, rules[:4])) == ["min_aesthetic 4.5", "min_match 20", "max_text_area 0.03", "max_repeats 0.7"]
-    assert verdict(ROW | {"flow": "0", "aes": "4.6"}, rules) == ""
+    rules = lambda *flags: rules_of(curate.parse_args(["filter", "a.csv", *flags]))
+    assert rules() == DEFAULT
+    mine = rules("--min-aesthetic=4.5", "--min-flow=none", "--max-text-area", "0.03")
+    assert list(map(str, mine[:4])) == ["min_aesthetic 4.5", "min_match 20", "max_text_area 0.03", "max_repeats 0.7"]
+    assert verdict(ROW | {"flow": "0", "aes": "4.6"}, mine) == ""
     for wrong in ("five", "nan", "", "1+1", "__import__('os')"):
         with pytest.raises(SystemExit):
-            parser.parse_args([f"--min-flow={wrong}"])
+            rules(f"--min-flow={wrong}")
         assert "--min-flow: expected a number, or none to switch the rule off, got " + repr(wrong) in \
             capsys.readouterr().err
 
@@ -779,13 +777,15 @@ def test_tally():
             ROW | {"error": "a.mp4: broken"}, ROW | {"error": TOO_SHORT, "path": "", "source": "b.mp4"}]
     tally = Tally([rule for rule in DEFAULT if rule.name != "max_combs"])
     assert [bool(tally.add(row)) for row in rows] == [False, True, True, True, True, True]
-    lines = {line[0]: line[1:] for line in tally.lines()}
-    assert lines["unreadable"][:3] == ("5", "1", "1") and lines["too short"] == ("4", "1", "1", f"b.mp4: {TOO_SHORT}")
-    assert lines["min_aesthetic 5"] == ("2", "2", "2", "a.mp4: aes 1 < min_aesthetic 5")
-    assert lines["min_flow 0.5"] == ("1", "1", "2", 'b, "c".mp4: flow 0.1 < min_flow 0.5'), "2 alone"
-    assert lines["max_held 2"] == ("not measured", "", "", "") and "max_combs 0.01" not in lines
-    names = [line.split()[0] for line in str(tally).splitlines()]
-    assert names[:7] == ["rule", "unreadable", "too", "duplicate", "min_aesthetic", "min_match", "max_text_area"]
+    lines = [re.split(r" {2,}", line) for line in str(tally).splitlines()]
+    assert lines[0] == ["rule", "kept", "dropped", "alone", "example"]
+    lines = {line[0]: line[1:] for line in lines}
+    assert lines["unreadable"][:3] == ["5", "1", "1"] and lines["too short"] == ["4", "1", "1", f"b.mp4: {TOO_SHORT}"]
+    assert lines["min_aesthetic 5"] == ["2", "2", "2", "a.mp4: aes 1 < min_aesthetic 5"]
+    assert lines["min_flow 0.5"] == ["1", "1", "2", 'b, "c".mp4: flow 0.1 < min_flow 0.5'], "2 alone"
+    assert lines["max_held 2"] == ["not measured"] and "max_combs 0.01" not in lines
+    assert list(lines)[1:7] == ["unreadable", "too short", "duplicate", "min_aesthetic 5", "min_match 20",
+                                "max_text_area 0.02"]
     assert str(tally).endswith("6 clips, 1 kept")
 
 
