@@ -220,10 +220,8 @@ class Cuts:
         """frames: the next uint8 [T h w 3]."""
         step = -(-max(frames.shape[1:3]) // 80)
         frames = frames[:, ::step, ::step]  # at most 80 pixels a side
-        now = hsv(frames)
-        two = now if self.last is None else [np.concatenate([a, b]) for a, b in zip(self.last, now)]
-        self.changes += change([x[:-1] for x in two], [x[1:] for x in two]).tolist()
-        self.last = [x[-1:] for x in now]
+        self.changes += change(frames if self.last is None else np.concatenate([self.last, frames])).tolist()
+        self.last = frames[-1:].copy()
         x = frames[:, :frames.shape[1] // 2 * 2 or None, :frames.shape[2] // 2 * 2 or None].astype(np.uint16)
         x = (x[:, ::2, ::2] + x[:, 1::2, 1::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2]) // 4
         self.thumbs += x.astype(np.uint8).tobytes()
@@ -253,25 +251,21 @@ class Cuts:
         return transitions
 
 
-def hsv(frames):
-    """uint8 [T h w 3] -> hue in half degrees, chroma, value (float32 [T h w], 0..255)."""
-    r, g, b = np.moveaxis(frames, -1, 0).astype(np.float32, order="C")
-    value = np.maximum(np.maximum(r, g), b)
-    chroma = value - np.minimum(np.minimum(r, g), b)
-    sector = np.where(value == r, g - b, np.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    return 30 * sector / np.maximum(chroma, 1), chroma, value
-
-
-def change(one, two):
-    """How much each pair of frames differs, [T]: mean over pixels and over hue, chroma, value.  one, two: of `hsv`.
+def change(frames):
+    """How much each but the first of uint8 [T h w 3] differs from the one before: mean over pixels and over hue (half
+    degrees), chroma, value.
 
     The content value of PySceneDetect's AdaptiveDetector (scenedetect 0.6.7, Castellano), but the hue's circle closes
     and weighs as much as there is colour, and chroma stands for saturation: on dark footage both are noise, which
     gives the original 17 false cuts in the concert clip.
     """
-    hue = np.abs(one[0] - two[0])
-    hue = np.minimum(hue, 180 - hue) * (np.minimum(one[1], two[1]) / 255)
-    return (hue + np.abs(one[1] - two[1]) + np.abs(one[2] - two[2])).mean((1, 2)) / 3
+    r, g, b = np.moveaxis(frames, -1, 0).astype(np.float32, order="C")
+    value = np.maximum(np.maximum(r, g), b)
+    chroma = value - np.minimum(np.minimum(r, g), b)
+    sector = np.where(value == r, g - b, np.where(value == g, b - r + 2 * chroma, r - g + 4 * chroma))
+    hue, *others = (np.abs(np.diff(x, axis=0)) for x in (30 * sector / np.maximum(chroma, 1), chroma, value))
+    hue = np.minimum(hue, 180 - hue) * (np.minimum(chroma[:-1], chroma[1:]) / 255)
+    return (hue + others[0] + others[1]).mean((1, 2)) / 3
 
 
 def hard_cuts(changes, thumbs) -> list[int]:
@@ -775,7 +769,6 @@ def net_of(cls, name, device, half=torch.float16):
 # ---- CLIP: aesthetic score, match of text and picture ----
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HEAD_URL = "https://github.com/christophschuhmann/improved-aesthetic-predictor"
 HEAD_LAYERS = 0, 2, 4, 6, 7  # linear; between them dropout, and no activation: "linearMSE"
 
 
@@ -808,8 +801,8 @@ def load_aesthetic(options, device):
     """The head is LAION's aesthetic predictor, on unit features of CLIP ViT-L/14."""
     clip, path = net_of(CLIPModel, options.clip_model, device), options.aesthetic_head
     if not Path(path or "").is_file():
-        raise FileNotFoundError(f"the aesthetic head {path!r} is not a file: get sac+logos+ava1-l14-linearMSE.pth from "
-                                f"{HEAD_URL} and name it with --aesthetic-head")
+        raise FileNotFoundError(f"--aesthetic-head {path!r} is no file: get sac+logos+ava1-l14-linearMSE.pth from "
+                                "https://github.com/christophschuhmann/improved-aesthetic-predictor")
     try:
         state = torch.load(path, device, weights_only=True)
         head = [[state[f"layers.{i}.{kind}"].float() for kind in ("weight", "bias")] for i in HEAD_LAYERS]
@@ -833,10 +826,9 @@ def aesthetic(clip, head, rows, prepared):
 
 
 def prepare_match(row, options):
-    """uint8 [size size 3] of the middle frame; None where there is no text to match."""
-    if not row["text"]:
-        return None
-    frame, = read_frames(row, [(int(row["num_frames"]) - 1) // 2])
+    """uint8 [size size 3] of the middle frame; of one colour where there is no text to match."""
+    places = [(int(row["num_frames"]) - 1) // 2]
+    frame, = read_frames(row, places) if row["text"] else np.zeros((1, 8, 8, 3), np.uint8)
     return clip_pixels(frame, options.clip_model)
 
 
@@ -847,15 +839,12 @@ def load_match(options, device):
 
 def match(clip, tokenizer, rows, prepared):
     """100 cos(text, middle frame); "" without a text.  Words beyond CLIP's 77 tokens do not count."""
-    texts = [row["text"] for row, frame in zip(rows, prepared) if frame is not None]
-    if not texts:
-        return [{"match": ""} for _ in rows]
+    texts = [row["text"] for row in rows]
     tokens = tokenizer(texts, padding=True, truncation=True, return_tensors="pt",
                        max_length=clip.config.text_config.max_position_embeddings).to(clip.device)
-    text = F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
-    image = image_features(clip, np.stack([frame for frame in prepared if frame is not None]))
-    scores = iter((100 * (text * image).sum(-1)).tolist())
-    return [{"match": "" if frame is None else next(scores)} for frame in prepared]
+    features = F.normalize(clip.get_text_features(**tokens).pooler_output.float(), dim=-1)
+    scores = (100 * (features * image_features(clip, np.stack(prepared))).sum(-1)).tolist()
+    return [{"match": score if text else ""} for text, score in zip(texts, scores)]
 
 
 # ---- text detection ----
@@ -1103,63 +1092,41 @@ RESULTS_VERSION = 1  # to be raised when a step is to give other results
 
 
 class Results:
-    """What is known of one step: folder/*.jsonl, a line per item, each process its own file, so that none waits.
+    """What is known of one step, a small file per item: {"columns": {...}}, or {"error": why not}, which the next run
+    tries again.  Another setting is another folder.  patient: `get` waits for what another rank has yet to do."""
+    patient = False
 
-    A line is written when its item is done: killed, a process loses what it held, and half a line is no line.  Another
-    setting is another folder; an item that failed is tried again by the next run.
-    """
     def __init__(self, name: str, options):
         self.step = STEPS[name]
         settings = repr([RESULTS_VERSION, *(getattr(options, field) for field in self.step.settings)])
         self.folder = options.folder / "parts" / f"{name}-{hashlib.sha256(settings.encode()).hexdigest()[:8]}"
-        self.places, self.read, self.out, self.synced = {}, Counter(), None, 0.0
-        self.refresh()
 
-    def key(self, row: dict) -> str:
+    def file(self, row: dict) -> Path:
         reads = json.dumps([str(row.get(column, "")) for column in self.step.reads])
-        return hashlib.sha256(reads.encode()).hexdigest()[:16]
-
-    def refresh(self):
-        """Reads on where it stopped: what other processes have added is known from now on."""
-        for file in sorted(self.folder.glob("*.jsonl")):        # by the time of their begin: a later word replaces one
-            with open(file, "rb") as f:
-                f.seek(self.read[file])
-                for line in f:
-                    if line.endswith(b"\n"):
-                        self.places[json.loads(line)["key"]] = file, self.read[file]
-                        self.read[file] += len(line)
+        key = hashlib.sha256(reads.encode()).hexdigest()[:16]
+        return self.folder / key[:2] / f"{key}.json"
 
     def get(self, row: dict) -> dict:
-        """{"columns": {...}}, {"error": why not}, or {} when nothing is known."""
-        if (key := self.key(row)) not in self.places:
-            return {}
-        file, at = self.places[key]
-        with open(file, "rb") as f:
-            f.seek(at)
-            return json.loads(f.readline())
+        while True:
+            with suppress(FileNotFoundError, json.JSONDecodeError):  # the latter after a power cut
+                return json.loads(self.file(row).read_bytes())
+            if not self.patient:
+                return {}
+            time.sleep(1)
 
     def add(self, row: dict, record: dict):
-        if self.out is None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.out = open(self.folder / f"{time.time_ns()}-{RANK}-{os.getpid()}.jsonl", "a")
-        self.out.write(json.dumps({"key": self.key(row)} | record) + "\n")
-        self.out.flush()
-        if time.monotonic() - self.synced > 10:     # seconds that a power cut may take
-            os.fsync(self.out.fileno())
-            self.synced = time.monotonic()
-
-    def wait(self, rows):
-        """Until other ranks, too, have done their rows."""
-        self.refresh()
-        missing = set(map(self.key, rows)) - self.places.keys()
-        if missing:
-            print(f"{self.folder.name}: waiting for other ranks, which have {len(missing)} to do", file=sys.stderr)
-        while missing := missing - self.places.keys():
-            time.sleep(1)
-            self.refresh()
+        file = self.file(row)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps(record))
+        part.replace(file)
 
 
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def can_be_read(row: dict) -> bool:
+    return bool(row["path"]) and not row.get("error")
 
 
 def is_mine(row: dict) -> bool:
@@ -1215,7 +1182,7 @@ def in_parallel(prepare, rows, options, ahead: int):
 def do(name: str, rows, options) -> Results:
     """Does a step for those of this rank's rows that have no result yet; paths count from options.folder."""
     step, results, failed = STEPS[name], Results(name, options), []
-    todo = [row for row in rows if is_mine(row) and "columns" not in results.get(row)]
+    todo = [row for row in rows if is_mine(row) and can_be_read(row) and "columns" not in results.get(row)]
     work = step.load(options, options.device) if todo and step.load else None
     made = in_parallel(step.prepare, todo, options, 2 * (options.workers + step.batch))
     with tqdm(desc=name, total=len(todo), smoothing=0.05, disable=RANK > 0 or not todo) as bar:
@@ -1228,7 +1195,7 @@ def do(name: str, rows, options) -> Results:
             bar.update(len(batch))
     if failed and RANK == 0 and step.load:
         print(f"{name}: {len(failed)} clips could not be read, such as {failed[0]}")
-    results.refresh()
+    results.patient = True
     return results
 
 
@@ -1293,13 +1260,9 @@ def with_results(rows, done):
     """Rows with the columns that steps have found, or an error where they could not read them."""
     for row in rows:
         for results in done:
-            record = results.get(row)
+            record = results.get(row) if can_be_read(row) else {}
             row = row | record.get("columns", record)
         yield row
-
-
-def readable(rows):
-    return (row for row in rows if row["path"] and not row.get("error"))
 
 
 def clip_rows(files, cut: Results):
@@ -1571,23 +1534,19 @@ def write_report(rows, rules, path: Path, frames_of):
 def start(options):
     """run and cut: a folder of videos to files.csv, clips.csv and meta.csv."""
     files = listed(options)
-    cut, done, asked = do("cut", files, options), [], []
-    rows = lambda: with_results(clip_rows(files, cut), done)
+    mine = [row for row in files if is_mine(row)]
+    cut, done = do("cut", mine, options), []
+    rows = lambda files=files: with_results(clip_rows(files, cut), done)
     for name in NETWORKS:
         found = Results(name, options)  # also of an earlier run
         if name in options.also:
             try:
-                found = do(name, readable(rows()), options)
-                asked.append(found)
+                found = do(name, rows(mine), options)
             except (ValueError, FileNotFoundError) as error:
                 print(f"{name} is not done: {error}", file=sys.stderr)
         done.append(found)
     if RANK:
         return
-    cut.wait(files)
-    for i, found in enumerate(done):  # in their order: what one reads another has found
-        if found in asked:
-            found.wait(readable(with_results(clip_rows(files, cut), done[:i])))
     files_csv = options.folder / "files.csv"
     table = [row | {"clips": sum(bool(clip["path"]) for clip in row.get("clips", ()))}
              for row in with_results(files, [cut])]
@@ -1595,7 +1554,7 @@ def start(options):
     hours, broken = sum(row.get("seconds", 0) for row in table) / 3600, [r["error"] for r in table if "error" in r]
     print(f"{files_csv}: {len(table)} files, {hours:.2f} hours, {len(broken)} cannot be read",
           *broken[:10], *[f"and {len(broken) - 10} more"] * (len(broken) > 10), sep="\n  ")
-    absent = {name for found in done if not found.places for name in found.step.writes} - {"text"}
+    absent = {name for found in done if not found.folder.exists() for name in found.step.writes} - {"text"}
     choose(rows, [name for name in TABLE if name not in absent], options)
 
 
@@ -1629,9 +1588,8 @@ def add_columns(options):
     header = header_of(table)
     if missing := {"num_frames", "text"} & set(step.reads) - set(header):
         raise ValueError(f"{table}: has no column {' or '.join(missing)}, which {options.command} reads")
-    results = do(options.command, readable(read_table(table)), options)
+    results = do(options.command, read_table(table), options)
     if RANK == 0:
-        results.wait(readable(read_table(table)))
         write_table(table, with_results(read_table(table), [results]), (*header, *step.writes, "error"))
         print(f"{table}: {', '.join(step.writes)}; `python curate.py filter {options.what}` chooses by them")
 

@@ -916,9 +916,12 @@ def rows_of(path):
 
 
 def results(out):
-    """Of how many items there are lines, in all parts."""
-    lines = [json.loads(line) for file in out.glob("parts/*/*.jsonl") for line in open(file)]
-    return [(line["key"], "error" in line) for line in lines]
+    """When each item was done, and what is known of it."""
+    return {path: (path.stat().st_mtime_ns, json.loads(path.read_bytes())) for path in out.glob("parts/*/*/*.json")}
+
+
+def done(out):
+    return {path: found for path, found in results(out).items() if "error" not in found[1]}
 
 
 def written(out):
@@ -980,11 +983,11 @@ def test_a_run_from_videos_to_a_training_set(curated, videos):
 
 def test_a_second_run_does_nothing_and_says_the_same(curated, videos):
     out, said = curated
-    before, lines = written(out), results(out)
+    before, first = written(out), results(out)
     status, again, _ = run("run", videos, "--out", out)
     assert status == 0 and again == said and written(out) == before
-    assert sum(failed for _, failed in results(out)) == 4, "what failed is tried again"
-    assert [line for line in results(out) if not line[1]] == [line for line in lines if not line[1]]
+    tried = {path for path, found in results(out).items() if found != first[path]}
+    assert len(tried) == 2 and tried == first.keys() - done(out).keys(), "what failed, and no other, is tried again"
 
 
 def test_filter_and_steps_on_the_table(curated, videos, tmp_path):
@@ -1031,18 +1034,20 @@ def test_a_network_that_cannot_be_had_leaves_the_rest(videos, curated, tmp_path)
 def test_ranks_that_are_killed_make_what_one_makes(curated, videos):
     """Two ranks, killed three times each with all their workers left behind, then let to their end."""
     out, rng = videos.parent / "sh2", np.random.default_rng(0)  # a name as long as the other's: paths count from it
+    known = {}
     for seconds in rng.uniform(4, 9, 3):
         processes = [run("run", videos, "--out", out, rank=rank, world=2, wait=False) for rank in (0, 1)]
         time.sleep(seconds)
         for process in processes:
             process.kill()
             process.communicate()
+        assert done(out).items() >= known.items(), "nothing is done twice"
+        known = done(out)
     processes = [run("run", videos, "--out", out, rank=rank, world=2, wait=False) for rank in (0, 1)]
     said = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], said
     assert written(out) == written(curated[0])
-    keys = [key for key, failed in results(out) if not failed]
-    assert len(keys) == len(set(keys)) == 7, "nothing is done twice"
+    assert done(out).items() >= known.items() and len(done(out)) == 7, "nothing is done twice"
 
 
 def fragile(row, options):
@@ -1063,20 +1068,19 @@ def test_an_item_that_kills_its_process_is_told():
     assert all(data == f"/x/{name}" and not error for name, (data, error) in found.items())
 
 
-def test_half_a_line_is_no_line(tmp_path):
+def test_half_a_result_is_none(tmp_path):
     options = SimpleNamespace(folder=tmp_path, min_seconds=2, max_seconds=16, dry_run=False)
     first, row = curate.Results("cut", options), {"source": "a", "bytes": 1, "modified": 2}
     first.add(row, {"columns": {"clips": []}})
     first.add(row | {"source": "b"}, {"error": "b: broken"})
-    file, = tmp_path.glob("parts/cut-*/*.jsonl")
+    second, file = curate.Results("cut", options), first.file(row | {"source": "b"})
+    assert second.get(row | {"source": "b"}) == {"error": "b: broken"}
     file.write_bytes(file.read_bytes()[:-3])
-    second = curate.Results("cut", options)
     assert second.get(row)["columns"] == {"clips": []} and second.get(row | {"source": "b"}) == {}
     second.add(row | {"source": "b"}, {"columns": {}})
-    first.refresh()
-    assert first.get(row | {"source": "b"})["columns"] == {}
-    assert not curate.Results("cut", SimpleNamespace(**vars(options) | {"min_seconds": 3})).places, "another setting"
-    assert second.get(row | {"bytes": 7}) == {}, "another file"
+    assert first.get(row | {"source": "b"}) == {"columns": {}}
+    options.min_seconds = 3
+    assert curate.Results("cut", options).get(row) == {} == second.get(row | {"bytes": 7}), "another setting, file"
 
 
 def test_a_training_run_on_what_was_curated(curated, tmp_path):
