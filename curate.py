@@ -666,10 +666,7 @@ MAX_SIDE = 720  # of the short side
 
 def write_clips(path, clips, times):
     """Decodes path once, writes clips (first frame, frame after the last, file .mp4, box), ascending; yields columns.
-
-    box: (top, left, height, width) to cut out of the frame as displayed, or None for all of it.  times [T] in seconds,
-    of all frames of path.
-    """
+    box: (top, left, height, width) to cut out of the frame as displayed, or None; times [T]: seconds of all frames."""
     frames, at = decoded(path), 0
     for start, end, out, box in clips:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -681,9 +678,7 @@ def write_clips(path, clips, times):
 
 def write_clip(out, frames, times, box=None) -> dict:
     """Writes frames, as `decoded` yields them, as H.264 as displayed; under another name first, so out is whole.
-
-    A constant frame rate is kept; of a variable one each frame's own time.
-    """
+    A constant frame rate is kept; of a variable one each frame's own time."""
     part, count, graph = out.with_name(f".{out.stem}.{os.getpid()}.part.mp4"), 0, None
     try:
         with av.open(str(part), "w", options={"movflags": "faststart"}) as container:
@@ -943,6 +938,9 @@ def components(mask):
 # ---- captions ----
 
 CAPTION_SIDE = 640  # more than most captioners look at; bounds the tokens of those that take any size
+# Each the middle of its part: of 2 to 16 s one every 0.5 to 4 s; four of LLaVA-1.5's 576 tokens leave room for the
+# answer in its 4,096; upstream shows three
+CAPTION_FRAMES = 4
 PROMPT = ("These are frames of one video, in order. Describe the video in one paragraph: who or what is seen, what "
           "happens, the place, the light and the style. Do not speak of frames, images or a video, and do not guess "
           "what is not seen.")
@@ -956,8 +954,9 @@ SENTENCE = re.compile(r"[.!?][\"'”’)]*(?=\s|$)")  # its end
 
 
 def prepare_caption(row, options):
-    count, n = int(row["num_frames"]), options.caption_frames
-    return fitted(read_frames(row, sorted({(2 * k + 1) * count // (2 * n) for k in range(n)})), CAPTION_SIDE)
+    count = int(row["num_frames"])
+    places = {(2 * k + 1) * count // (2 * CAPTION_FRAMES) for k in range(CAPTION_FRAMES)}
+    return fitted(read_frames(row, sorted(places)), CAPTION_SIDE)
 
 
 def load_caption(options, device):
@@ -1079,8 +1078,8 @@ STEPS = {
     "aesthetic": Step(("path", "num_frames"), ("clip_model", "aesthetic_head"), prepare_aesthetic, load_aesthetic,
                       ("aes",), 64),
     "ocr": Step(("path", "num_frames"), ("ocr_model",), prepare_ocr, load_ocr, ("ocr", "text_area"), 16),
-    "caption": Step(("path", "num_frames", "cmotion"), ("captioner", "prompt", "caption_frames", "max_new_tokens"),
-                    prepare_caption, load_caption, ("text",), 16),  # 4 frames of LLaVA-1.5's 576 tokens each: 37,000
+    "caption": Step(("path", "num_frames", "cmotion"), ("captioner", "prompt", "max_new_tokens"), prepare_caption,
+                    load_caption, ("text",), 16),  # 4 frames of LLaVA-1.5's 576 tokens each: 37,000
     "match": Step(("path", "num_frames", "text"), ("clip_model",), prepare_match, load_match, ("match",), 64),
 }
 NETWORKS = "aesthetic", "ocr", "caption", "match"  # in this order: a match needs a caption
@@ -1620,14 +1619,11 @@ def parse_args(args=None):
                           help="(default: %(default)s)")
     networks.add_argument("--captioner", default="llava-hf/llava-v1.6-mistral-7b-hf", help="(default: %(default)s)")
     networks.add_argument("--prompt", default=PROMPT, help="what the captioner is asked")
-    # each the middle of its part: of 2 to 16 s one every 0.5 to 4 s; four of LLaVA-1.5's 576 tokens leave room for the
-    # answer in its 4,096; upstream shows three
-    networks.add_argument("--caption-frames", type=int, default=4, help="(default: %(default)s)")
     networks.add_argument("--max-new-tokens", type=int, default=200, help="of a caption (default: %(default)s)")
     limits = parser.add_argument_group("rules: a number, or none to switch one off")
     for rule in RULES:
         limits.add_argument("--" + rule.name.replace("_", "-"), type=flag_limit, default=rule.limit, metavar="NUMBER",
-                            help=f"{rule.name[:3]}imum of {rule.column} (default: %(default)s)")
+                            help=f"{rule.name[:3]}imum of {rule.column} (default: {rule.limit or 'none'})")
     return parser.parse_args(args)
 
 

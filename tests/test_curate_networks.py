@@ -312,7 +312,7 @@ def caption_directly(folder, row, places, prompt, new):
 
 
 def test_captions_are_what_the_model_writes(clips, llava_folder):
-    options = Namespace(captioner=str(llava_folder), caption_frames=4, max_new_tokens=12,
+    options = Namespace(captioner=str(llava_folder), max_new_tokens=12,
                         prompt="describe this video .")
     work = M.load_caption(options, "cpu")
     answers, = work.args
