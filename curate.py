@@ -602,7 +602,7 @@ class Measured(NamedTuple):
     looks: np.ndarray    # [T 4] brightness, contrast, sharpness, whether it repeats the frame before
     moves: np.ndarray    # [pairs 8] first frame, second frame, and what `motion` says
     woven: np.ndarray    # [frames 2] frame, combs
-    samples: list        # (frame, `lit_share` of its rows [h], of its columns [w], perceptual hash)
+    samples: list        # (frame, `lit_share`, perceptual hash)
     bars: np.ndarray     # [4] of all samples
 
 
@@ -621,7 +621,7 @@ def measure(path) -> Measured:
         woven.append((count, combs(torch.from_numpy(coded).float()).item()))
         quarters = np.floor((seconds - (times or seconds)[0]) * PAIRS_PER_SECOND + 1e-3)
         for i in np.flatnonzero(np.diff(quarters, prepend=quarter)):
-            samples.append((count + int(i), *lit_share(g[i]), perceptual_hash(g[i])))
+            samples.append((count + int(i), lit_share(g[i]), perceptual_hash(g[i])))
             starts.append((count + int(i), seconds[i], g[i]))
         while starts and (j := np.searchsorted(seconds, starts[0][1] + GAP_SECONDS - 0.001)) < len(seconds):
             first, since, a = starts.pop(0)
@@ -633,7 +633,7 @@ def measure(path) -> Measured:
         times += seconds.tolist()
     moves += moves_of(pairs)
     return Measured(np.array(times), cuts.end(), np.array(seen), np.array(moves).reshape(-1, 8), np.array(woven),
-                    samples, bars([sample[1:3] for sample in samples]))
+                    samples, bars([lit for _, lit, _ in samples]))
 
 
 def moves_of(pairs) -> list:
@@ -649,13 +649,13 @@ def describe(m: Measured, first: int, end: int) -> dict:
     seen, same = m.looks[first:end], m.looks[first + 1:end, 3]
     moves = m.moves[(m.moves[:, 0] >= first) & (m.moves[:, 1] < end)]
     woven = m.woven[(m.woven[:, 0] >= first) & (m.woven[:, 0] < end), 1]
-    samples = [sample for sample in m.samples if first <= sample[0] < end] or m.samples[:1]
+    _, lit, hashes = zip(*[sample for sample in m.samples if first <= sample[0] < end] or m.samples[:1])
     return camera(moves[:, 2:]) | {
         "brightness": seen[:, 0].mean(), "contrast": seen[:, 1].mean(), "sharpness": np.median(seen[:, 2]),
         "uniform": (seen[:, 1] * 255 < UNIFORM).mean(), "repeats": same.mean() if len(same) else 0.0,
         "held": longest(same) / max(1, len(same)) * (m.times[end - 1] - m.times[first]),
-        "combs": woven.max(initial=0.0), "phash": joint_hash([sample[3] for sample in samples]),
-        "bars": np.maximum(bars([sample[1:3] for sample in samples]), m.bars)}  # a dark clip of its own shows no edge
+        "combs": woven.max(initial=0.0), "phash": joint_hash(hashes),
+        "bars": np.maximum(bars(lit), m.bars)}  # of the whole video, too: a dark clip of its own shows no edge
 
 
 # ---- writing clips ----
@@ -1038,7 +1038,7 @@ def cut_file(row: dict, options) -> dict:
     m, still, (height, width) = measure(path), file["kind"] == "image", (file["height"], file["width"])
     clips, short = ([(0, 1)], []) if still else split(m.transitions, m.times, options.min_seconds, options.max_seconds)
     place = Path("clips", *(part for part in source.parts if part not in ("..", source.anchor)))
-    rows, wanted, small = [], [], [len(share) for share in m.samples[0][1:3]]
+    rows, wanted, small = [], [], [len(lit) for lit in m.samples[0][1]]
     for a, b in clips:
         clip, name = describe(m, a, b), place if still else place / f"{a:06d}-{b:06d}.mp4"
         bar = clip.pop("bars")
@@ -1594,7 +1594,8 @@ def add_columns(options):
 
 
 def parse_args(args=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="python curate.py COMMAND WHAT [--flag=value ...]", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=("run", *STEPS, "dedup", "filter", "report"))
     parser.add_argument("what", help="a folder of videos (run, cut), or the DIR or table that they made")
     making = parser.add_argument_group("run and cut")
