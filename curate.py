@@ -34,8 +34,7 @@ import time
 from array import array
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, ProcessPoolExecutor, wait
 from contextlib import suppress
 from fractions import Fraction
 from functools import lru_cache, partial
@@ -679,17 +678,19 @@ def write_clips(path, clips, times):
 def write_clip(out, frames, times, box=None) -> dict:
     """Writes frames, as `decoded` yields them, as H.264 as displayed; under another name first, so out is whole.
     A constant frame rate is kept; of a variable one each frame's own time."""
-    part, count, graph = out.with_name(f".{out.stem}.{os.getpid()}.part.mp4"), 0, None
+    part, count, first = out.with_name(f".{out.stem}.{os.getpid()}.part.mp4"), 0, next(frames, None)
+    if first is None:
+        raise UnreadableClip(f"{out}: 0 frames written, expected {len(times)}")
+    _, frame, source = first
+    rate, graph = constant_rate(times, source.guessed_rate), as_displayed(out, frame, source, box)
+    shape = frame.width, frame.height, frame.format.name
     try:
         with av.open(str(part), "w", options={"movflags": "faststart"}) as container:
-            for seconds, frame, source in frames:
-                if graph is None:
-                    rate = constant_rate(times, source.guessed_rate)
-                    graph, shape = as_displayed(out, frame, source, box), (frame.width, frame.height, frame.format.name)
-                    options = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
-                    stream = container.add_stream("libx264", rate=rate or 24, options=options)
-                    stream.codec_context.gop_size = GOP
-                    stream.codec_context.time_base = 1 / rate if rate else Fraction(1, 90000)
+            options = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "mbtree=0"}
+            stream = container.add_stream("libx264", rate=rate or 24, options=options)
+            stream.codec_context.gop_size = GOP
+            stream.codec_context.time_base = 1 / rate if rate else Fraction(1, 90000)
+            for seconds, frame, _ in itertools.chain([first], frames):
                 if shape != (frame.width, frame.height, frame.format.name):
                     raise UnreadableClip(f"{out}: its source changes the size of its frames")
                 graph.push(frame)
@@ -703,9 +704,8 @@ def write_clip(out, frames, times, box=None) -> dict:
                 small.pict_type = PictureType.NONE  # else x264 makes a key frame wherever the source had one
                 container.mux(stream.encode(small))
                 count += 1
-            if count:
-                container.mux(stream.encode())
-        columns = probe(part) if count else {"num_frames": 0}
+            container.mux(stream.encode())
+        columns = probe(part)
         if not count == columns["num_frames"] == len(times):
             raise UnreadableClip(f"{out}: {columns['num_frames']} frames written, expected {len(times)}")
         part.replace(out)
@@ -1087,7 +1087,7 @@ NETWORKS = "aesthetic", "ocr", "caption", "match"  # in this order: a match need
 
 # ---- work: items spread over ranks and processes, results that outlive them ----
 
-RESULTS_VERSION = 1  # to be raised when a step is to give other results
+RESULTS_VERSION = 2  # to be raised when a step is to give other results
 
 
 class Results:
@@ -1166,7 +1166,7 @@ def in_parallel(prepare, rows, options, ahead: int):
                 for future in wait(pending, return_when=FIRST_COMPLETED).done:
                     yield pending[future], *future.result()
                     del pending[future]
-        except BrokenProcessPool:
+        except BrokenExecutor:
             if queue is rows:
                 suspects += pending.values()
                 continue
