@@ -11,6 +11,7 @@ import base64
 import csv
 import io
 import json
+import re
 import sys
 import tempfile
 import time
@@ -95,7 +96,7 @@ SIDES = (144, 256), (240, 426), (360, 640), (480, 854), (512, 512), (720, 1280),
 
 def made_up_clips(config, count=420):
     """Rows of a meta.csv, a quarter of them images, and the Bucket of each, or why it has none, both by data.py."""
-    from data import assign, bucket_list, left_out, read_meta
+    from data import assign, bucket_list, bucket_table, read_meta
     rng, lines = np.random.default_rng(1), ["path,text,num_frames,height,width,fps"]
     for i in range(count):
         height, width = (rng.lognormal(0, 0.2) * np.array(SIDES[rng.integers(len(SIDES))])).astype(int)
@@ -105,7 +106,8 @@ def made_up_clips(config, count=420):
         Path(folder, "meta.csv").write_text("\n".join(lines))
         meta = read_meta(str(Path(folder, "meta.csv")))
         found, buckets, rows = assign(meta, config, epoch=0), bucket_list(config.buckets), np.array(meta.rows)
-        why = lambda clip: next(left_out(meta, config, np.where(np.arange(count) == clip, -1, 0), False))[0]
+        table_of = lambda clip: bucket_table(meta, config, np.where(np.arange(count) == clip, found, 0))
+        why = lambda clip: re.search("left out: (.+?), as", table_of(clip))[1]
         return rows, [buckets[number] if number >= 0 else why(clip) for clip, number in enumerate(found)]
 
 
@@ -113,8 +115,7 @@ def draw_buckets():
     """Which bucket of stage 1 takes which clip: made-up clips by length and size; crosses are left out; a table."""
     from configs import load
     from data import PIXELS
-    config = load("configs/stage1.py")
-    rows, chosen = made_up_clips(config)
+    rows, chosen = made_up_clips(config := load("configs/stage1.py"))
     colours = dict(zip(sorted(config.buckets, key=PIXELS.get, reverse=True), (PURPLE, BLUE, TEAL, GREEN, PINK)))
     lengths = sorted({t for row in config.buckets.values() for t in row})
     across = lambda frames: 250 + 580 * np.log10(frames / 10) / 2       # from 10 frames to 1,000
@@ -136,10 +137,10 @@ def draw_buckets():
         else:
             radius = 2.6 + 0.7 * lengths.index(bucket.num_frames)
             parts.append(tag("circle", cx=x, cy=y, r=radius, fill=colours[bucket.resolution], fill_opacity="0.75"))
-    return 606, parts + bucket_table(config.buckets, lengths, colours, chosen)
+    return 606, parts + bucket_rows(config.buckets, lengths, colours, chosen)
 
 
-def bucket_table(buckets, lengths, colours, chosen):
+def bucket_rows(buckets, lengths, colours, chosen):
     """Below: how many of the clips each bucket got, its probability and batch; then how many got none."""
     column = lambda t: 130 + 118 * lengths.index(t)
     parts = [text(column(t), 394, f"{t} frame" + "s" * (t > 1), "head") for t in lengths]
@@ -189,8 +190,7 @@ def draw_noise():
 
 
 # ---------------------------------------------------------------- attention
-FRAMES, ROWS, COLUMNS, WORDS, COUNTED = 6, 4, 6, 6, 4                   # 2 of the caption's words are padding
-ASKED = 3, 8                                                            # the output token: frame, place
+FRAMES, ROWS, COLUMNS, WORDS, COUNTED, ASKED = 6, 4, 6, 6, 4, (3, 8)    # 2 words are padding; asked: frame and place
 
 
 def reaches():
@@ -276,14 +276,14 @@ def draw_training(source="runs/tiny"):
 # ---------------------------------------------------------------- curation
 def draw_curation(source="data/mine"):
     """What curate.py keeps and drops: clips left by each rule; frames kept (blue), dropped; SOURCE: its folder."""
-    from curate import Rules
     from data import read_window
     rows = list(csv.DictReader(Path(source, "clips.csv").read_text(encoding="utf-8").splitlines()))
-    kinds = ["unreadable", "too short", "duplicate", *Rules.__annotations__]
     for row in rows:
-        row["why"] = next((kind for kind in kinds if kind in row["dropped"]), "unreadable") if row["dropped"] else ""
+        found = re.search(r"^(duplicate|too short)|m(in|ax)_\w+ \S+$", row["dropped"])
+        row["why"] = found[0] if found else "unreadable" if row["error"] else row["dropped"]
     parts = [text(0, 14, "clips after each rule", "head"), *legend(200, 14, 90, [(BLUE, "kept"), (ORANGE, "dropped")])]
-    left, unit, reasons = len(rows), 540 / len(rows), sorted({row["why"] for row in rows} - {""}, key=kinds.index)
+    reasons = sorted({row["why"]: 1 for row in rows if row["why"]}, key=lambda why: why[0] == "m")      # the rules last
+    left, unit = len(rows), 540 / len(rows)
     for y, reason in zip(range(30, 999, 22), reasons):
         dropped = sum(row["why"] == reason for row in rows)
         left, right = left - dropped, 200 + unit * left
@@ -297,7 +297,7 @@ def draw_curation(source="data/mine"):
         data = base64.b64encode(buffer.getvalue()).decode()
         parts += [rect(x - 2, y - 2, 132, 76, ORANGE if row["why"] else BLUE),
                   tag("image", x=x, y=y, width=128, height=72, href=f"data:image/jpeg;base64,{data}"),
-                  text(x, y + 88, row["why"] or f"flow {float(row['flow']):.0f}, {row['cmotion']}", "small")]
+                  text(x, y + 88, row["why"] or f"flow {float(row['flow'] or 0):.0f}, {row['cmotion']}", "small")]
     return foot + 100 * -(-len(shown) // 6), parts
 
 

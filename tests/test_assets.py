@@ -173,7 +173,7 @@ def curated(tmp_path_factory):
 
 def test_curation_is_drawn_from_its_table(curated, tmp_path):
     words = check(draw.write("curation", tmp_path, curated))
-    assert {"kept", "dropped", "duplicate", "too short", "unreadable", "min_flow"} <= {*words}
+    assert {"kept", "dropped", "duplicate", "too short", "unreadable", "min_flow 0.5"} <= {*words}
     drawn = (tmp_path / "curation.svg").read_text()
     clips = [row for row in (curated / "clips.csv").read_text().splitlines()[1:] if row.startswith("clips/")]
     assert drawn.count("<image") == len(clips) <= 18
