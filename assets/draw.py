@@ -233,14 +233,13 @@ def draw_attention():
 def draw_loss_by_t(source="runs/tiny"):
     """The loss of a run, and its parts by t: over the steps, for each quarter of t and for all; SOURCE: its folder."""
     rows = [json.loads(row) for row in Path(source, "log.jsonl").read_text().splitlines()]
-    steps, quarters = [row["step"] for row in rows], np.array([row["loss_by_t"] for row in rows], float).T
-    top = np.ceil(4 * np.nanquantile(quarters, 0.99)) / 4               # nan where a line of the log has no such t
+    steps, losses = [row["step"] for row in rows], np.array([[row["loss"], *row["loss_by_t"]] for row in rows], float).T
+    top = np.ceil(4 * np.nanquantile(losses, 0.99)) / 4                 # nan where a line of the log has no such t
     across, down = (lambda step: 34 + 640 * step / steps[-1]), (lambda loss: 320 - 290 * min(loss, top) / top)
     parts, ends, y = [text(0, 14, "loss", "head"), text(674, 342, f"{steps[-1]:,} steps", anchor="end")], [], 0
     for loss in np.arange(0, top + 0.01, 0.25):
         parts += [line([(34, down(loss)), (674, down(loss))]), text(28, down(loss) + 4, f"{loss:g}", "small", "end")]
     names = "all t", "little noise, t < 250", "t < 500", "t < 750", "little else, t < 1000"
-    losses = [row["loss"] for row in rows], *quarters
     for colour, words, values in zip((RED, GREEN, BLUE, PURPLE, ORANGE), names, losses):
         mean = [np.nanmean(values[max(0, i - 3): i + 4]) for i in range(len(values))]
         for kept, width, opacity in ((values, 1, "0.35"), (mean, 2, "1")):
@@ -368,6 +367,7 @@ CHEAP = "masks", "buckets", "noise", "attention"
 def write(name, folder, *source):
     """Draws one picture into the folder and returns its file; its docstring becomes title and description."""
     drawn, file = PICTURES[name](*source), Path(folder, name)
+    file.parent.mkdir(parents=True, exist_ok=True)
     if isinstance(drawn, Image.Image):
         drawn.save(file := file.with_suffix(".png"), optimize=True)
         return file

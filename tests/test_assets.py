@@ -184,7 +184,7 @@ def test_the_command_line(tmp_path):
     run = lambda *args: subprocess.run([*script, *args], cwd=ROOT, capture_output=True, text=True)
     listed = run()
     assert [row.split()[0] for row in listed.stdout.splitlines()] == [*draw.PICTURES]
-    assert run("masks", "--out", tmp_path).returncode == 0 and (tmp_path / "masks.svg").is_file()
+    assert run("masks", "--out", tmp_path / "new").returncode == 0 and (tmp_path / "new" / "masks.svg").is_file()
     missing = run("loss-by-t", str(tmp_path / "nowhere"), "--out", tmp_path)
     assert missing.returncode and "nowhere" in missing.stderr and "Traceback" not in missing.stderr
 
