@@ -48,8 +48,6 @@ from tqdm import tqdm
 
 # ---- sizes: a resolution is a number of pixels and, for each aspect ratio height / width, a size of about as many ----
 
-# ---- sizes: a resolution is a number of pixels and, for each aspect ratio height / width, a size of about as many ----
-
 # Open-Sora 1.1's sizes, height x width; those of "256" are PixArt-alpha's.  Some are off their ratio by a few pixels.
 WIDE = """
 ratio  144p     240p     360p     480p      720p      1080p      4k

@@ -305,9 +305,9 @@ class STDiT(nn.Module):
     def forward(self, x, t, y, y_mask=None, x_mask=None, height=None, width=None, num_frames=None, ar=None, fps=None):
         """x [B C_in T h w]; t [B]; y [B L C_text]; height, width in pixels, num_frames, ar, fps: [B].
 
-        y_mask [B L]: the tokens that count, None = all; best left on the CPU.  x_mask [B T] bool: True = noised, at time
-        t; False = given, at time 0; None = all are noised.  Returns fp32 [B C_out T h w].  Raises ValueError if a shape
-        does not fit.
+        y_mask [B L]: the tokens that count, None = all; best left on the CPU.  x_mask [B T] bool: True = noised, at
+        time t; False = given, at time 0; None = all are noised.  Returns fp32 [B C_out T h w].  Raises ValueError if a
+        shape does not fit.
         """
         sizes = {"height": height, "width": width, "num_frames": num_frames, "ar": ar, "fps": fps}
         check_inputs(self.config, x, t, y, y_mask, x_mask, sizes)
