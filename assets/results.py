@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STORE = ROOT / "assets" / "results"
 COMMANDS = {
-    "kernels": "python kernels.py", "model": "python model.py", "block": "python model.py --bench",
+    "kernels": "python kernels.py", "block": "python model.py --bench",
     "tiny": "python train.py configs/tiny.py --bench",
     "sample": 'python sample.py --prompt "a red circle moves right" --out samples/timed --overwrite',
     "samplers": "python tests/bench_sample.py",
@@ -73,9 +73,9 @@ def cells(lines):
     wide = [line.ljust(max(map(len, lines))) for line in lines]
     blanks = lambda rows: "".join("x" if "".join(column).strip() else " " for column in zip(*rows))
     cuts = [0]
-    for gap in re.finditer(r"(?<=x) {2,}", blanks(wide[1:])):       # the widest blank of the heading over it
-        free = [(m.end() - m.start(), m.end()) for m in re.finditer(" +", blanks(wide)[gap.start():gap.end()])]
-        cuts += [gap.start() + max(free)[1]] if free else []
+    for gap in re.finditer(r"(?<=x) {2,}", blanks(wide[1:])):       # the widest blank there, or one flush with the body
+        free = [(len(m[0]), m.start() == 0, m.end()) for m in re.finditer(" +", blanks(wide)[gap.start():gap.end()])]
+        cuts += [gap.start() + max(free)[2]] if free else []
     return [[line[a:b].strip() for a, b in zip(cuts, [*cuts[1:], None])] for line in wide]
 
 
