@@ -31,10 +31,9 @@ PASSES = {"modulate_forward<bf16, 1152>": 2, "modulate_backward<bf16, 1152>": 3,
 
 
 def said(*command):
-    """What a command prints; nothing if there is none."""
     try:
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    except OSError:
+    except OSError:         # there is no such command
         return ""
 
 
@@ -47,7 +46,8 @@ def machine():
     load = f"; load {os.getloadavg()[0]:.1f} before it" if hasattr(os, "getloadavg") else ""
     short = re.search(r"\w*\d\S*|$", gpus[0])[0].lower() or "gpu" if gpus else "cpu"               # h100
     gpus = f"{len(gpus)} x {gpus[0]}; " if gpus else ""
-    return f"{gpus}{cpu}, {os.cpu_count()} cores; torch {version('torch')}{load}", short
+    cores = f"{os.environ.get('OMP_NUM_THREADS') or os.cpu_count()} of {os.cpu_count()} cores"
+    return f"{gpus}{cpu}, {cores}; torch {version('torch')}{load}", short
 
 
 def run(name):
