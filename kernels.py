@@ -1105,7 +1105,7 @@ def main():
     print(f"{'op, forward and backward':<25}{'dtype':<10}{'shape':<18}{'errors: plain':>14}{'fast':>9}{'plain ms':>10}"
           f"{'fast ms':>9}{'ratio':>7}{'GB/s':>7}{'of copying':>11}")
     for name, (op, fp64_args) in cases(*((4, 16, 390) if device == "cuda" else ())).items():
-        for dtype in (torch.float32, torch.bfloat16):
+        for dtype in CUDA_NAMES:
             args = cast(fp64_args, dtype, device)
             exact, x = forward_backward(op, args, torch.float64)(), args[0]     # of the same rounded arguments
             runs = [forward_backward(form, args) for form in (getattr(op, "plain", op), op)]
