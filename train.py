@@ -1,13 +1,13 @@
-"""Trains the ST-DiT: `python train.py configs/tiny.py`, or `torchrun --nproc-per-node 8 train.py configs/stage1.py`.
+"""Trains the ST-DiT, on clips or on their cached latents.
 
-in    a config (configs/__init__.py), any field replaced by --field=value; its clips, or their cached latents
-out   <run>/config.py, clips.txt, log.jsonl, validation.jsonl, bad_clips.csv, step-0000500/ (sharded),
-      samples/step-0000500.png, model.safetensors (the EMA)
+    python train.py configs/tiny.py                                     the shapes world, 9 minutes on 2 CPU cores
+    torchrun --nproc-per-node 8 train.py configs/stage1.py --data=clips/meta.csv
+    python train.py configs/stage2.py --plan --world=64 --gpu=h800      what a run would take, before a GPU is rented
 
-The same command goes on from the last checkpoint; another --out starts over.  --print shows the config, --plan what the
-run will take, --search the batch sizes that fit, --bench the time of a step, --profile where it goes.
-One code path: a single process is a process group of one.  The clips of a step, their noise, t, masks and caption drops
-are functions of (seed, step, slot of the global batch), so a resumed run, or one on other GPUs, sees the same.
+writes <run>/config.py, clips.txt, log.jsonl, validation.jsonl, bad_clips.csv, samples/step-0000500.png, step-0000500/
+(weights, optimizer and EMA, sharded), model.safetensors (the EMA).  The same command goes on from the last checkpoint;
+another --out starts over.  A single process is a process group of one.  The clips of a step, their noise, t, masks and
+caption drops are functions of (seed, step, slot of the global batch): resumed, or on other GPUs, a run sees the same.
 
 Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672), v-prediction (2202.00512), SpeeD (2405.17403),
 ZeRO (1910.02054), activation checkpointing (1604.06174), sequence parallelism in the manner of DSP (2403.10266).
@@ -25,6 +25,7 @@ import warnings
 import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
@@ -39,9 +40,9 @@ import torch.distributed.checkpoint as dcp
 from einops import rearrange, reduce
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_optimizer_state_dict,
+                                                     set_model_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -50,7 +51,7 @@ from kernels import Place, all_frames, own_frames, start_processes, use
 from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, read_meta, slot_generator,
                   stride, to_video, uniform, whole, write_video)
 from masks import draw_mask
-from model import QUIRKS, STDiT, check_weights, from_pixart
+from model import QUIRKS, STDiT, check_weights, example_inputs, from_pixart
 from sample import SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, usual_aspect
 from vae import CachedClips, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
@@ -199,13 +200,17 @@ def make_run(config, place):
 
 
 def build_model(config, mesh):
-    """The STDiT on a mesh: fp32 weights, sharded block by block, computing in config.dtype."""
+    """The STDiT with fp32 weights, sharded over a mesh block by block (FSDP2), that computes in config.dtype."""
     with torch.device("meta"):
         model = STDiT(config.model)
     checkpoint_blocks(model, config.checkpointing)
-    for block in model.blocks if config.compile else ():
-        block.compile()
-    shard_blocks(model, mesh, config.torch_dtype)
+    shard = partial(fully_shard, mesh=mesh, mp_policy=MixedPrecisionPolicy(
+        config.torch_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False))     # t, sizes and angles stay fp32
+    for block in model.blocks:
+        if config.compile:
+            block.compile()
+        shard(block, reshard_after_forward=block is not model.blocks[-1])
+    shard(model)
     model.to_empty(device=mesh.device_type)
     model.init_weights(config.seed)
     return model
@@ -217,18 +222,10 @@ def checkpoint_blocks(model, every):
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def shard_blocks(model, mesh, dtype):
-    """FSDP2, a group of parameters per block.  The inputs are not cast: t, sizes and rotary angles stay fp32."""
-    policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy, reshard_after_forward=block is not model.blocks[-1])
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-
-
 def find_weights(name):
     """Where the weights that a run starts from are: a file or folder, else from the hub; FileNotFoundError."""
     path = Path(find(name))
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    if path.is_file() or path.is_dir() and any(path.iterdir()):
         return path
     return fetch(name, ["transformer/*", "config.json", "model.safetensors"],
                  f"init={str(name)!r} is not there, expected a run's folder, a model.safetensors, or PixArt's or "
@@ -237,41 +234,32 @@ def find_weights(name):
 
 def start_from(run, path):
     """Weights and EMA, with config.init_optimizer also Adam's state, of another run; or weights alone of a file."""
-    run.place.say(f"starts from {latest(path) or path}")
-    if checkpoint := latest(path):
-        old = replace(configs.load(path / "config.py").model, class_dropout_prob=run.config.model.class_dropout_prob)
-        if old != run.config.model:
-            raise ValueError(f"init={str(path)!r} holds {old}, expected {run.config.model}")
-        load_state(run, checkpoint, run.config.init_optimizer)
-    elif run.config.init_optimizer:
+    checkpoint, config = latest(path), run.config
+    run.place.say(f"starts from {checkpoint or path}")
+    if checkpoint:
+        old = replace(configs.load(path / "config.py").model, class_dropout_prob=config.model.class_dropout_prob)
+        if old != config.model:
+            raise ValueError(f"init={str(path)!r} holds {old}, expected {config.model}")
+        load_state(run, checkpoint, config.init_optimizer)
+    elif config.init_optimizer:
         raise ValueError(f"init_optimizer=True: {path} holds weights only, expected a run's folder with checkpoints")
     else:
-        off = [name for name in QUIRKS if not getattr(run.config.model, name)]
-        if off and (path / "config.json").is_file() and (path / "model.safetensors").is_file():
-            run.place.say("note: Open-Sora's weights were trained with what this config has off: "
-                          + " ".join(f"--model.{name}=True" for name in off))
-        load_weights(run.model, path, run.config.seed)
+        off = [f"--model.{name}=True" for name in QUIRKS if not getattr(config.model, name)]
+        if off and all((path / name).is_file() for name in ("config.json", "model.safetensors")):
+            run.place.say(f"note: Open-Sora's weights were trained with what this config has off: {' '.join(off)}")
+        load_weights(run.model, path, config.seed)
         run.ema.restart()
 
 
 def load_weights(model, path, seed=0):
-    """The weights of model.safetensors, or of a folder with one (a run's, Open-Sora's), or of PixArt-alpha, into a
-    sharded model.
-
-    PixArt's: a .pth as it was published, or a folder in diffusers' layout; what it lacks is drawn from the seed."""
+    """Into a sharded model: a model.safetensors, or a folder with one (a run's, Open-Sora's), or PixArt-alpha's, a .pth
+    as it was published or a folder in diffusers' layout; what that lacks is drawn from the seed."""
     path = Path(path)
-    pixarts = (path / "config.json").is_file() and not (path / "model.safetensors").is_file()   # Open-Sora's has both
-    if path.suffix == ".pth" or (path / "transformer").is_dir() or pixarts:
-        weights = from_pixart(path, model.config, seed)
-    else:
-        weights = load_file(path / "model.safetensors" if path.is_dir() else path)
+    file = path / "model.safetensors" if path.is_dir() else path            # PixArt's folders have none
+    pixarts = path.suffix == ".pth" or (path.is_dir() and not file.is_file())
+    weights = from_pixart(path, model.config, seed) if pixarts else load_file(file)
     check_weights(model, weights, path)
-    with torch.no_grad():
-        for name, value in model.state_dict().items():
-            full = weights[name].to(value.device, value.dtype)
-            if isinstance(value, DTensor):                                  # src_data_rank=None: all have read the file
-                full = distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)
-            value.copy_(full)
+    set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))               # collective
 
 
 class Average:
@@ -308,65 +296,54 @@ class Checkpoints:
     """<run>/step-0000500/ with weights, optimizer and EMA; `latest` names the last; see config.keep_last.
 
     A save copies the state and returns; threads write it under another name, fsync, rename.  Their collectives go
-    through a group of their own, past those of the training.  failed: why the last one is not there, or None."""
+    through a group of their own, past those of the training."""
 
     def __init__(self, run):
-        self.run, self.folder, self.group = run, run.folder, dist.new_group(backend="gloo")
-        self.thread, self.pending, self.failed, self.waited = ThreadPoolExecutor(1), None, None, 0.0
+        self.run, self.folder, self.part = run, run.folder, run.folder / ".saving"
+        self.group, self.thread, self.pending = dist.new_group(backend="gloo"), ThreadPoolExecutor(1), None
 
     def save(self, step):
-        start, part = time.perf_counter(), self.folder / ".saving"
+        """Returns the seconds that the steps stood still for it."""
+        start, run = time.perf_counter(), self.run
         self.wait()
-        if self.run.place.rank == 0:
-            shutil.rmtree(part, ignore_errors=True)
+        if run.place.rank == 0:
+            shutil.rmtree(self.part, ignore_errors=True)
         dist.barrier()                                                      # collective
-        run = self.run
         state = {"model": run.model.state_dict(), "optimizer": get_optimizer_state_dict(run.model, run.optimizer),
                  "ema": run.ema.weights | dict(run.model.named_buffers())}
-        written = dcp.async_save(state, checkpoint_id=part, process_group=self.group)
-        self.pending = self.thread.submit(self.finish, written, part, step)
-        self.waited += time.perf_counter() - start
+        written = dcp.async_save(state, checkpoint_id=self.part, process_group=self.group)
+        self.pending = self.thread.submit(self.finish, written, step)
+        return time.perf_counter() - start
 
     def wait(self):
-        """Until what is being saved is whole."""
-        if self.pending:
-            self.pending.result()
+        """Until what is being saved is whole, or for good is not: then why."""
+        return self.pending and self.pending.result()
 
-    def end(self):
-        self.wait()
-        if self.failed:
-            raise ValueError(f"{self.failed} - the same command goes on from {latest(self.folder) or 'the start'}")
-
-    def seconds(self):
-        """That the steps stood still for saves, since it was asked last."""
-        waited, self.waited = self.waited, 0.0
-        return waited
-
-    def finish(self, written, part, step):
-        config = self.run.config
+    def finish(self, written, step):
+        config, leads = self.run.config, self.run.place.rank == 0
         try:
             written.result()
-            if self.run.place.rank == 0:
-                self.name(part, step)
-            self.failed = None
+            if leads:
+                self.name(f"step-{step:07d}")
         except (CheckpointException, OSError) as error:                     # a full disk, say
             free = shutil.disk_usage(self.folder).free / 2**30
-            self.failed = f"step {step} could not be saved: {cause(error)}, {free:.1f} GiB of the disk are free"
-            if self.run.place.rank == 0:
-                shutil.rmtree(part, ignore_errors=True)                     # makes room
-                again = min(step // config.save_every * config.save_every + config.save_every, config.steps)
-                print(f"\n{self.failed} - {latest(self.folder) or 'none before it'} is whole"
+            failed = f"step {step} could not be saved: {cause(error)}, {free:.1f} GiB of the disk are free"
+            if leads:
+                shutil.rmtree(self.part, ignore_errors=True)                # makes room
+                again = min((step // config.save_every + 1) * config.save_every, config.steps)
+                print(f"\n{failed} - {latest(self.folder) or 'none before it'} is whole"
                       + f"; the next save is tried at step {again}" * (step < config.steps), file=sys.stderr)
+            return failed
 
-    def name(self, part, step):
-        name, config = f"step-{step:07d}", self.run.config
-        shutil.rmtree(self.folder / name, ignore_errors=True)               # a checkpoint that `latest` never named
-        part.replace(self.folder / name)
+    def name(self, name):
+        folder, config = self.folder / name, self.run.config
+        shutil.rmtree(folder, ignore_errors=True)                           # a checkpoint that `latest` never named
+        self.part.replace(folder)
         write_text(self.folder / "latest", name)
-        for old in sorted(p for p in self.folder.glob("step-*") if p.name <= name)[:-config.keep_last]:
+        for old in sorted(p for p in self.folder.glob("step-*") if p <= folder)[:-config.keep_last]:
             if not config.keep_every or int(old.name.split("-")[1]) % config.keep_every:
                 shutil.rmtree(old)
-        export(self.folder / name, self.folder / "model.safetensors")
+        export(folder, self.folder / "model.safetensors")
 
 
 def cause(error):
@@ -405,19 +382,17 @@ FREE_TO_CHANGE = {  # when a run goes on: what the next losses do not hang on
 def check_changes(config, read, allowed, say):
     """Raises ValueError where a run's config, or what it read (fingerprint), was another before, unless allowed."""
     folder = Path(config.out)
-    old = configs.load(folder / "config.py")
-    if old.model != config.model:
-        raise ValueError(f"{folder} holds {old.model}, expected {config.model} - start over with another --out")
+    old, clips = configs.load(folder / "config.py"), folder / "clips.txt"
     pairs = {f.name: (getattr(old, f.name), getattr(config, f.name)) for f in fields(config)}
     changes = {name: f"{name} {before!r} -> {now!r}" for name, (before, now) in pairs.items() if before != now}
-    if (folder / "clips.txt").is_file() and (before := (folder / "clips.txt").read_text().splitlines()[0]) != read:
+    if clips.is_file() and (before := clips.read_text().splitlines()[0]) != read:
         changes["clips"] = f"the clips or networks: {before} -> {read}"
     if changes:
         say("changed since the last start: " + ", ".join(changes.values()))
-    if set(changes) - FREE_TO_CHANGE and not allowed:
-        refused = ", ".join(text for name, text in changes.items() if name not in FREE_TO_CHANGE)
-        raise ValueError(f"{latest(folder)} would go on otherwise than it began: {refused} - undo that, start over "
-                         "with another --out, or add --allow-changes")
+    refused = ", ".join(text for name, text in changes.items() if name not in FREE_TO_CHANGE)
+    if refused and not (allowed and old.model == config.model):
+        raise ValueError(f"{latest(folder)} would go on otherwise than it began: {refused} - undo that, or start over "
+                         "with another --out" + ", or add --allow-changes" * (old.model == config.model))
 
 
 def fingerprint(meta, vae, text_encoder):
@@ -450,53 +425,51 @@ class Log:
     second, TFLOP/s of a GPU, the shares of the time spent waiting for data and for saves; and bad_clips.csv."""
 
     def __init__(self, run, first):
-        config, self.place = run.config, run.place
+        config, self.place, self.cost = run.config, run.place, run.config.cost
         leads = run.place.rank == 0 and run.folder.is_dir()                 # --bench has no folder
         self.file, old = open_log(run.folder / "log.jsonl", first) if leads else (None, [])
         self.recent = deque((row["loss"] for row in old), SPIKE_WINDOW)
-        self.board = tensorboard(run.folder, first) if leads else None
         self.bad = BadClips(run.folder / "bad_clips.csv", config.max_bad, writes=leads)
         self.bar = tqdm(total=config.steps, initial=first, desc=str(run.folder), unit="step", disable=not leads)
-        self.cost, self.faults, self.skipped, self.start = config.cost, [], 0, time.perf_counter()
-        self.losses, self.data = torch.zeros(12, dtype=torch.float64), torch.zeros(6, dtype=torch.float64)
+        self.board, self.sums = None, torch.zeros(18, dtype=torch.float64)
+        self.faults, self.skipped, self.saving, self.start = [], 0, 0.0, time.perf_counter()
+        with suppress(ImportError):                                         # TensorBoard, where it is installed
+            if leads:
+                from torch.utils.tensorboard import SummaryWriter
+                self.board = SummaryWriter(run.folder, purge_step=first + 1)
 
-    def read(self, batch):
-        """What a batch cost to read, and how much it is to compute."""
-        if self.place.reads:
-            self.faults += batch["faults"]
-            tokens, flop = (cost * len(batch["slots"]) for cost in self.cost(batch["bucket"]))
-            self.data += torch.tensor([batch["decoded"], batch["waited"], len(batch["faults"]), 0, tokens, flop])
-
-    def add(self, terms, t, cut):
-        """terms: [B] each; cut: captions that were longer than the text encoder takes.  A sync."""
-        if self.place.reads:
+    def add(self, batch, answers):
+        """A step: its batch, and of each part the terms and t, [B] each, and the number of captions that were cut."""
+        if not self.place.reads:
+            return
+        for terms, t, cut in answers:
             loss, mse, vb = (terms[name].detach().double() for name in ("loss", "mse", "vb"))
             quarter = torch.nn.functional.one_hot(t // 250, 4).double()     # [B 4]
             totals = torch.stack([torch.ones_like(loss), loss, mse, vb]).sum(1)
-            self.losses += torch.cat([totals, loss @ quarter, quarter.sum(0)]).cpu()
-            self.data[3] += cut
+            self.sums[:12] += torch.cat([totals, loss @ quarter, quarter.sum(0)]).cpu()     # sync
+            self.sums[12] += cut
+        tokens, flop = (cost * len(batch["slots"]) for cost in self.cost(batch["bucket"]))
+        self.sums[13:] += torch.tensor([batch["decoded"], batch["waited"], len(batch["faults"]), tokens, flop])
+        self.faults += batch["faults"]
 
-    def line(self, step, saving, **more):
-        """saving: seconds since the last line that the steps stood still for a checkpoint."""
-        sums, world = torch.cat([self.losses, self.data]), self.place.world
-        dist.all_reduce(sums)                                               # collective
-        count, loss, mse, vb, *by_quarter, decoded, waited, num_faults, cut, tokens, flop = sums.tolist()
+    def line(self, step, **more):
+        dist.all_reduce(self.sums)                                          # collective
+        count, loss, mse, vb, *by_quarter, cut, decoded, waited, num_faults, tokens, flop = self.sums.tolist()
         mean = lambda total, n: total / n if n else None                    # all steps of a line may have been skipped
         now = time.perf_counter()
-        seconds, tflop = now - self.start, flop / world / 1e12
+        seconds, tflop = now - self.start, flop / self.place.world / 1e12
         row = dict(step=step, loss=mean(loss, count), mse=mean(mse, count), vb=mean(vb, count),
                    loss_by_t=[*map(mean, by_quarter[:4], by_quarter[4:])], **more, clips_per_s=count / seconds,
                    tokens_per_s=tokens / seconds, decoded_per_s=decoded / seconds, tflop_per_s=tflop / seconds,
-                   data_wait=waited / seconds / self.place.share[1], save_wait=(saving or 0) / seconds,
+                   data_wait=waited / seconds / self.place.share[1], save_wait=self.saving / seconds,
                    captions_cut=int(cut), skipped=self.skipped, gib=peak_gib())
         self.bad.add(gather(self.faults) if num_faults else [], int(count))   # the same on all ranks, as is its error
-        self.losses.zero_(), self.data.zero_()
-        self.faults, self.start = [], now
+        self.sums.zero_()
+        self.faults, self.saving, self.start = [], 0.0, now
         if self.file:
             row |= {"spike": is_spike(row["loss"], self.recent), "faults": self.bad.faults}
             self.recent.append(row["loss"])
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+            print(json.dumps(row), file=self.file, flush=True)
             self.show(row)
 
     def show(self, row):
@@ -528,15 +501,6 @@ def is_spike(loss, recent):
         return False
     middle = median(recent)
     return loss > middle + SPIKE * median(abs(x - middle) for x in recent)
-
-
-def tensorboard(folder, first):
-    """A writer of <run>/events.*, if the package is installed: nothing else needs it."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(folder, purge_step=first + 1)
 
 
 def peak_gib():
@@ -587,15 +551,13 @@ class Validation:
             kind = 4 + self.kinds.index(batch["bucket"][:2])
             terms, t = loss_of(run.model, batch, self.config, vectors, i, run.place.device)
             for loss, quarter in zip(terms["loss"].tolist(), (t // 250).tolist()):                      # sync
-                for column in (quarter, kind):
-                    sums[:, column] += torch.tensor([loss, 1.0], dtype=torch.float64)
+                sums[:, [quarter, kind]] += torch.tensor([[loss], [1.0]], dtype=torch.float64)
         dist.all_reduce(sums)                                               # collective
         means = [loss / count if count else None for loss, count in sums.T.tolist()]
         if self.file:
             by_bucket = {f"{level} x {t}": loss for (level, t), loss in zip(self.kinds, means[4:]) if loss is not None}
             row = {"step": step, "loss": (sums[0, :4].sum() / sums[1, :4].sum()).item(), "loss_by_t": means[:4]}
-            self.file.write(json.dumps(row | {"loss_by_bucket": by_bucket}) + "\n")
-            self.file.flush()
+            print(json.dumps(row | {"loss_by_bucket": by_bucket}), file=self.file, flush=True)
 
 
 def preview(run, vae, text_encoder, step):
@@ -612,20 +574,29 @@ def preview(run, vae, text_encoder, step):
 
 
 # ---------------------------------------------------------------- the loop
+def parse_args():
+    parser = argparse.ArgumentParser(
+        usage="python train.py CONFIG [options] [--field=value ...]", description=__doc__,
+        epilog="any field of the config is --field=value, as in --lr=1e-5:\n\n" + configs.fields_text(),
+        formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", metavar="CONFIG", help="configs/tiny.py, or the config.py of a run")
+    add = parser.add_argument_group("instead of training").add_argument
+    add("--print", action="store_true", help="the config, as a file that can be run")
+    add("--plan", action="store_true", help="memory, traffic and time that the run would take; no GPU is needed")
+    add("--search", action="store_true", help="batch sizes that fit, measured on a GPU, without one by the plan")
+    add("--gpu", default="h800", help=f"of --plan and --search: {', '.join(configs.GPUS)} (default: %(default)s)")
+    add("--gpus", type=int, help="how many of them (default: the config's world)")
+    add("--bench", action="store_true", help="time and memory of a step of each bucket, on random latents")
+    add("--profile", metavar="FILE", help="--bench, and a trace for chrome://tracing or Perfetto")
+    add = parser.add_argument_group("training").add_argument
+    add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
+    add("--allow-changes", action="store_true", help="go on with another config or other clips")
+    add("--debug", action="store_true", help="errors with their traceback")
+    return parser.parse_known_args()
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("config", help="configs/tiny.py, or the config.py of a run")
-    parser.add_argument("--print", action="store_true", help="print the config and stop")
-    parser.add_argument("--plan", action="store_true", help="print what the run takes, and stop")
-    parser.add_argument("--search", action="store_true", help="print the batch sizes that fit, and stop")
-    parser.add_argument("--gpu", default="h800", help=f"of the plan: {', '.join(configs.GPUS)} (default: %(default)s)")
-    parser.add_argument("--gpus", type=int, help="how many of them (default: the config's world)")
-    parser.add_argument("--bench", action="store_true", help="time a step of each bucket on random latents, and stop")
-    parser.add_argument("--profile", metavar="FILE", help="--bench, and a trace for chrome://tracing or Perfetto")
-    parser.add_argument("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
-    parser.add_argument("--allow-changes", action="store_true", help="go on with another config or other clips")
-    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
-    args, overrides = parser.parse_known_args()
+    args, overrides = parse_args()
     config, rank = None, int(os.environ.get("RANK", 0))
     try:
         config = configs.load(args.config, overrides)
@@ -676,15 +647,13 @@ def train(config, allow_changes=False, plain=False):
         write_text(folder / "config.py", configs.dump(config))
         write_text(folder / "clips.txt", f"{read}\n{sampler.table()}\n")
     encode = partial(to_latents, vae=vae, text_encoder=text_encoder, group=place.group)
+    validation = Validation(config, meta, place, first, encode) if config.validate_every else None
+    prompts = remember(lambda encoder=text_encoder: encoder, config.prompts)
     dataset = ClipDataset(meta, config)
     if config.cache:
         patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))   # ranks end writing hours apart
         index = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
-        dataset = CachedClips(meta, config, index)
-    validation = Validation(config, meta, place, first, encode) if config.validate_every else None
-    prompts = remember(lambda encoder=text_encoder: encoder, config.prompts)
-    if config.cache:
-        encode = dict
+        dataset, encode = CachedClips(meta, config, index), dict
     del text_encoder                                                        # with a cache, it is gone here
 
     run = make_run(config, place)
@@ -712,7 +681,6 @@ def take_steps(run, first, clips, log, encode=dict, checkpoints=None, show=None,
     for step, batch in enumerate(clips, start=first):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
-        log.read(batch)
         level, num_frames, _ = bucket = batch["bucket"]
         whole_batch = config.buckets[level][num_frames][1] * config.world
         parts = cut(batch, min(config.accumulation, whole_batch // place.share[1]))     # as many on every rank
@@ -727,28 +695,28 @@ def take_steps(run, first, clips, log, encode=dict, checkpoints=None, show=None,
         if math.isfinite(norm):
             optimizer.step()
             run.ema.update(step)
-            for answer in answers:
-                log.add(*answer)                                            # sync
         else:
             refuse(step, bucket, answers, config, log)                      # collective
+            answers = []
+        log.add(batch, answers)                                             # sync
         optimizer.zero_grad(set_to_none=True)
 
-        done, stop = step + 1, first_signal(signals)                        # collective
+        done, stop = step + 1, highest(signals[0] if signals else 0)        # collective
         saves = checkpoints and (done % config.save_every == 0 or done == config.steps or stop)
         if done % LOG_EVERY == 0 or saves:                                  # resumed, its lines average the same steps
-            log.line(done, saving=checkpoints and checkpoints.seconds(), grad_norm=norm, lr=group["lr"], bucket=bucket)
+            log.line(done, grad_norm=norm, lr=group["lr"], bucket=bucket)
         if saves:
-            checkpoints.save(done)
+            log.saving += checkpoints.save(done)
         if show and done % config.sample_every == 0:
             show(done)
         if validation and done % config.validate_every == 0:
             validation.line(run, vectors, done)
         if stop:
             break
-    if checkpoints:
-        checkpoints.end()
-        if stop:
-            place.say(f"\nsaved step {done} and stopped; the same command goes on from there")
+    if checkpoints and (failed := checkpoints.wait()):
+        raise ValueError(f"{failed} - the same command goes on from {latest(run.folder) or 'the start'}")
+    if checkpoints and stop:
+        place.say(f"\nsaved step {done} and stopped; the same command goes on from there")
     return stop
 
 
@@ -809,17 +777,13 @@ def stopwatch(config, plain=False):
 
 def synthetic(run, bucket):
     """A rank's batch of random latents and captions of half the tokens; the same for a group."""
-    config, B = run.config.model, run.config.buckets[bucket.resolution][bucket.num_frames][1]
-    shape = B, config.in_channels, bucket.num_frames, bucket.height // 8, bucket.width // 8
-    share, shares = run.place.share
-    told = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames, "fps": 8,
-            "ar": bucket.width / bucket.height}
+    model, (share, shares) = run.config.model, run.place.share
+    B, L = run.config.buckets[bucket.resolution][bucket.num_frames][1], model.model_max_length
     torch.manual_seed(share)
-    return {name: torch.full((B,), float(value)) for name, value in told.items()} | {
-        "mean": torch.randn(shape), "std": torch.ones(shape), "slots": torch.arange(share, B * shares, shares),
-        "y": torch.randn(B, config.model_max_length, config.caption_channels), "bucket": bucket, "faults": [],
-        "y_mask": (torch.arange(config.model_max_length) < config.model_max_length // 2).expand(B, -1), "decoded": 0,
-        "waited": 0}
+    told = example_inputs(model, B, bucket.num_frames, bucket.height // 8, bucket.width // 8, L)
+    return told | {"mean": told["x"], "std": torch.ones_like(told["x"]),
+                   "y_mask": (torch.arange(L) < L // 2).expand(B, -1), "slots": torch.arange(share, B * shares, shares),
+                   "bucket": bucket, "faults": [], "decoded": 0, "waited": 0}
 
 
 def bench(config, trace=None, plain=False):
@@ -829,20 +793,17 @@ def bench(config, trace=None, plain=False):
     place.say(f"{place.world} x {name}, {config.dtype}, checkpointing {config.checkpointing}, compile {config.compile},"
               f" accumulation {config.accumulation}, sp {config.sp}\n"
               "      bucket      clips  s/step  tokens/s/GPU  TFLOP/s/GPU    MFU  peak GiB")
-    kinds = [(level, t) for level, lengths in config.buckets.items() for t, (keep, _) in lengths.items() if keep > 0]
-    for level, t in kinds:
-        clips = config.buckets[level][t][1]
+    for (level, t), clips in config.trained.items():
         seconds, gib = measure((level, t), clips)
         if seconds is None:
             place.say(f"{level:>6} x {t:<3} {clips:10}  out of memory")
             continue
-        bucket = Bucket(level, t, usual_aspect(level))
-        tokens, flop = (cost * clips / config.sp / seconds for cost in config.cost(bucket))
+        tokens, flop = (n * clips / config.sp / seconds for n in config.cost(Bucket(level, t, usual_aspect(level))))
         place.say(f"{level:>6} x {t:<3} {clips:10} {seconds:7.3f} {tokens:13,.0f} {flop / 1e12:12.2f} "
                   f"{f'{flop / peak:.1%}' if peak else '-':>6} {f'{gib:.1f}' if gib else '-':>9}")
     if trace:
         with torch.profiler.profile() as profile:
-            measure(kinds[-1], clips, steps=3)
+            measure((level, t), clips, steps=3)
         if place.rank == 0:
             profile.export_chrome_trace(trace)
         place.say(profile.key_averages().table(sort_by=f"self_{place.device.type}_time_total", row_limit=12,
@@ -857,9 +818,8 @@ def search(config, gpus, gpu, plain=False):
     place, measure = stopwatch(config, plain)
 
     def seconds(kind, clips):
-        took = torch.tensor(measure(kind, clips, 3)[0] or math.inf)
-        dist.all_reduce(took, dist.ReduceOp.MAX)                            # collective: what one cannot hold, none may
-        return took.item() if took.isfinite() else None
+        took = highest(measure(kind, clips, 3)[0] or math.inf)              # what one cannot hold, none may
+        return took if math.isfinite(took) else None
 
     place.say(configs.search(config, place.world, config.shard, gpu, seconds))
 
@@ -894,9 +854,9 @@ def note_signals(say):
     return numbers
 
 
-def first_signal(numbers):
-    """The same on all ranks: the number of a signal that any of them has got, or 0."""
-    number = torch.tensor(numbers[0] if numbers else 0)
+def highest(number):
+    """Of all ranks; a collective."""
+    number = torch.tensor(number)
     dist.all_reduce(number, dist.ReduceOp.MAX)
     return number.item()
 

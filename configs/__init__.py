@@ -7,6 +7,7 @@ Unknown keys, wrong types and tables that cannot work are errors here, before a 
 """
 import ast
 import difflib
+import inspect
 import math
 import re
 import runpy
@@ -28,12 +29,14 @@ Buckets = dict[str, dict[int, tuple[float, int | None]]]  # resolution -> frames
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
+    # what is trained, on which clips
     model: STDiTConfig = STDiTConfig()              # the network; the default is XL/2
     vae: str                                        # folder or hub name of the AutoencoderKL
     text_encoder: str                               # folder or hub name of the T5 encoder and its tokenizer
     captions_cleaned: bool = False                  # rewrite captions as Open-Sora's T5 was given them (vae.py)
     data: str | tuple[str, ...]                     # meta.csv: a path, or a glob over several, or several of either
     buckets: Buckets                                # which clips are trained at which size (data.assign)
+    # reading them; times in frames of the source, or as told
     frame_interval: int = 1                         # every n-th source frame is taken (data.stride), unless target_fps
     target_fps: float = 0.0                         # says how many a second there should be, about; 0 = it does not
     raw_fps: bool = False                           # tell the network the source's fps, whatever is taken of it (Q7)
@@ -44,6 +47,7 @@ class Config:
     num_workers: int = 2                            # reading processes per GPU; 0 = read in the training process
     read_timeout: float = 60.0                      # seconds for one clip, after which its reader is replaced
     max_bad: float = 0.05                           # share of clips that cannot be read at which training stops
+    # the loss and the optimizer
     world: int = 1                                  # GPUs of the batch sizes: a global batch is clips per GPU * world
     mask_ratios: dict[str, float]                   # masking strategy (masks.py) -> share of the samples
     prediction: str = "eps"                         # the network's target: "eps" (the noise) or "v" (velocity)
@@ -57,12 +61,14 @@ class Config:
     skip_nonfinite: int = 0                         # steps with a non-finite gradient, skipped before it is an error
     ema_decay: float = 0.9999                       # of the averaged weights, per step
     steps: int                                      # optimizer steps of the run
+    # memory and GPUs
     dtype: str = "bf16"                             # "fp32" or "bf16": of the activations; weights are kept in fp32
     checkpointing: int = 0                          # every n-th block keeps its input only, 1 = all, 0 = none
     compile: bool = False                           # torch.compile each block
     shard: int = 0                                  # GPUs that share the weights and have replicas; 0 = all
     sp: int = 1                                     # GPUs that share one clip: sequence parallelism
     accumulation: int = 1                           # parts into which a GPU's clips of a step are cut
+    # the run, its files and what it shows
     seed: int = 0                                   # decides clips, windows, noise, t, masks and the first weights
     out: str                                        # folder of the run: checkpoints, log.jsonl, config.py
     init: str = ""                                  # weights to start from; "" = fresh ones
@@ -100,6 +106,11 @@ class Config:
     @property
     def torch_dtype(self) -> torch.dtype:
         return {"fp32": torch.float32, "bf16": torch.bfloat16}[self.dtype]
+
+    @property
+    def trained(self) -> dict[tuple[str, int], int]:
+        """(resolution, frames) of the buckets that keep clips -> clips per GPU of the reference world."""
+        return {(level, t): n for level, row in self.buckets.items() for t, (keep, n) in row.items() if keep > 0}
 
     def cost(self, bucket: Bucket) -> tuple[int, int]:
         """(tokens, FLOP of forward and backward) of one clip; the VAE makes a latent cell of 8 x 8 pixels."""
@@ -188,6 +199,12 @@ def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
             raise ValueError(f"override {text!r}: expected --key=value, as in --lr=1e-5")
         config = override(config, key, value)
     return config
+
+
+def fields_text() -> str:
+    """The fields of Config and of its model with types, defaults and units: the lines of their classes."""
+    run, model = (inspect.getsource(kind).partition(":\n")[2].partition("\n\n")[0] for kind in (Config, STDiTConfig))
+    return f"{run}\n    # the network: --model.depth=4 and so on\n{model.split(chr(10), 1)[1]}"     # less its docstring
 
 
 def dump(config: Config) -> str:
@@ -279,12 +296,11 @@ def plan(config, world, shard=0, gpu="h800", shares=None):
 
     shard: GPUs that share the weights, 0 = all.  shares: (resolution, frames) -> share of the steps; None = equal."""
     (shard, card), gib = checked(config, world, shard, gpu), lambda n: f"{n / 2**30:.2f}"
-    kinds = [(level, t) for level, row in config.buckets.items() for t, (keep, _) in row.items() if keep > 0]
-    rows = {kind: plan_row(config, world, shard, card, *kind) for kind in kinds}
-    shares = {kind: shares.get(kind, 0) if shares else 1 for kind in kinds}
-    total = sum(shares.values())
+    rows = {kind: plan_row(config, world, shard, card, *kind) for kind in config.trained}
+    shares = {kind: shares.get(kind, 0) if shares else 1 for kind in rows}
+    total, first = sum(shares.values()), next(iter(rows.values()))
     mean = lambda name: sum(share * rows[kind][name] for kind, share in shares.items()) / total
-    state, first = state_bytes(config.model, shard, config.torch_dtype, config.accumulation), rows[kinds[0]]
+    state = state_bytes(config.model, shard, config.torch_dtype, config.accumulation)
     lines = [f"{world} x {gpu}, weights over {shard}, {config.dtype}, checkpointing {config.checkpointing}, "
              f"accumulation {config.accumulation}, {layers(config.model)[0]:,} parameters",
              "GiB per GPU: " + ", ".join(f"{name} {gib(n)}" for name, n in state.items())
@@ -342,14 +358,13 @@ def search(config, world, shard=0, gpu="h800", measure=None):
         return row["step"] if row["activations"] <= row["room"] else None
 
     seconds = cache(lambda kind, n: math.inf if (s := (measure or planned)(kind, n)) is None else s)
-    own = {(level, t): n for level, row in config.buckets.items() for t, (keep, n) in row.items() if keep > 0}
-    most = {kind: largest(lambda n, kind=kind: seconds(kind, n) < math.inf) for kind in own}
+    most = {kind: largest(lambda n, kind=kind: seconds(kind, n) < math.inf) for kind in config.trained}
     fit = [kind for kind, n in most.items() if n]
     target = max(min((seconds(kind, most[kind]) for kind in fit), default=0), *(seconds(kind, 1) for kind in fit), 0)
     equal = {kind: largest(lambda n, kind=kind: seconds(kind, n) <= target) for kind in fit}
-    lines = [f"{len(fit)} of {len(own)} buckets fit; steps of up to {target:.2f} s; clips per rank of {groups}",
+    lines = [f"{len(fit)} of {len(most)} buckets fit; steps of up to {target:.2f} s; clips per rank of {groups}",
              f"{'bucket':>12}{'most':>7}{'s':>8}{'equal':>7}{'s':>8}{'now':>6}"]
-    for kind, n in own.items():
+    for kind, n in config.trained.items():
         found = "".join(f"{m:7}{seconds(kind, m):8.2f}" for m in (most[kind], equal[kind])) if kind in fit else (
             f"{'not one clip fits':>30}")
         lines.append(f"{kind[0]:>6} x {kind[1]:<3}{found}{-(-n * config.world // groups):6}")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import weakref
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -663,11 +663,14 @@ def test_what_memory_does_not_hold_is_not_timed(world, monkeypatch):
     assert measure(("32", 8), 4, steps=1)[0] > 0 and len({id(model) for model in made}) == 2
 
 
-def test_init_takes_pixarts_weights(world, monkeypatch):
+@pytest.mark.parametrize("name", ["p.pth", "p/config.json", "p/transformer/config.json"])
+def test_init_takes_pixarts_weights(world, tmp_path, monkeypatch, name):
     """Which from_pixart makes of them: tests/test_model.py."""
     model, given = train.build_model(world[0], train.start_processes().mesh), filled(world[0]).state_dict()
-    monkeypatch.setattr(train, "from_pixart", lambda path, config, seed: {"p.pth": given}[path.name])
-    train.load_weights(model, "somewhere/p.pth")
+    monkeypatch.setattr(train, "from_pixart", lambda path, config, seed: {tmp_path / path.name: dict(given)}[path])
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("{}")
+    train.load_weights(model, tmp_path / name.split("/")[0])
     assert all(torch.equal(value.full_tensor() if hasattr(value, "full_tensor") else value, given[name])
                for name, value in model.state_dict().items())
 
@@ -695,7 +698,18 @@ def test_init_may_name_pixart_on_the_hub(tmp_path, monkeypatch):
     assert train.find_weights(tmp_path / "w.safetensors") == tmp_path / "w.safetensors"
 
 
-# ---------------------------------------------------------------- errors
+# ---------------------------------------------------------------- help and errors
+def test_help_shows_commands_and_then_every_field(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train.py", "--help"])
+    with pytest.raises(SystemExit) as stopped:
+        train.main()
+    said = capsys.readouterr().out
+    assert stopped.value.code == 0 and 0 < said.index("torchrun") < said.index("\ninstead of training:\n")
+    shown = re.findall(r"^    (\w+): [^#\n]+", said, re.M)
+    assert shown == [field.name for kind in (configs.Config, configs.STDiTConfig) for field in fields(kind)]
+    assert re.search(r"lr: float +# AdamW's step", said) and re.search("read_timeout: float = 60.0 +# seconds", said)
+
+
 def stderr_of(config, capsys, monkeypatch, *args, status=2):
     path = Path(f"{config.out}.py")
     path.parent.mkdir(parents=True, exist_ok=True)
