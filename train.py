@@ -604,7 +604,7 @@ def main():
         if args.print:
             print(configs.dump(config), end="")
         elif args.plan:
-            print(configs.plan(config, gpus, config.shard, args.gpu, shares_of_steps(config)))
+            print(configs.plan(config, gpus, args.gpu, shares_of_steps(config)))
         elif args.search:
             search(config, gpus, args.gpu, args.plain)
         elif args.bench or args.profile:
@@ -748,7 +748,7 @@ def shared(read, place):
 # ---------------------------------------------------------------- what a step takes
 def stopwatch(config, plain=False):
     """(place, measure): measure(kind, clips, steps=10) -> (seconds, GiB) of a step of the loop on random latents of one
-    (resolution, frames), `clips` for each rank or group; (None, None) where memory does not do."""
+    (resolution, frames), `clips` for each rank or group; (inf, None) where memory does not do."""
     place = start_processes(config.shard, config.sp)
     place.say(use(place.device, plain))
     runs = [make_run(replace(config, out=os.devnull, world=place.share[1]), place)]     # no folder, so no log
@@ -770,7 +770,7 @@ def stopwatch(config, plain=False):
         del run                                                             # here, as the error held it, too
         gc.collect()
         runs.append(make_run(base, place))
-        return None, None
+        return math.inf, None
 
     return place, measure
 
@@ -795,7 +795,7 @@ def bench(config, trace=None, plain=False):
               "      bucket      clips  s/step  tokens/s/GPU  TFLOP/s/GPU    MFU  peak GiB")
     for (level, t), clips in config.trained.items():
         seconds, gib = measure((level, t), clips)
-        if seconds is None:
+        if seconds == math.inf:
             place.say(f"{level:>6} x {t:<3} {clips:10}  out of memory")
             continue
         tokens, flop = (n * clips / config.sp / seconds for n in config.cost(Bucket(level, t, usual_aspect(level))))
@@ -813,15 +813,11 @@ def bench(config, trace=None, plain=False):
 def search(config, gpus, gpu, plain=False):
     """Prints the batch sizes that fit: measured on the GPUs at hand, or without one by the plan's model of `gpu`."""
     if not torch.cuda.is_available():
-        print(configs.search(config, gpus, config.shard, gpu))
+        print(configs.search(config, gpus, gpu))
         return
     place, measure = stopwatch(config, plain)
-
-    def seconds(kind, clips):
-        took = highest(measure(kind, clips, 3)[0] or math.inf)              # what one cannot hold, none may
-        return took if math.isfinite(took) else None
-
-    place.say(configs.search(config, place.world, config.shard, gpu, seconds))
+    seconds = lambda kind, clips: highest(measure(kind, clips, 3)[0])       # what one cannot hold, none may
+    place.say(configs.search(config, place.world, gpu, seconds))
 
 
 def shares_of_steps(config):

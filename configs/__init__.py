@@ -240,11 +240,11 @@ FROZEN = {"DeepFloyd/t5-v1_1-xxl": 4.76e9, "stabilityai/sd-vae-ft-ema": 84e6}   
 VAE_FLOP = 4.3e6            # per pixel, of sd-vae-ft-ema's encoder: 4.16e6 at 256 x 256, 4.65e6 at 1024 x 1024, counted
 
 
-def wire(config, world, shard, parts=1, exchanged=0):
+def wire(config, world, parts=1, exchanged=0):
     """Bytes that each GPU receives in a step, by collective; gradients travel in fp32.
 
     exchanged: bytes of tokens that go from GPUs with some frames each to GPUs with some places each, or back."""
-    P, root, block = layers(config.model)
+    (P, root, block), shard = layers(config.model), config.shard or world
     ring = lambda n: (n - 1) / n
     gathered = parts * (2 * P - root - block) * config.torch_dtype.itemsize   # root and last block stay for backward
     moved = {"all-gather": gathered * ring(shard), "reduce-scatter": 4 * P * ring(shard),
@@ -252,11 +252,11 @@ def wire(config, world, shard, parts=1, exchanged=0):
     return moved | ({"all-to-all": exchanged * ring(config.sp)} if config.sp > 1 else {})
 
 
-def plan_row(config, world, shard, gpu, level, num_frames):
+def plan_row(config, world, gpu, level, num_frames):
     """What a step of this resolution and length costs at its dearest aspect, as a dict; bytes and FLOP of one GPU."""
     bucket = max((Bucket(level, num_frames, ar) for ar in ASPECT[level]), key=lambda b: config.cost(b)[1])
     m, dtype, H, W = config.model, config.torch_dtype, bucket.height, bucket.width
-    L, every, groups = m.model_max_length, config.checkpointing, world // config.sp
+    L, every, shard, groups = m.model_max_length, config.checkpointing, config.shard or world, world // config.sp
     clips = -(-config.buckets[level][num_frames][1] * config.world // groups)       # of a GPU, or of sp together
     parts = min(config.accumulation, clips)
     at_once, frames = -(-clips // parts), -(-num_frames // config.sp)               # of these clips, on this GPU
@@ -270,7 +270,7 @@ def plan_row(config, world, shard, gpu, level, num_frames):
     encode = 2 * nets.get(config.text_encoder, 0) * L + VAE_FLOP * (config.vae in nets) * frames * H * W
     flop = (flop * frames / num_frames * (1 + twice / m.depth / 3) + encode) * clips
     held = clips * tokens * frames // num_frames * m.hidden_size * dtype.itemsize
-    moved = wire(config, world, shard, parts, held * (4 * m.depth + 2 * twice))     # there and back, and so backward
+    moved = wire(config, world, parts, held * (4 * m.depth + 2 * twice))     # there and back, and so backward
     link = gpu.node if shard <= PER_NODE else min(gpu.node, PER_NODE * gpu.network)  # a ring per card: their rates add
     links = {"all-gather": link, "reduce-scatter": link, "all-reduce": gpu.network if world > PER_NODE else gpu.node,
              "all-to-all": gpu.node if config.sp <= PER_NODE else gpu.network}
@@ -282,21 +282,20 @@ def plan_row(config, world, shard, gpu, level, num_frames):
             "most": {n: int(room // per_clip(n)) for n in (every, 1)}}
 
 
-def checked(config, world, shard, gpu):
-    """(shard, Gpu), where these go together; shard 0 = all."""
-    shard = shard or world
+def find_gpu(config, world, gpu):
+    shard = config.shard or world
     if gpu not in GPUS or world % shard or world % config.sp:
         raise ValueError(f"gpu={gpu!r}, world={world}, shard={shard}, sp={config.sp}: expected one of "
                          f"{', '.join(GPUS)}, and a shard and an sp that divide world")
-    return shard, GPUS[gpu]
+    return GPUS[gpu]
 
 
-def plan(config, world, shard=0, gpu="h800", shares=None):
+def plan(config, world, gpu="h800", shares=None):
     """What config's run would take on `world` GPUs, as text, without one: memory, traffic, time. Pure; a CPU's seconds.
 
-    shard: GPUs that share the weights, 0 = all.  shares: (resolution, frames) -> share of the steps; None = equal."""
-    (shard, card), gib = checked(config, world, shard, gpu), lambda n: f"{n / 2**30:.2f}"
-    rows = {kind: plan_row(config, world, shard, card, *kind) for kind in config.trained}
+    shares: (resolution, frames) -> share of the steps; None = equal."""
+    card, shard, gib = find_gpu(config, world, gpu), config.shard or world, lambda n: f"{n / 2**30:.2f}"
+    rows = {kind: plan_row(config, world, card, *kind) for kind in config.trained}
     shares = {kind: shares.get(kind, 0) if shares else 1 for kind in rows}
     total, first = sum(shares.values()), next(iter(rows.values()))
     mean = lambda name: sum(share * rows[kind][name] for kind, share in shares.items()) / total
@@ -344,20 +343,20 @@ def remedy(config, row):
 MOST = 1024                 # clips of a GPU that are tried
 
 
-def search(config, world, shard=0, gpu="h800", measure=None):
+def search(config, world, gpu="h800", measure=None):
     """The most clips of each bucket that fit, and the batches with which all buckets take about the same time, as text.
 
     measure(kind, clips): seconds of a step of so many clips per GPU (with config.sp > 1, per sp GPUs) of kind
-    (resolution, frames), or None where they do not fit; alike on all ranks.  Without one the plan's model of gpu says.
+    (resolution, frames), inf where they do not fit; alike on all ranks.  Without one the plan's model of gpu says.
     The time to reach is the longest that all buckets can fill, or that of the dearest single clip where it is more."""
-    (shard, card), groups = checked(config, world, shard, gpu), world // config.sp
+    card, groups = find_gpu(config, world, gpu), world // config.sp
 
     def planned(kind, n):
         alone = replace(config, world=groups, buckets={kind[0]: {kind[1]: (1.0, n)}})
-        row = plan_row(alone, world, shard, card, *kind)
-        return row["step"] if row["activations"] <= row["room"] else None
+        row = plan_row(alone, world, card, *kind)
+        return row["step"] if row["activations"] <= row["room"] else math.inf
 
-    seconds = cache(lambda kind, n: math.inf if (s := (measure or planned)(kind, n)) is None else s)
+    seconds = cache(measure or planned)
     most = {kind: largest(lambda n, kind=kind: seconds(kind, n) < math.inf) for kind in config.trained}
     fit = [kind for kind, n in most.items() if n]
     target = max(min((seconds(kind, most[kind]) for kind in fit), default=0), *(seconds(kind, 1) for kind in fit), 0)

@@ -1,4 +1,5 @@
 """configs.plan against live tensors: activations, states, traffic; its warnings and its own time."""
+import math
 import os
 import re
 import subprocess
@@ -98,7 +99,7 @@ def test_states_and_traffic_are_those_of_live_tensors(tmp_path):
             planned = state_bytes(SMALL, shard, torch.bfloat16)
             for name, real in states.items():
                 assert planned[name] == pytest.approx(real, rel=0.02), (world, shard, rank, name)
-            for name, planned in wire(config, world, shard).items():
+            for name, planned in wire(replace(config, shard=shard), world).items():
                 assert planned == pytest.approx(moved[name], rel=0.02), (world, shard, rank, name)
 
 
@@ -115,16 +116,16 @@ def test_the_plan_names_what_does_not_fit_and_what_would():
     assert ["TOO BIG" in line for line in lines(thin, 64)] == [False, False, True]
     parts = int(lines(thin, 64)[2].split("--accumulation=")[1].split()[0])
     assert "TOO BIG" not in lines(replace(thin, accumulation=parts), 64)[2]
-    assert "share them" in lines(config, 1, 0, "4090")[0]
-    for world, shard, more in ((64, 3, {}), (64, 0, {"sp": 3})):
-        with pytest.raises(ValueError, match=f"shard={shard or world}, sp={more.get('sp', 1)}: .* divide world"):
-            plan(replace(config, **more), world, shard)
+    assert "share them" in lines(config, 1, "4090")[0]
+    for shard, sp in ((3, 1), (0, 3)):
+        with pytest.raises(ValueError, match=f"shard={shard or 64}, sp={sp}: .* divide world"):
+            plan(replace(config, shard=shard, sp=sp), 64)
 
 
 def test_a_clip_shared_by_gpus_costs_each_its_part():
     """Half the frames, the captions whole; by hand what they pass on, and how long that takes."""
     config = load("configs/stage3.py")
-    alone, shared = (plan_row(replace(config, sp=sp), 64, 64, GPUS["h800"], "480p", 32) for sp in (1, 2))
+    alone, shared = (plan_row(replace(config, sp=sp), 64, GPUS["h800"], "480p", 32) for sp in (1, 2))
     assert shared["clips"] == 2 * alone["clips"] and shared["tokens"] == alone["tokens"]
     assert shared["fixed"] == alone["fixed"] and shared["activations"] == pytest.approx(alone["activations"], rel=0.02)
     text = 2 * 4.76e9 * 200 * alone["clips"]                         # T5 runs on either GPU, for twice the clips
@@ -139,7 +140,7 @@ def test_a_clip_shared_by_gpus_costs_each_its_part():
 
 def test_frames_are_padded_to_a_multiple_of_the_gpus_that_share_them():
     config = replace(load("configs/stage3.py"), cache="c", windows=1, world=60)
-    flop = lambda t, sp: plan_row(replace(config, sp=sp, buckets={"144p": {t: (1.0, 1)}}), 60, 60, GPUS["h800"],
+    flop = lambda t, sp: plan_row(replace(config, sp=sp, buckets={"144p": {t: (1.0, 1)}}), 60, GPUS["h800"],
                                   "144p", t)["flop"]
     assert flop(16, 5) == pytest.approx(flop(16, 1) * 5 * 4 / 16)    # 4 frames each, of 5 times the clips
     assert flop(1, 4) == flop(1, 1) * 4                              # an image cannot be shared: every GPU has one
@@ -152,8 +153,8 @@ def test_the_stages_fit_on_64_gpus_of_80_gb(name):
 
 def test_fine_tuning_fits_on_one_gpu_of_24_gb():
     config = load("finetune")
-    assert (config.world, config.sp) == (1, 1) and "TOO BIG" not in plan(config, 1, 0, "4090")
-    assert "TOO BIG" in plan(replace(config, cache=""), 1, 0, "4090")  # T5 beside it is what does not fit
+    assert (config.world, config.sp) == (1, 1) and "TOO BIG" not in plan(config, 1, "4090")
+    assert "TOO BIG" in plan(replace(config, cache=""), 1, "4090")  # T5 beside it is what does not fit
 
 
 # ---- batch sizes ----
@@ -182,9 +183,9 @@ def test_the_search_makes_all_buckets_take_the_same_time():
 
     def measure(kind, clips):                                        # 1 s and 0.01 s a unit; 420 units fit
         measured.append((kind, clips))
-        return 1 + 0.01 * cost[kind] * clips if cost[kind] * clips <= 420 else None
+        return 1 + 0.01 * cost[kind] * clips if cost[kind] * clips <= 420 else math.inf
 
-    text = search(config, 1, 0, "4090", measure)
+    text = search(config, 1, "4090", measure)
     rows, pasted = table_of(text)
     assert rows == {("144p", 1): [416, 5.16, 352, 4.52, 64], ("144p", 16): [42, 5.2, 36, 4.6, 8],
                     ("240p", 16): [10, 5, 9, 4.6, 2], ("240p", 32): [4, 4.6, 4, 4.6, 3]}
@@ -201,7 +202,7 @@ def test_the_search_waits_for_the_dearest_single_clip():
     config = load("finetune", ["--buckets={'144p': {16: (1.0, 1)}, '240p': {16: (1.0, 1), 32: (1.0, 1)}}"])
     most = {("144p", 16): 2, ("240p", 16): 64, ("240p", 32): 1}
     cost = {("144p", 16): 1.0, ("240p", 16): 0.5, ("240p", 32): 9.0}
-    rows, _ = table_of(search(config, 1, 0, "4090", lambda kind, n: cost[kind] * n if n <= most[kind] else None))
+    rows, _ = table_of(search(config, 1, "4090", lambda kind, n: cost[kind] * n if n <= most[kind] else math.inf))
     assert [row[2] for row in rows.values()] == [2, 18, 1]           # not 2, 4, 1: every step of the last takes 9 s
 
 
@@ -209,11 +210,11 @@ def test_the_search_waits_for_the_dearest_single_clip():
                                                   ("stage1", 64, "h800", 4)])
 def test_what_the_search_finds_by_the_plan_is_what_the_plan_says(name, world, gpu, sp):
     config = load(name, [f"--sp={sp}"])
-    rows, pasted = table_of(search(config, world, 0, gpu))
+    rows, pasted = table_of(search(config, world, gpu))
     found = replace(config, **pasted)
-    assert pasted["world"] == world // sp and "TOO BIG" not in plan(found, world, 0, gpu)
+    assert pasted["world"] == world // sp and "TOO BIG" not in plan(found, world, gpu)
     for kind, (most, _, equal, seconds, now) in rows.items():
-        row = plan_row(found, world, world, GPUS[gpu], *kind)
+        row = plan_row(found, world, GPUS[gpu], *kind)
         assert row["clips"] == equal and row["step"] == pytest.approx(seconds, abs=0.006)
         assert row["most"][found.checkpointing] * 15 / 16 < most <= row["most"][found.checkpointing]
         assert now == config.buckets[kind[0]][kind[1]][1] * sp
