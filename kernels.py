@@ -1,13 +1,16 @@
 """The operations ST-DiT is made of besides its matrix products: each as the plain PyTorch lines that define it and in a
-fast form that keeps its input only and computes the rest again in backward, on a CPU in C++ where a compiler is found.
+fast form that keeps its input only and computes the rest again in backward: on a GPU in CUDA C++, compiled by the NVRTC
+that comes with PyTorch, on a CPU in C++ where a compiler is found, else by PyTorch's own ops.
 Also what processes that share the work need: who they are, and how they exchange frames.
 
 In: tensors of any float dtype. Out: the same dtype; means of squares and rotations run in fp32 or wider.
 Passes over [N C] in a block's forward, plain -> fused: modulate 3 x (5 -> 2), QK-norm 12 -> 4, with RoPE 28 -> 4;
-gates 9, GELU 8, a sum 3 stay. For backward a block holds 28 elements per token and unit of width, not 47 (bf16).
+gates 9, GELU 8, a sum 3 stay; attention over time, 12 of a GPU's, -> 4 with its norm and rotation. For backward a block
+holds 28 elements per token and unit of width (on a GPU 26), not 47 (bf16).
 Run: `python kernels.py` checks each op in each dtype against fp64, forward and backward, and times both forms.
 Papers: RMSNorm 1910.07467, RoPE 2104.09864, QK-norm 2302.05442, DSP 2403.10266. Letters are explained in model.py.
 """
+import argparse
 import contextlib
 import ctypes
 import hashlib
@@ -1099,7 +1102,16 @@ def milliseconds(run, device, repeat=9):
     return sorted(took)[repeat // 2]
 
 
+EXAMPLES = """Each op in each dtype against fp64, forward and backward; the time of its plain and of its fast form.
+
+    python kernels.py                           on a GPU if there is one
+    CUDA_VISIBLE_DEVICES= python kernels.py     on the CPU all the same
+    OMP_NUM_THREADS=1 python kernels.py         on one thread: steadier on a busy machine
+"""
+
+
 def main():
+    argparse.ArgumentParser(description=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(use(device))
     print(f"{'op, forward and backward':<25}{'dtype':<10}{'shape':<18}{'errors: plain':>14}{'fast':>9}{'plain ms':>10}"

@@ -12,10 +12,10 @@ Quirks that the published weights were trained with are fields of STDiTConfig, o
   Q3 final_twice        the final layer modulates given frames twice: by time t as if noised, then by time 0 + size
 Kept in every model: positions are scaled by clip 0's size (a batch shares one); the final layer sees time but not size.
 """
+import argparse
 import json
 import math
 import re
-import sys
 import time
 import weakref
 from dataclasses import dataclass, fields, replace
@@ -745,8 +745,18 @@ def alternate(alone, blocks, backward, device, rounds, flop):
     return f"{1e3 * middle(base):7.1f}" + "".join(f"{cell:>24}" for cell in cells) + f"{rate / 1e12:16.2f}   {held}"
 
 
+EXAMPLES = """What the model is and costs.
+
+    python model.py                             parameters, FLOPs of a forward, the time of a small one
+    python model.py --bench                     a block's time over that of its products and attention, what it holds
+    OMP_NUM_THREADS=1 python model.py --bench   on one thread: steadier on a busy machine
+"""
+
+
 def main():
-    if "--bench" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--bench", action="store_true", help="time a block of XL/2; minutes")
+    if parser.parse_args().bench:
         return bench("cuda" if torch.cuda.is_available() else "cpu")
     stages = ("16x144x256", "16x240x426", "16x480x854", "16x720x1280")
     print(f"{'':<6}{'parameters':>12}   TFLOP of a forward at " + "".join(f"{stage:>12}" for stage in stages))

@@ -251,6 +251,7 @@ def test_the_table_has_a_row_for_each_op_and_dtype(monkeypatch, capsys):
     monkeypatch.setattr(kernels, "CHOICE", {"plain": False})
     small = kernels.cases(B=2, T=2, S=3, heads=2, D=8, L=4)
     monkeypatch.setattr(kernels, "cases", lambda: small)
+    monkeypatch.setattr("sys.argv", ["kernels.py"])
     kernels.main()
     assert len(capsys.readouterr().out.splitlines()) == 2 + 3 * len(small)
 
