@@ -12,6 +12,9 @@ out   DIR/files.csv (every file found), DIR/clips/, DIR/clips.csv (every clip: n
 Killed at any moment, the same command goes on and does nothing twice.  The steps and their order are those of Open-Sora
 1.1 (docs/data_processing.md there), after Stable Video Diffusion (arXiv 2311.15127).
 """
+import signal
+if __name__ in ("__main__", "__mp_main__"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
 import argparse
 import base64
 import csv
@@ -27,7 +30,6 @@ import os
 import pickle
 import re
 import shutil
-import signal
 import sys
 import threading
 import time
@@ -51,8 +53,8 @@ from einops import rearrange, reduce
 from PIL import Image
 from tqdm import tqdm
 
-from data import (COLUMNS, IMAGES, MAX_PIXELS, SCORES, UnreadableClip, assign, bucket_table, end_with, fail, read_image,
-                  read_meta, read_number, read_window, whole)
+from data import (COLUMNS, IMAGES, MAX_PIXELS, SCORES, UnreadableClip, assign, bucket_table, end_with_parent, fail,
+                  read_image, read_meta, read_number, read_window, whole)
 from vae import from_pretrained  # before transformers, which it tells that our kernels.py is not the package
 
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
@@ -1117,7 +1119,7 @@ class Results:
         file = self.file(row)
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps(record))
+        part.write_text(json.dumps(record), "utf-8")
         part.replace(file)
 
 
@@ -1133,9 +1135,9 @@ def is_mine(row: dict) -> bool:
     return int(hashlib.sha256((row.get("source") or row["path"]).encode()).hexdigest()[:8], 16) % WORLD == RANK
 
 
-def start_worker(parent: int):
+def start_worker():
     signal.signal(signal.SIGINT, signal.SIG_IGN)        # Ctrl-C is for the main process, which ends this one
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
 
 
@@ -1157,7 +1159,7 @@ def in_parallel(prepare, rows, options, ahead: int):
     rows, suspects = deque(rows), deque()
     while queue := suspects or rows:
         workers, limit = (1, 1) if queue is suspects else (options.workers, ahead)
-        pool, pending = ProcessPoolExecutor(workers, initializer=start_worker, initargs=(os.getpid(),)), {}
+        pool, pending = ProcessPoolExecutor(workers, initializer=start_worker), {}
         try:
             while queue or pending:
                 while queue and len(pending) < limit:
@@ -1642,6 +1644,7 @@ def resolve(options):
 
 def main():
     options = parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         resolve(options)
         if options.config:

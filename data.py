@@ -11,6 +11,9 @@ In an epoch a clip belongs to at most one bucket (resolution, frames, aspect rat
 Clips, windows and, by slot_generator, noise, t and masks are pure functions of seed and step.  Sizes and the bucket
 rule are those of Open-Sora 1.1 (arXiv 2412.20404).
 """
+import signal
+if __name__ in ("__main__", "__mp_main__"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
 import argparse
 import csv
 import glob
@@ -20,7 +23,6 @@ import math
 import multiprocessing
 import os
 import shutil
-import signal
 import struct
 import sys
 import tempfile
@@ -753,7 +755,7 @@ class Reader:
 
     def start(self):
         self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=read_ahead, args=(self.dataset, theirs, os.getpid()), daemon=True)
+        self.process = multiprocessing.Process(target=read_ahead, args=(self.dataset, theirs), daemon=True)
         self.process.start()
         theirs.close()
         for plan in self.plans:
@@ -786,19 +788,20 @@ class Reader:
         """Starts another process, which passes the clip over that this one tried: at = (slot, attempt)."""
         status, plan, timeout = self.process.exitcode, self.plans[0], self.dataset.config.read_timeout
         self.process.kill()
-        if at is None or (status or 0) > 0:
+        if at is None or status in (0, 1):  # 1: an error in Python; a crash is a signal, on Windows a large number
             raise ValueError(f"step {plan.step}: a reading process ended with status {status}, see above" if status else
                              f"step {plan.step}: a reading process did not start within {timeout} s")
         path = self.dataset.meta.path(plan.clips[plan.slots.index(at[0])][at[1]])
-        reason = f"took more than {timeout} s" if status is None else f"ended its reader with signal {-status}"
+        reason = f"took more than {timeout} s" if status is None else "ended its reader with " + (
+            f"signal {-status}" if status < 0 else f"status {status:#x}")
         self.known[plan.step, *at] = f"{path}: {reason}"
         self.start()
 
 
-def read_ahead(dataset, pipe, parent: int):
+def read_ahead(dataset, pipe):
     """A reader's life: (plan, known) comes in; (slot, attempt) of each clip tried goes out, then the batch."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
-    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
     while True:
         try:
@@ -809,11 +812,10 @@ def read_ahead(dataset, pipe, parent: int):
             pipe.send(error)
 
 
-def end_with(parent: int):
+def end_with_parent():
     """Ends this process when its parent is gone: a killed one does not say so, and a pipe's other end may have been
-    inherited by the next reader."""
-    while os.getppid() == parent:
-        time.sleep(1)
+    inherited by the next reader.  (os.getppid() stays what it was on Windows, and is another's under a fork server.)"""
+    multiprocessing.parent_process().join()
     os._exit(1)
 
 
@@ -1009,6 +1011,7 @@ def write_shapes(folder, num_clips=2000, seed=0):
         raise ValueError(f"--num-clips {num_clips}: expected 1 or more")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.csv").unlink(missing_ok=True)  # of another world: what is stopped half way has none
     rows = []
     for index in tqdm(range(num_clips), desc=f"rendering {folder}", unit="clip"):
         frames, caption, _ = shapes_clip(seed, index)
@@ -1019,7 +1022,7 @@ def write_shapes(folder, num_clips=2000, seed=0):
         else:
             Image.fromarray(frames[0]).save(folder / name)
         rows.append((name, caption, T, H, W, SHAPES_FPS if T > 1 else IMAGE_FPS))
-    with whole(folder / "meta.csv") as part, open(part, "w", newline="") as f:
+    with whole(folder / "meta.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
         csv.writer(f).writerows([COLUMNS, *rows])
     print(f"{folder / 'meta.csv'}: {num_clips} clips")
 
@@ -1055,6 +1058,7 @@ def main():
     of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config")
     of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def load(path):
         import configs
@@ -1070,7 +1074,7 @@ def main():
             case what:
                 raise ValueError(f"{' '.join(what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
                                  "CONFIG")
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if args.debug:
             raise
         sys.exit(fail(error))

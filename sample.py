@@ -11,7 +11,9 @@ out   samples/00-a-red-circle.mp4, a contact sheet of its frames, .png, and what
 Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095), UniPC
 (2302.04867), classifier-free guidance (2207.12598), its rescaling (2305.08891), v (2202.00512), editing (2108.01073).
 """
-
+import signal
+if __name__ in ("__main__", "__mp_main__"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
 import argparse
 import json
 import pickle
@@ -384,7 +386,7 @@ def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
     if own.is_file():
         config = configs.load(str(own))
         return file, config, SampleQuirks(raw_fps=config.raw_fps)
-    shape = upstream_config(json.loads(upstreams.read_text()) if upstreams.is_file() else {})
+    shape = upstream_config(json.loads(upstreams.read_text("utf-8")) if upstreams.is_file() else {})
     config = replace(configs.load("configs/stage3.py"), model=shape, raw_fps=True, captions_cleaned=True,
                      buckets={"240p": {16: (1.0, 1)}})
     return file, config, PUBLISHED
@@ -496,9 +498,9 @@ def export(ckpt, folder):
     folder.mkdir(parents=True, exist_ok=True)
     written = {name: value for name, value in asdict(m).items() if name not in (*QUIRKS, "temporal_pos")}
     written |= {"model_type": "STDiT2", "architectures": ["STDiT2"], "torch_dtype": "float32"}
-    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", "utf-8")
     if quirks != PUBLISHED:
-        (folder / "config.py").write_text(configs.dump(config))
+        (folder / "config.py").write_text(configs.dump(config), "utf-8")
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})   # transformers refuses it without
 
 
@@ -809,6 +811,7 @@ def print_plan(ckpt):
 
 def main():
     args = parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if args.export:
             export(args.ckpt, args.export)
@@ -816,7 +819,7 @@ def main():
             print_plan(args.ckpt)
         else:
             run(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if args.debug:
             raise
         sys.exit(fail(error))

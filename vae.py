@@ -10,6 +10,9 @@ out   z [B C T h w], h = H // 8, scaled to about unit variance; y [B L C], y_mas
 
 Papers: latent diffusion (arXiv 2112.10752) for the autoencoder, T5 (arXiv 1910.10683) for the text encoder.
 """
+import signal
+if __name__ in ("__main__", "__mp_main__"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
 import argparse
 import csv
 import hashlib
@@ -464,7 +467,7 @@ class CacheWriter:
         arrays |= {f"{part}.first": torch.tensor([0, *map(len, of)]).cumsum(0) for part, of in ids.items()}
         empty = [part for part in ids if not len(arrays[f"{part}.ids"])]
         if self.rank == 0:
-            with open(self.folder / "bad_clips.csv", "w", newline="") as f:
+            with open(self.folder / "bad_clips.csv", "w", newline="", encoding="utf-8") as f:
                 csv.writer(f, lineterminator="\n").writerows([("path", "reason"), *bad.items()])
             if not empty:
                 write_whole(self.index, arrays, names)
@@ -681,6 +684,7 @@ def main():
              "cache": "a config, as in configs/tiny.py"}.get(args.command)
     if unknown and not (args.command == "cache" and args.path):
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         if needs and not (args.path and (args.out or args.command == "cache")):
             raise ValueError(f"python vae.py {args.command} needs {needs}")
@@ -697,7 +701,7 @@ def main():
             cache(config, find(config.vae), find(config.text_encoder))
         else:
             reconstruct(args)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if args.debug:
             raise
         time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
