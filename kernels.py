@@ -10,6 +10,9 @@ holds 28 elements per token and unit of width (on a GPU 26), not 47 (bf16).
 Run: `python kernels.py` checks each op in each dtype against fp64, forward and backward, and times both forms.
 Papers: RMSNorm 1910.07467, RoPE 2104.09864, QK-norm 2302.05442, DSP 2403.10266. Letters are explained in model.py.
 """
+import signal
+if __name__ in ("__main__", "__mp_main__"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it without a traceback
 import argparse
 import contextlib
 import ctypes

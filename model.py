@@ -12,6 +12,9 @@ Quirks that the published weights were trained with are fields of STDiTConfig, o
   Q3 final_twice        the final layer modulates given frames twice: by time t as if noised, then by time 0 + size
 Kept in every model: positions are scaled by clip 0's size (a batch shares one); the final layer sees time but not size.
 """
+import signal
+if __name__ in ("__main__", "__mp_main__"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it without a traceback
 import argparse
 import json
 import math
@@ -491,7 +494,7 @@ def from_pixart(path, config: STDiTConfig, seed: int = 0) -> dict:
     path, heads = Path(path), config.num_heads      # a .pth does not tell how many heads
     if path.is_dir():
         folder = path / "transformer" if (path / "transformer").is_dir() else path
-        heads = json.loads((folder / "config.json").read_text())["num_attention_heads"]
+        heads = json.loads((folder / "config.json").read_text("utf-8"))["num_attention_heads"]
         source = load_file(folder / "diffusion_pytorch_model.safetensors")
     else:
         source = torch.load(path, map_location="cpu", weights_only=True)

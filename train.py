@@ -12,13 +12,15 @@ caption drops are functions of (seed, step, slot of the global batch): resumed, 
 Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672), v-prediction (2202.00512), SpeeD (2405.17403),
 ZeRO (1910.02054), activation checkpointing (1604.06174), sequence parallelism in the manner of DSP (2403.10266).
 """
+import signal
+if __name__ in ("__main__", "__mp_main__"):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
 import argparse
 import gc
 import json
 import math
 import os
 import shutil
-import signal
 import sys
 import time
 import warnings
@@ -354,7 +356,7 @@ def cause(error):
 def latest(folder):
     """The path of a run's last whole checkpoint, or None."""
     file = Path(folder) / "latest"
-    return file.with_name(file.read_text().strip()) if file.is_file() else None
+    return file.with_name(file.read_text("utf-8").strip()) if file.is_file() else None
 
 
 def load_state(run, checkpoint, optimizer=True):
@@ -385,7 +387,7 @@ def check_changes(config, read, allowed, say):
     old, clips = configs.load(folder / "config.py"), folder / "clips.txt"
     pairs = {f.name: (getattr(old, f.name), getattr(config, f.name)) for f in fields(config)}
     changes = {name: f"{name} {before!r} -> {now!r}" for name, (before, now) in pairs.items() if before != now}
-    if clips.is_file() and (before := clips.read_text().splitlines()[0]) != read:
+    if clips.is_file() and (before := clips.read_text("utf-8").splitlines()[0]) != read:
         changes["clips"] = f"the clips or networks: {before} -> {read}"
     if changes:
         say("changed since the last start: " + ", ".join(changes.values()))
@@ -416,7 +418,7 @@ def export(checkpoint, path):
 
 def write_text(path, text):
     with whole(path) as part:
-        part.write_text(text)
+        part.write_text(text, "utf-8")
 
 
 # ---------------------------------------------------------------- seeing
@@ -523,10 +525,10 @@ def gather(items):
 
 def open_log(path, first):
     """The log, to be appended to, and its rows.  Lines of steps that will be taken again are cut off."""
-    lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+    lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= first]
     write_text(path, "".join(lines))
-    return open(path, "a"), list(map(json.loads, lines))
+    return open(path, "a", encoding="utf-8"), list(map(json.loads, lines))
 
 
 class Validation:
@@ -597,6 +599,7 @@ def parse_args():
 
 def main():
     args, overrides = parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config, rank = None, int(os.environ.get("RANK", 0))
     try:
         config = configs.load(args.config, overrides)
@@ -611,7 +614,7 @@ def main():
             bench(config, args.profile, args.plain)
         elif number := train(config, args.allow_changes, args.plain):
             sys.exit(128 + number)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, OSError) as error:
         if args.debug:
             raise
         time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others

@@ -5,6 +5,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -1066,6 +1068,15 @@ def test_an_item_that_kills_its_process_is_told():
     assert found.pop("fails") == (None, "fails")
     assert all("ended its process" in found.pop(name)[1] for name in ("kills", "e kills"))
     assert all(data == f"/x/{name}" and not error for name, (data, error) in found.items())
+
+
+def test_a_spawned_process_that_is_killed_is_told(monkeypatch):
+    """As on Windows and macOS: what the process runs is pickled."""
+    pool = partial(curate.ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
+    monkeypatch.setattr(curate, "ProcessPoolExecutor", pool)
+    options = SimpleNamespace(workers=1, folder=Path("/x"))
+    (_, a, error), (_, _, killed) = curate.in_parallel(fragile, [{"path": "a"}, {"path": "kills"}], options, 1)
+    assert (a, error) == ("/x/a", "") and "ended its process" in killed
 
 
 def test_half_a_result_is_none(tmp_path):

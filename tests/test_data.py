@@ -1181,11 +1181,13 @@ class Trouble(ClipDataset):
     def read(self, clip, bucket, step, slot):
         if clip == self.clip:
             {"hang": lambda: time.sleep(1000), "death": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+             "crash as on Windows": lambda: os._exit(3),  # 3: abort(); 0xC0000005: of an address
              "bug": lambda: {}["a bug"]}[self.trouble]()
         return super().read(clip, bucket, step, slot)
 
 
-@pytest.mark.parametrize("trouble, said", [("hang", "took more than 1"), ("death", "signal 11")])
+@pytest.mark.parametrize("trouble, said", [
+    ("hang", "took more than 1"), ("death", "signal 11"), ("crash as on Windows", "status 0x3")])
 def test_a_reader_that_hangs_or_dies_is_replaced(meta, trouble, said):
     settings = replace(CLIPS, num_workers=2, read_timeout=1)
     dataset = Trouble(meta, settings, trouble)
@@ -1200,8 +1202,10 @@ def test_a_reader_that_hangs_or_dies_is_replaced(meta, trouble, said):
             assert equal(a, b)
 
 
-def test_a_dead_reader_is_given_more(meta):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_dead_reader_is_given_more(meta, method, monkeypatch):
     """It died before the next plan came: both are read by the one in its place."""
+    monkeypatch.setattr(data, "multiprocessing", multiprocessing.get_context(method))
     dataset = Trouble(meta, replace(CLIPS, num_workers=1), "death")
     sampler, reader = BucketSampler(meta, CLIPS), data.Reader(dataset, {})
     reader.give(sampler.plan(1))
@@ -1227,11 +1231,12 @@ def test_a_bucket_of_unreadable_clips_is_an_error(tmp_path, num_workers):
         take(meta, Settings({"144p": {16: (1.0, 2)}}, num_workers=num_workers), 0, 1)
 
 
-def test_readers_end_with_their_parent(meta, tmp_path):
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])  # Linux to 3.13; Windows, macOS; Linux from 3.14
+def test_readers_end_with_their_parent(meta, method):
     """Also when it is killed."""
-    script = ("import sys, os, time; sys.path[:0] = ['tests', '.']; from test_data import *\n"
+    script = (f"import multiprocessing; multiprocessing.set_start_method({method!r})\n"
+              "import sys, os, time; sys.path[:0] = ['tests', '.']; from test_data import *\n"
               f"meta = read_meta({str(Path(meta.path(0)).parent / 'meta.csv')!r})\n"
-              "import multiprocessing\n"
               "for _ in batches(BucketSampler(meta, S := replace(CLIPS, num_workers=2)), ClipDataset(meta, S), 0, 9):\n"
               "    print(*[p.pid for p in multiprocessing.active_children()], flush=True); time.sleep(100)\n")
     with subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
@@ -1253,6 +1258,19 @@ def alive(pid):
 
 
 # ---- the shapes world and writing video ----
+
+def test_stopped_while_rendering_another_world(tmp_path, monkeypatch):
+    """The table of the first does not stay beside clips of the second."""
+    data.write_shapes(tmp_path, 4)
+    clip, ctrl_c = data.shapes_clip, lambda: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(data, "shapes_clip", lambda seed, i: clip(seed, i) if i < 2 else ctrl_c())
+    with pytest.raises(KeyboardInterrupt):
+        data.write_shapes(tmp_path, 4, seed=1)
+    assert not (tmp_path / "meta.csv").exists()
+    monkeypatch.undo()
+    data.write_shapes(tmp_path, 4, seed=1)
+    assert len(read_meta(str(tmp_path / "meta.csv"))) == 4
+
 
 def test_shapes_are_a_pure_function_of_seed_and_index():
     frames, caption, thing = data.shapes_clip(3, 17)

@@ -1,5 +1,7 @@
 """The frame: who imports whom (DESIGN.md), how each file ends, and that a file called kernels.py disturbs nobody."""
 import ast
+import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -60,6 +62,49 @@ def test_a_file_is_read_in_an_evening(name):
     assert statistics.median(lengths) <= 12 and max(lengths) <= 80
     assert not [i for i, line in enumerate(lines, 1) if len(line) > 120]
     assert ast.get_docstring(tree), f"{name}.py begins without what it does"
+
+
+SCRIPTS = ["data", "vae", "masks", "kernels", "model", "sample", "train", "curate"]
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_ctrl_c_while_it_imports_shows_no_traceback(name):
+    with subprocess.Popen([sys.executable, "-X", "importtime", f"{name}.py"], cwd=ROOT, stderr=subprocess.PIPE,
+                          text=True) as process:
+        while "torch" not in process.stderr.readline():         # a part of it is there
+            assert process.poll() is None
+        process.send_signal(signal.SIGINT)
+        assert "Traceback" not in process.stderr.read()
+    assert process.returncode == -signal.SIGINT
+
+
+def text_calls(tree):
+    """Of open, read_text and write_text, those that would take the system's encoding: on Windows a code page."""
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Call):
+            continue
+        name, words = ast.unparse(node.func), [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
+        opens = name == "open" and not any("b" in word for word in words)
+        told = "utf-8" in words or "encoding" in [keyword.arg for keyword in node.keywords]
+        if (opens or name.endswith(("read_text", "write_text"))) and not told:
+            yield ast.unparse(node)
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "configs/__init__"])
+def test_text_is_utf8(name):
+    assert not list(text_calls(ast.parse((ROOT / f"{name}.py").read_text("utf-8"))))
+
+
+@pytest.mark.parametrize("command", [
+    "data.py shapes FILE/x", "sample.py --prompt x --steps 2 --sampler ddim --out FILE/x",
+    "vae.py text data.csv --out FILE/x", "curate.py run assets --out FILE/x"])
+def test_where_nothing_can_be_written_that_is_one_line(command, tmp_path):
+    (tmp_path / "FILE").write_text("")
+    (tmp_path / "data.csv").write_text("path,text,num_frames,height,width,fps\na.png,a,1,8,8,\n")
+    words = [str(tmp_path / word) if word.startswith(("FILE", "data.csv")) else word for word in command.split()]
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 2 and "error: " in done.stderr and "Traceback" not in done.stderr, done.stderr
 
 
 def test_top_level_is_the_frame():

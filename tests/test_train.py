@@ -2,6 +2,7 @@
 import errno
 import json
 import math
+import multiprocessing
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from einops import rearrange
 from safetensors.torch import load_file, save_file
 
 import configs
+import data
 import sample
 import train
 from data import BucketSampler, read_meta, slot_generator, write_shapes
@@ -517,8 +519,10 @@ def test_previews_change_nothing(world, tmp_path, monkeypatch):
     assert sorted(p.name for p in (tmp_path / "run/samples").iterdir()) == ["step-0000002.png", "step-0000004.png"]
 
 
-def test_without_a_cache(world, tmp_path):
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_without_a_cache(world, tmp_path, method, monkeypatch):
     """From pixels, at the windows that the cache holds, the losses are the same."""
+    monkeypatch.setattr(data, "multiprocessing", multiprocessing.get_context(method))
     config = replace(world[0], out=str(tmp_path / "run"), cache="", num_workers=1)
     run(config)
     for ours, cached in zip(rows(config), world[1], strict=True):

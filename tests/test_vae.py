@@ -3,6 +3,7 @@ import base64
 import csv
 import gc
 import json
+import multiprocessing
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from diffusers import AutoencoderKL
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+import data
 import vae as vae_module
 from configs import Config, dump
 from data import (BucketSampler, ClipDataset, UnreadableClip, batches, bucket_list, reachable, read_meta, shapes_clip,
@@ -429,11 +431,13 @@ def test_two_processes_write_what_one_does(config, write, tmp_path, monkeypatch)
     assert contents(two) == contents(config) and (tmp_path / "two" / index.name).read_bytes() == index.read_bytes()
 
 
-def test_a_cache_is_read_by_other_processes(config, write):
-    """Forked or spawned; a pickle holds no rows, and a read leaves no file open."""
-    meta = read_meta(config.data)
-    cached = CachedClips(meta, config, write(config))
-    sampler, many = BucketSampler(meta, config), CachedClips(meta, replace(config, num_workers=2), cached.index)
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_cache_is_written_and_read_by_other_processes(config, write, method, monkeypatch):
+    """A pickle holds no rows, and a read leaves no file open."""
+    monkeypatch.setattr(data, "multiprocessing", multiprocessing.get_context(method))
+    meta, one = read_meta(config.data), replace(config, num_workers=1)
+    cached = CachedClips(meta, config, write(one))
+    sampler, many = BucketSampler(meta, config), CachedClips(meta, one, cached.index)
     for ours, theirs in zip(batches(sampler, cached, 0, 6), batches(sampler, many, 0, 6), strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in ("mean", "std", "y", "y_mask", "slots", "fps"))
     again, (clip, bucket) = pickle.loads(pickle.dumps(cached)), every_clip(config, meta)[0]
