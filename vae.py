@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from einops import rearrange
 from huggingface_hub import hf_hub_download
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
@@ -568,7 +568,10 @@ def short_hash(*what):
 
 def write_whole(path, tensors, note):
     with whole(path) as part:
-        save_file(tensors, part, {"note": json.dumps(note)})    # one piece of metadata: the order of several is random
+        try:    # one piece of metadata: the order of several is random
+            save_file(tensors, part, {"note": json.dumps(note)})
+        except SafetensorError as error:    # a full disk, say
+            raise OSError(f"{path}: {error}") from error
 
 
 def read_note(path):

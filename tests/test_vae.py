@@ -431,6 +431,18 @@ def test_two_processes_write_what_one_does(config, write, tmp_path, monkeypatch)
     assert contents(two) == contents(config) and (tmp_path / "two" / index.name).read_bytes() == index.read_bytes()
 
 
+def test_a_file_that_does_not_fit_is_an_oserror(tmp_path):
+    """safetensors raises an error of its own, which main() would show with its traceback."""
+    code = ("import resource, signal, sys, torch; from pathlib import Path; from vae import write_whole\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (9999, 9999))\n"
+            "try:\n    write_whole(Path(sys.argv[1]), {'z': torch.zeros(9999)}, {})\n"
+            "except OSError as error:\n    print(error)")
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "z.safetensors")], capture_output=True, text=True,
+                          cwd=Path(vae_module.__file__).parent)
+    assert "z.safetensors: " in done.stdout, done.stderr
+    assert not (tmp_path / "z.safetensors").exists()
+
+
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_a_cache_is_written_and_read_by_other_processes(config, write, method, monkeypatch):
     """A pickle holds no rows, and a read leaves no file open."""
