@@ -86,7 +86,7 @@ def text_calls(tree):
         name, words = ast.unparse(node.func), [arg.value for arg in node.args if isinstance(arg, ast.Constant)]
         opens = name == "open" and not any("b" in word for word in words)
         told = "utf-8" in words or "encoding" in [keyword.arg for keyword in node.keywords]
-        if (opens or name.endswith(("read_text", "write_text"))) and not told:
+        if (opens or name.endswith((".read_text", ".write_text"))) and not told:
             yield ast.unparse(node)
 
 
