@@ -162,6 +162,9 @@ def offsets(lengths, device):
 
 
 # ---- the fast forms: backward computes again what the plain form would keep ----
+# From a call to its kernel: modulate(x, shift, scale), wrapped by `paired`, goes to FAST["modulate"]; that asks
+# `compiled` for the (forward, backward) which use() has found for the device and dtype of x; with them it applies
+# _Modulate, the autograd function that says what is kept, or without them _Again, which works for any op anywhere.
 
 CHOICE = {"plain": False}   # made by use(): plain, and for "cpu" or "cuda" the compiled implementations
 # CHOICE[device type] = {"dtypes": (...), op: (forward, backward)}; an op that is not there runs as _Again.
@@ -224,6 +227,7 @@ class _Again(torch.autograd.Function):
 
 
 class _Modulate(torch.autograd.Function):
+    """Keeps x and, on a GPU, mean and 1 / deviation of each row; the normalised x is made again."""
     @staticmethod
     def forward(ctx, kernels, x, shift, scale):
         x, shift, scale = x.contiguous(), shift.contiguous(), scale.contiguous()
@@ -239,6 +243,7 @@ class _Modulate(torch.autograd.Function):
 
 
 class _GatedResidual(torch.autograd.Function):
+    """Keeps update, for the gate's gradient; that of x is the gradient that comes in, so x is not kept."""
     @staticmethod
     def forward(ctx, kernels, x, gate, update):
         gate, dense = gate.contiguous(), torch.empty_like(update).stride() == update.stride()
@@ -254,7 +259,9 @@ class _GatedResidual(torch.autograd.Function):
 
 
 class _FromQKV(torch.autograd.Function):
-    """What is made of qkv: q, k and v as attention takes them, or what attention over time gives."""
+    """What is made of qkv: q, k and v as attention takes them, or what attention over time gives.
+
+    Keeps qkv; attention itself keeps q and k, which _FromQKV has made, beside it."""
     @staticmethod
     def forward(ctx, kernels, qkv, q_weight, k_weight, cos, sin, *how):
         kept = [z if z is None else z.contiguous() for z in (qkv, q_weight, k_weight, cos, sin)]
@@ -327,9 +334,15 @@ FAST = {"modulate": fast("modulate", _Modulate), "gated_residual": fast("gated_r
 
 # ---- the CPU's: C++ by the user's compiler ----
 
+# An op gets p, pointers to its tensors in the order of its comment, and n: jobs, threads, then its sizes. Forward
+# leaves the tensors of backward null and the other way round, so that one loop serves both. A row [C] is read from
+# memory once, widened to fp32, and stays in the first-level cache for its few loops, which become vector instructions.
 CPP = r"""
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <dlfcn.h>
+#include <memory>
 #include <thread>
 #include <vector>
 typedef long long I;
@@ -344,11 +357,18 @@ static inline void put(bf16& y, float x) {   // to the nearest, ties to even
 #define EACH(i, n) SIMD(omp simd) for (I i = 0; i < (n); i++)
 #define SUM(i, n, ...) SIMD(omp simd reduction(+ : __VA_ARGS__)) for (I i = 0; i < (n); i++)
 #define OP(name) template <class X> void name(X** p, const I* n)   // p: tensors, null if not wanted; n: sizes
-template <class F> void split(I n, I threads, F f) {   // not by OpenMP: torch brings its own copy of that
-  auto run = [=](I i) { for (I j = n * i / threads; j < n * (i + 1) / threads; j++) f(j); };
+typedef void (*Parallel)(void (*)(void*), void*, unsigned, unsigned);
+// torch's own OpenMP threads: they wait for work by spinning, and others would share the cores with that. Null where
+// torch has another OpenMP (macOS, Windows).
+static const Parallel parallel = (Parallel)dlsym(RTLD_DEFAULT, "GOMP_parallel");
+template <class F> void split(I n, I threads, F f) {   // f(j) for j < n; which thread takes which part changes nothing
+  std::atomic<I> next{0};
+  auto run = [&] {
+    for (I i; (i = next++) < threads;) for (I j = n * i / threads; j < n * (i + 1) / threads; j++) f(j); };
   std::vector<std::thread> others;
-  for (I i = 1; i < threads; i++) others.emplace_back(run, i);
-  run(0);
+  if (threads > 1 && parallel) return parallel([](void* it) { (*(decltype(run)*)it)(); }, &run, threads, 0);
+  for (I i = 1; i < threads; i++) others.emplace_back(run);
+  run();
   for (auto& other : others) other.join(); }
 // Sums over rows are cut into 16 rows of a frame of S: short, and in one order for any number of threads.
 #define ROWS(S) (I parts = (S + 15) / 16, r = j / parts * S + j % parts * 16, end = r + 16; \
@@ -372,6 +392,7 @@ OP(modulate) {   // x shift scale out grad dx sums; C, rows per shift, S
 OP(gated_residual) {   // x or grad, gate update out dupdate sums; C, rows per gate, S, T, strides of update
   I C = n[2];
   split(n[0], n[1], [=](I j) { float* sums = (float*)p[5] + j * C; for ROWS(n[4]) {
+    // update may lie as attention over time leaves it, [B S T C]: found by its own strides
     I at = r / (n[4] * n[5]) * n[6] + r / n[4] % n[5] * n[7] + r % n[4] * n[8];
     X *x = p[0] + r * C, *gate = p[1] + r / n[3] * C, *update = p[2] + at, *out = p[3] + r * C, *du = p[4] + at;
     if (p[3]) EACH(i, C) put(out[i], up(x[i]) + up(gate[i]) * up(update[i]));
@@ -383,9 +404,9 @@ static inline void turn(float* x, const float* cos, const float* sin, I pairs, f
 OP(qk_norm_rope) {   // qkv weights cos sin, q k v or their gradients, dqkv sums; rows T S heads D, time, rope_first
   I S = n[4], T = n[3], D = n[6], C = n[5] * D;
   split((n[2] + 3) / 4, n[1], [=](I j) {
-    std::vector<float> buffer(4 * C);
-    float *wide = buffer.data(), *wide_d = wide + 2 * C, *sums = (float*)p[8] + j * 2 * D;
-    for (I r = 4 * j; r < 4 * j + 4 && r < n[2]; r++) {
+    std::unique_ptr<float[]> buffer(new float[4 * C]);   // a vector would fill it with zeros
+    float *wide = buffer.get(), *wide_d = wide + 2 * C, *sums = (float*)p[8] + j * 2 * D;
+    for (I r = 4 * j; r < 4 * j + 4 && r < n[2]; r++) {   // wide: q and k of a row, then, if wanted, wide_d: theirs
       I t = r / S % T, s = r % S, to = n[7] ? ((r / S / T * S + s) * T + t) * C : r * C;
       float *cos = (float*)p[3] + (n[7] ? t : s) * D / 2, *sin = (float*)p[4] + (n[7] ? t : s) * D / 2;
       X *in = p[0] + r * 3 * C, *q = p[5] + to, *k = p[6] + to, *dx = p[9] + r * 3 * C;
@@ -446,6 +467,7 @@ def cpp():
     told = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True, timeout=120)
     macros = subprocess.run([compiler, *flags, "-dM", "-E", "-"], input="", **told).stdout   # its version, the CPU's
     version = next(line.split('"')[1] for line in macros.splitlines() if "__VERSION__" in line)
+    # Keyed by what it depends on: a folder that machines share may hold one for each of their processors.
     file = cache_folder() / f"ops-{hashlib.sha256((CPP + macros + str(flags)).encode()).hexdigest()[:16]}.so"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -456,7 +478,10 @@ def cpp():
 
 
 def cpp_ops(library):
-    """{op: (forward, backward)}, signatures as the autograd functions call them."""
+    """{op: (forward, backward)}, signatures as the autograd functions call them.
+
+    Gradients by what is shared among rows (shift, scale, gate, the weights of a norm) are summed in two steps: in C++
+    over a few rows in fp32, then by PyTorch: the same sum for any number of threads."""
     def call(op, jobs, sizes, *tensors):
         threads = torch.get_num_threads() if tensors[0].numel() > 2**19 else 1   # a thread takes 50 us to start
         pointers = (ctypes.c_void_p * len(tensors))(*[None if z is None else z.data_ptr() for z in tensors])
@@ -827,6 +852,8 @@ def launch(op, widths, blocks, x, *args, threads=128):
     kernel(name, x.device.index)(blocks, threads, arguments)
 
 
+# What one block's rows add to the gradient of a shift, scale or gate goes into a row of `part`, which a second, small
+# op sums: atomic additions would come in another order each time, and a run would not repeat itself.
 def share(x, mod):
     """How blocks share x [B T S C], whose rows are summed for each of mod [B T C]: blocks, then (per, parts, size)."""
     rows, groups = x[..., 0].numel(), mod[..., 0].numel()
@@ -925,7 +952,7 @@ def check_cuda(device):
                 inputs = cast(args, dtype, device)
                 exact = forward_backward(op.plain, inputs, torch.float64)()
                 fast, plain = (max(map(error, forward_backward(form, inputs)(), exact)) for form in (op, op.plain))
-                if not fast <= 2 * plain:
+                if not fast <= 2 * plain:       # tests ask for 1.5; here a fault is to be found, not a rounding
                     raise RuntimeError(f"error {fast:.1e} in {dtype}, the plain form's is {plain:.1e}")
         except (RuntimeError, OSError, AttributeError, TypeError, ImportError) as failure:  # no NVRTC, another torch ..
             ops.pop(key)
@@ -944,7 +971,10 @@ def cache_folder():
 # ---- processes ----
 
 class Place(NamedTuple):
-    """A process in the world.  mesh: what the weights are cut over.  group: those who share each clip, or None."""
+    """A process in the world.  mesh: what the weights are cut over.  group: those who share each clip, or None.
+
+    The two do not depend on each other: with sp, ranks of a group compute different frames with the same weights, of
+    which each keeps its own part, as any others."""
     rank: int
     world: int
     device: torch.device
@@ -977,6 +1007,7 @@ def start_processes(shard=0, sp=1, device=None):
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # HashStore: the addresses of one process, in its own memory; torchrun's store is on the network.
     store, rank, world = next(dist.rendezvous("env://")) if "RANK" in os.environ else (dist.HashStore(), 0, 1)
     if os.environ.get("GROUP_WORLD_SIZE") == "1":   # restarted by torchrun, it finds the addresses of the dead in there
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
@@ -994,6 +1025,8 @@ def start_processes(shard=0, sp=1, device=None):
 # ---- sequence parallelism: the n ranks of a group share a clip (DSP); without a group these do nothing ----
 # Each rank keeps some frames. Frames and positions are padded with zeros to multiples of n: no attention ever sees the
 # padding, as after an exchange a rank holds all frames of its positions, or all positions of its frames.
+
+# In a block: own frames -> (attention in space) -> own positions -> (attention over time) -> own frames -> text, MLP.
 
 def own_frames(x, T, group):
     """[B T ...] -> this rank's [B ceil(T/n) ...], of its own storage; what stands for all frames, [B 1 ...], stays."""
@@ -1042,6 +1075,8 @@ class _Exchange(torch.autograd.Function):
         return _Exchange.apply(grad, *ctx.back), None, None, None
 
 
+# ---- python kernels.py ----
+
 def cases(B=2, T=8, S=144, heads=16, D=72, L=100):
     """name -> (op, its arguments in fp64), at the shape of two 144p clips of 8 frames in the XL/2 model."""
     C, draw = heads * D, torch.Generator().manual_seed(0)
@@ -1067,6 +1102,7 @@ def cases(B=2, T=8, S=144, heads=16, D=72, L=100):
 
 
 def cast(value, dtype, device):
+    """Tensors, and those in tuples, to dtype; all else as it is."""
     if isinstance(value, tuple):
         return tuple(cast(v, dtype, device) for v in value)
     return value.to(device, dtype) if torch.is_tensor(value) else value
@@ -1086,6 +1122,7 @@ def forward_backward(op, args, dtype=None):
 
 
 def error(got, want):
+    """Relative, in the L2 norm."""
     return ((got.double().cpu() - want.cpu()).norm() / want.cpu().norm()).item()
 
 

@@ -708,7 +708,7 @@ SHAPES = {   # of clips x tokens in time, rows, columns: of a CPU 144p; main buc
     "cpu": [(1, 16, 9, 16)], "cuda": [(6, 16, 9, 16), (17, 16, 9, 16), (17, 16, 15, 27), (1, 16, 45, 80)]}
 
 
-def bench(device, rounds=9):
+def bench(device, rounds=15):
     """Blocks of XL/2 over their products and attention alone, in turns: median [least, most] of the ratios."""
     kinds, dtypes = dict(KINDS), [torch.float32, torch.bfloat16]
     if device == "cpu":
@@ -716,9 +716,10 @@ def bench(device, rounds=9):
     else:
         dtypes = [torch.bfloat16]
     print(f"{use(device)}; {torch.get_num_threads()} threads; a block of XL/2, 100 text tokens a clip; time / that of "
-          f"its products and attention, median of {rounds} [least, most]; held: elements per token and unit of width")
+          f"its products and attention, median of {rounds} [least, most]; masked / fast: both of one round, median "
+          "[middle half]; held: elements per token and unit of width")
     print(f"{'clips x latents':<16}{'dtype':<10}{'':<9}{'bare ms':>8}" + "".join(f"{name:>24}" for name in kinds)
-          + "   TFLOP/s, fast   held")
+          + f"{'masked / fast':>24}   TFLOP/s, fast   held")
     for (B, T, rows, columns), dtype in product(SHAPES[device], dtypes):
         size = XL_2, B, T, rows * columns, 100, dtype, device
         alone = blocks = None           # those of the last shape go before the next ones come
@@ -742,10 +743,12 @@ def alternate(alone, blocks, backward, device, rounds, flop):
         for name, (run, _) in blocks.items():
             use(device, plain=name == "plain")
             ratios[name].append(seconds(lambda run=run: run(backward), device) / took)
-    middle = lambda values: sorted(values[1:])[rounds // 2]
-    cells = [f"{middle(r):7.3f} [{min(r[1:]):.3f} {max(r[1:]):.3f}]" for r in ratios.values()]
-    held, rate = ", ".join(f"{held:.1f}" for _, held in blocks.values()), flop / middle(base) / middle(ratios["fast"])
-    return f"{1e3 * middle(base):7.1f}" + "".join(f"{cell:>24}" for cell in cells) + f"{rate / 1e12:16.2f}   {held}"
+    at = lambda values, part: sorted(values[1:])[int(part * (rounds - 1))]
+    shown = lambda r, low, high: f"{f'{at(r, 0.5):.3f} [{at(r, low):.3f} {at(r, high):.3f}]':>24}"
+    masks = [masked / fast for masked, fast in zip(ratios["fast, x_mask"], ratios["fast"])]
+    rate = flop / at(base, 0.5) / at(ratios["fast"], 0.5) / 1e12
+    return (f"{1e3 * at(base, 0.5):7.1f}" + "".join(shown(r, 0, 1) for r in ratios.values()) + shown(masks, 0.25, 0.75)
+            + f"{rate:16.2f}   " + ", ".join(f"{held:.1f}" for _, held in blocks.values()))
 
 
 EXAMPLES = """What the model is and costs.
