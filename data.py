@@ -13,7 +13,9 @@ rule are those of Open-Sora 1.1 (arXiv 2412.20404).
 """
 import signal
 if __name__ in ("__main__", "__mp_main__"):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
+    # Until `load` Ctrl-C ends the process: as an exception it would show a half-done import's traceback, or be lost, as
+    # Cython's modules swallow it while they are imported, numpy.random and one of PyAV's in the midst of `shapes`
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import csv
 import glob
@@ -517,18 +519,29 @@ def read_window(path: str, num_frames: int | None = None, stride: int = 1, start
     if path.lower().endswith(IMAGES):
         choose(path, [0], num_frames, stride, start, generator)
         return torch.from_numpy(read_image(path))[None], 1
-    packets, limit = [], {"max_pixels": str(MAX_PIXELS)}
-    try:  # skip_frame: opening would decode a frame, to learn what decoding tells anyway
-        with av.open(path, options=limit | {"skip_frame": "all"}, metadata_errors="ignore") as container:
+    packets = []
+    with opened(path, packets, skip_frame="all") as stream:  # else opening decodes a frame, to learn what we do not ask
+        packets += (packet for packet in stream.container.demux(stream) if packet.size)
+        wanted = choose(path, frame_times(path, stream, packets), num_frames, stride, start, generator)
+        return decode(path, stream, packets, wanted)
+
+
+@contextmanager
+def opened(path, found: list, decoder=(), **options):
+    """The video stream of a file, decoded by one thread; FFmpeg's errors become UnreadableClip, which counts `found`.
+
+    decoder, options: FFmpeg's, for decoding and for opening.  stream.container is open as long as this context is."""
+    limit = {"max_pixels": str(MAX_PIXELS)}
+    try:
+        with av.open(str(path), options=limit | options, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise UnreadableClip(f"{path}: has no video stream of a known codec")
-            stream.codec_context.options, stream.codec_context.thread_count = limit, 1  # workers are the parallelism
-            packets += (packet for packet in container.demux(stream) if packet.size)
-            wanted = choose(path, frame_times(path, stream, packets), num_frames, stride, start, generator)
-            return decode(path, stream, packets, wanted)
+            stream.codec_context.options = limit | dict(decoder)
+            stream.codec_context.thread_count = 1  # the workers are the parallelism
+            yield stream
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableClip(f"{path}: {error.strerror}, {len(packets)} frames found") from error
+        raise UnreadableClip(f"{path}: {error.strerror}, {len(found)} frames found") from error
 
 
 def read_image(path: str) -> np.ndarray:
@@ -600,13 +613,18 @@ def decode(path: str, stream: av.VideoStream, packets: list[av.Packet], wanted: 
 
 
 def to_rgb(path: str, frame: av.VideoFrame, stream: av.VideoStream, reformatter: VideoReformatter) -> np.ndarray:
-    """[H W 3] as displayed: pixels made square, then turned."""
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+    """[H W 3] as displayed."""
+    width, turns = displayed(path, frame, stream)
+    return np.rot90(reformatter.reformat(frame, width, frame.height, "rgb24", threads=1).to_ndarray(), turns)
+
+
+def displayed(path, frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
+    """(its width in square pixels, the quarter turns counter-clockwise that it then needs)."""
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1  # MPEG-TS: its alone
     width = round(frame.width * aspect)
     if not 0 < width * frame.height <= MAX_PIXELS:
         raise UnreadableClip(f"{path}: its pixels are {aspect} times as wide as high")
-    rgb = reformatter.reformat(frame, width, frame.height, "rgb24", threads=1).to_ndarray()
-    return np.rot90(rgb, k=round(frame.rotation / 90))  # both counter-clockwise
+    return width, round(frame.rotation / 90) % 4
 
 
 def resize_crop(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -1058,19 +1076,21 @@ def main():
     of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config")
     of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def load(path):
         import configs
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # readers are to be ended, half an index is to go
         return configs.load(path, overrides + [f"--seed={args.seed}"] * (args.seed is not None))
     try:
         match args.what:
             case ["shapes", folder] if not overrides:
                 write_shapes(folder, args.num_clips, args.seed or 0)
             case ["bench", meta, config]:
-                bench(read_meta(meta), load(config), args.seconds)
+                config = load(config)
+                bench(read_meta(meta), config, args.seconds)
             case [meta, config] if meta != "shapes":
-                print(BucketSampler(read_meta(meta), load(config)).table())
+                config = load(config)
+                print(BucketSampler(read_meta(meta), config).table())
             case what:
                 raise ValueError(f"{' '.join(what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
                                  "CONFIG")

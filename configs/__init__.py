@@ -82,12 +82,12 @@ class Config:
     prompts: tuple[str, ...] = ()                   # captions of the previews
 
     def __post_init__(self):
-        check_types(self)
+        check_type("", self, Config)
         for names, ok, expected in (
             ("frame_interval fps world lr grad_clip steps save_every sp read_timeout accumulation keep_last "
-             "validate_batches", lambda x: x > 0, "more than 0"),
+             "validate_batches", lambda x: 0 < x < math.inf, "more than 0, and finite"),
             ("num_workers warmup_steps sample_every windows target_fps checkpointing shard keep_every validate_every "
-             "skip_nonfinite", lambda x: x >= 0, "0 or more"),
+             "skip_nonfinite weight_decay", lambda x: 0 <= x < math.inf, "0 or more, and finite"),
             ("holdout max_bad", lambda x: 0 <= x <= 1, "a share from 0 to 1"),
             ("validate_every", lambda x: not x or self.holdout, "0, or a holdout of some clips beside it"),
             ("init_optimizer", lambda x: not x or self.init, "False, or an init to take it from beside it"),
@@ -96,6 +96,11 @@ class Config:
             ("prediction", lambda x: x in ("eps", "v"), "'eps' or 'v'"),
             ("dtype", lambda x: x in ("fp32", "bf16"), "'fp32' or 'bf16'"),
             ("ema_decay", lambda x: 0 <= x < 1, "0 or more and less than 1"),
+            ("betas", lambda x: all(0 <= beta < 1 for beta in x), "each 0 or more and less than 1"),
+            ("cfg_scale", math.isfinite, "a finite number"),
+            ("seed", lambda x: -2**63 <= x < 2**63, "an integer of 64 bits"),
+            ("data", lambda x: x != (), "a path or several"),
+            ("vae text_encoder out", lambda x: x, "a path or a name"),
         ):
             for name in names.split():
                 if not ok(getattr(self, name)):
@@ -122,12 +127,16 @@ def check_buckets(buckets: Buckets):
     for resolution, lengths in buckets.items():
         if resolution not in ASPECT:
             raise ValueError(f"buckets: there is no resolution {resolution!r}{suggest(resolution, ASPECT)}")
+        if not lengths:
+            raise ValueError(f"buckets[{resolution!r}] = {{}}: expected numbers of frames, as in {{16: (1.0, 4)}}")
         for num_frames, (keep, batch_size) in lengths.items():
             where = f"buckets[{resolution!r}][{num_frames}] = ({keep}, {batch_size})"
             if num_frames < 1 or not 0 <= keep <= 1:
                 raise ValueError(f"{where}: expected 1 frame or more and a keep probability from 0 to 1")
             if keep > 0 and not (batch_size and batch_size > 0):
                 raise ValueError(f"{where}: a bucket that keeps clips needs a batch size, as in ({keep}, 4)")
+    if not any(keep > 0 for lengths in buckets.values() for keep, _ in lengths.values()):
+        raise ValueError(f"{buckets=}: keeps no clip at all, expected a keep probability above 0 in one of them")
 
 
 def suggest(name: str, known) -> str:
@@ -150,14 +159,14 @@ def matches(value, kind) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def check_types(config, prefix: str = ""):
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not matches(value, kind):
-            wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
-            raise ValueError(f"{prefix}{name}={value!r} is of type {type(value).__name__}, expected {wanted}")
-        if is_dataclass(value):
-            check_types(value, f"{prefix}{name}.")
+def check_type(name: str, value, kind):
+    """Raises where `value` is not what the annotation `kind` says; of a dataclass its fields, as model.depth."""
+    if not matches(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}, expected {wanted}")
+    if is_dataclass(value):
+        for field, its_kind in get_type_hints(type(value)).items():
+            check_type(f"{name}.{field}".lstrip("."), getattr(value, field), its_kind)
 
 
 def override(config, key: str, text: str, prefix: str = ""):
@@ -171,7 +180,8 @@ def override(config, key: str, text: str, prefix: str = ""):
     try:
         value = text if kinds[name] is str else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = text  # a bare word where a number or a dict belongs: check_types names field, given and expected
+        value = text  # a bare word where a number or a dict belongs: check_type names field, given and expected
+    check_type(f"{prefix}{name}", value, kinds[name])  # before the dataclass computes with it
     return replace(config, **{name: value})
 
 
@@ -284,9 +294,9 @@ def plan_row(config, world, gpu, level, num_frames):
 
 def find_gpu(config, world, gpu):
     shard = config.shard or world
-    if gpu not in GPUS or world % shard or world % config.sp:
+    if gpu not in GPUS or world < 1 or world % shard or world % config.sp:
         raise ValueError(f"gpu={gpu!r}, world={world}, shard={shard}, sp={config.sp}: expected one of "
-                         f"{', '.join(GPUS)}, and a shard and an sp that divide world")
+                         f"{', '.join(GPUS)}, and a shard and an sp that divide a world of 1 or more")
     return GPUS[gpu]
 
 

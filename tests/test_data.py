@@ -1272,6 +1272,19 @@ def test_stopped_while_rendering_another_world(tmp_path, monkeypatch):
     assert len(read_meta(str(tmp_path / "meta.csv"))) == 4
 
 
+def test_ctrl_c_ends_the_rendering_whoever_swallows_exceptions(tmp_path):
+    """As Cython's modules do while they are imported: numpy.random is, by the first clip."""
+    script = ("import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); import data\n"
+              "def clip(*_):\n"
+              "    try:\n"
+              "        signal.raise_signal(signal.SIGINT)\n"
+              "    except BaseException:\n"
+              "        sys.exit('swallowed')\n"
+              "data.shapes_clip, sys.argv = clip, ['data.py', 'shapes', sys.argv[1]]; data.main()\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr, done.stderr
+
+
 def test_shapes_are_a_pure_function_of_seed_and_index():
     frames, caption, thing = data.shapes_clip(3, 17)
     data.shapes_clip(3, 18)
