@@ -116,6 +116,10 @@ def test_overrides():
     ("--out=", "out='': expected a path"),
     ("--model.hidden_size=wide", "model.hidden_size='wide' is of type str, expected int"),
     ("--model.num_heads='4'", "model.num_heads='4' is of type str, expected int"),
+    ("--model.depth=0", "must be 1 or more, got .*depth=0,"),
+    ("--model.num_heads=0", "must be 1 or more, got .*num_heads=0,"),
+    ("--model.patch_size=(1,0,2)", "must be 1 or more"),
+    ("--model.model_max_length=0", "must be 1 or more"),
     ("lr=1", "override 'lr=1': expected --key=value"),
     ("--lr", "override '--lr': expected --key=value"),
 ])
