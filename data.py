@@ -81,12 +81,12 @@ SQUARE = """
 
 
 def aspect_tables() -> dict[str, dict[str, tuple[int, int]]]:
-    """resolution -> ratio -> (height, width).  Of two ratios equally near, the first listed is taken."""
+    """resolution -> ratio -> (height, width).  Of two ratios equally near, the first listed is taken; upstream lists
+    4k's 0.62 before its 0.56."""
     size = lambda text: tuple(map(int, text.split("x")))
     (_, *levels), *rows = (line.split() for line in WIDE.strip().splitlines())
     tables = {level: {row[0]: size(row[i]) for row in rows} for i, level in enumerate(levels, start=1)}
-    in_order = lambda item: 0.55 if item[0] == "0.62" else float(item[0])  # upstream has 4k's 0.62 before 0.56
-    tables["4k"] = dict(sorted(tables["4k"].items(), key=in_order))
+    tables["4k"] = dict(sorted(tables["4k"].items(), key=lambda item: 0.55 if item[0] == "0.62" else float(item[0])))
     for level, scale in (("256", 1), ("512", 2), ("1024", 4)):
         tables[level] = {str(round(h / w, 2)): (scale * h, scale * w) for h, w in map(size, SQUARE.split())}
     return tables | {"32": {"1.00": (32, 32), "0.67": (32, 48)}}  # "32": the shapes world
