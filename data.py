@@ -395,11 +395,12 @@ def reachable(meta, config) -> dict[int, np.ndarray]:
 def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> str:
     """What `assign` made of the clips: a line per resolution and length, then what is left out, and why."""
     kinds, numbered, starved = defaultdict(Counter), bucket_list(config.buckets), 0
-    for number, clips in zip(*(x.tolist() for x in np.unique(found[found >= 0], return_counts=True))):
+    numbers, counts = np.unique(found[found >= 0], return_counts=True)
+    for number, clips in zip(numbers.tolist(), counts.tolist()):  # Python's int: numpy's cannot hold a million's FLOP
         bucket = numbered[number]
         size = config.buckets[bucket.resolution][bucket.num_frames][1] * config.world
         batches, rest = divmod(clips, size)
-        tokens, flop = config.cost(bucket)  # int, as clips is now: a million clips' FLOP do not fit into 64 bits
+        tokens, flop = config.cost(bucket)
         kinds[bucket[:2]].update(aspects=1, clips=clips, batches=batches, rest=rest, tokens=clips * tokens,
                                  flop=batches * size * flop)
         starved += not batches
@@ -425,7 +426,7 @@ def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> s
 
 # ---- the sampler ----
 
-MAX_TRIES = 20  # clips tried for one slot before training stops
+MAX_TRIES = 20  # clips tried for one slot before training stops; where 5% cannot be read (max_bad), one time in 1e26
 
 
 class Plan(NamedTuple):
@@ -919,7 +920,7 @@ def write_mp4(path, frames, fps):
     frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")  # 4:2:0 needs even sides
     with av.open(str(path), "w", options={"movflags": "faststart"}) as out:
         # without mbtree: x264's macroblock tree gives other bytes from run to run on frames of a few blocks
-        options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}
+        options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}  # crf by hand: what is judged is the model
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         _, stream.height, stream.width, _ = frames.shape
         stream.pix_fmt = "yuv420p"
@@ -946,6 +947,7 @@ def contact_sheet(frames, per_row=8):
 
 # ---- the shapes world: one shape goes straight over a plain ground, as the caption says ----
 
+# Colours, sizes, ways and shares are chosen by hand; assets/tiny/README.md says what they were good for
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
           "purple": (160, 50, 200), "cyan": (50, 210, 220)}
 SHAPES = ("circle", "square", "triangle")
@@ -990,8 +992,8 @@ def coverage(shape, side, x, y, height, width):
 
 
 def random_thing(rng, color, shape, direction, height, width):
-    """A thing that stays inside the frame and travels 0.55 to 1.0 of the way it has there.  Both ranges are chosen by
-    hand: large objects on long ways, so that shape and direction show in 32 pixels and 8 frames."""
+    """A thing that stays inside the frame and travels 0.55 to 1.0 of the way it has there, so that a direction shows in
+    8 frames."""
     side = rng.uniform(0.33, 0.42) * min(height, width)
     left, right, up, down = extent(shape, side)
     low, high = np.array([left, up]), np.array([width - right, height - down])  # of its centre, (x, y)

@@ -51,15 +51,15 @@ class Config:
     world: int = 1                                  # GPUs of the batch sizes: a global batch is clips per GPU * world
     mask_ratios: dict[str, float]                   # masking strategy (masks.py) -> share of the samples
     prediction: str = "eps"                         # the network's target: "eps" (the noise) or "v" (velocity)
-    cfg_scale: float = 7.0                          # guidance of samples, unless sample.py is told another
+    cfg_scale: float = 7.0                          # guidance of samples (upstream's), unless sample.py is told another
     speed: bool = False                             # draw t as SpeeD does (arXiv 2405.17403) instead of uniformly
     lr: float                                       # AdamW's step size, constant after the warm-up
     weight_decay: float = 0.0                       # AdamW, decoupled
-    betas: tuple[float, float] = (0.9, 0.999)       # AdamW
+    betas: tuple[float, float] = (0.9, 0.999)       # AdamW; Adam's own (arXiv 1412.6980)
     warmup_steps: int = 0                           # optimizer steps of linear warm-up from 0 to lr
-    grad_clip: float = 1.0                          # largest global gradient norm
+    grad_clip: float = 1.0                          # largest global gradient norm (upstream's)
     skip_nonfinite: int = 0                         # steps with a non-finite gradient, skipped before it is an error
-    ema_decay: float = 0.9999                       # of the averaged weights, per step
+    ema_decay: float = 0.9999                       # of the averaged weights, per step; DiT's (arXiv 2212.09748)
     steps: int                                      # optimizer steps of the run
     # memory and GPUs
     dtype: str = "bf16"                             # "fp32" or "bf16": of the activations; weights are kept in fp32
@@ -240,8 +240,8 @@ class Gpu(NamedTuple):
 # GPU in DGX H100, 200 Gb/s in DGX A100; for 4090s we assume 100 Gb/s for a machine, and half of PCIe 4.0 x16 inside.
 GPUS = {"h100": Gpu(989e12, 79.1, 450, 50), "h800": Gpu(989e12, 79.1, 200, 50),
         "h200": Gpu(989e12, 139.8, 450, 50), "a100": Gpu(312e12, 79.1, 300, 25), "4090": Gpu(165e12, 23.6, 16, 1.5)}
-PER_NODE = 8
-MFU = 0.3                   # assumed, of the matrix products of transformer, T5 and VAE alike
+PER_NODE = 8                # GPUs of a machine, as in NVIDIA's DGX
+MFU = 0.3                   # share of a card's FLOP/s, assumed, of the matrix products of transformer, T5 and VAE alike
 LINK_USE = 0.7              # assumed share of the links' rates that collectives reach
 USABLE = 0.92               # assumed share of memory; CUDA, NCCL and what lies between allocations take the rest
 FROZEN = {"DeepFloyd/t5-v1_1-xxl": 4.76e9, "stabilityai/sd-vae-ft-ema": 84e6}   # parameters: those of their configs
