@@ -595,7 +595,7 @@ def even_grid(times: np.ndarray) -> np.ndarray:
     if n == 1:
         return np.zeros(1, int)
     ticks = np.rint(gaps / np.median(gaps)).cumsum()  # if the rate is constant, the tick of each frame but the first
-    interval = since[-1] / ticks[-1]
+    interval = since[-1] / ticks[-1]  # more exact than the median: containers round times
     if ticks[-1] <= n - 1 + 3 and (np.abs(since - ticks * interval) <= interval / 2).all():
         return np.arange(n)
     halfway = since - gaps / 2  # from the frame before
@@ -628,7 +628,7 @@ def decode(path: str, stream: av.VideoStream, packets: list[av.Packet], wanted: 
 
 def displayed(path, frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
     """(its width in square pixels, the quarter turns counter-clockwise that it then needs)."""
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1  # MPEG-TS: its alone
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1  # of MPEG-TS the second knows
     width = round(frame.width * aspect)
     if not 0 < width * frame.height <= MAX_PIXELS:
         raise UnreadableClip(f"{path}: its pixels are {aspect} times as wide as high")
