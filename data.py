@@ -13,7 +13,9 @@ rule are those of Open-Sora 1.1 (arXiv 2412.20404).
 """
 import signal
 if __name__ in ("__main__", "__mp_main__"):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
+    # Until `load` Ctrl-C ends the process: as an exception it would show a half-done import's traceback, or be lost, as
+    # Cython's modules swallow it while they are imported, numpy.random and one of PyAV's in the midst of `shapes`
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 import argparse
 import csv
 import glob
@@ -31,7 +33,7 @@ import time
 import uuid
 import zlib
 from bisect import bisect_right
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from contextlib import contextmanager, suppress
 from fractions import Fraction
 from functools import lru_cache
@@ -79,7 +81,8 @@ SQUARE = """
 
 
 def aspect_tables() -> dict[str, dict[str, tuple[int, int]]]:
-    """resolution -> ratio -> (height, width).  Of two ratios equally near, the first listed is taken."""
+    """resolution -> ratio -> (height, width).  Of two ratios equally near, the first listed is taken; upstream lists
+    4k's 0.62 before its 0.56."""
     size = lambda text: tuple(map(int, text.split("x")))
     (_, *levels), *rows = (line.split() for line in WIDE.strip().splitlines())
     tables = {level: {row[0]: size(row[i]) for row in rows} for i, level in enumerate(levels, start=1)}
@@ -90,7 +93,8 @@ def aspect_tables() -> dict[str, dict[str, tuple[int, int]]]:
 
 
 ASPECT = aspect_tables()
-PIXELS = {level: int(np.prod(t["0.56"] if "0.56" in t else t.get("1.0", (32, 32)))) for level, t in ASPECT.items()}
+USUAL = ("0.56", "1.0", "1.00")  # 16:9, or square where there is none: what gives a resolution its number of pixels
+PIXELS = {level: next(math.prod(t[ar]) for ar in USUAL if ar in t) for level, t in ASPECT.items()}
 
 
 class Bucket(NamedTuple):
@@ -307,6 +311,7 @@ def slot_generator(seed: int, step: int, slot: int, purpose: str) -> torch.Gener
 CHUNK = 1 << 18  # clips looked at together: bounds the memory for 12 million
 REASONS = ("too small", "no bucket of its kind", "too short", "keep draw",  # why a clip is left out, least far first
            "its path stands in an earlier row", "held out for validation")
+TOO_SMALL, NO_KIND, TOO_SHORT, KEEP_DRAW, REPEATED, HELD_OUT = range(len(REASONS))
 
 
 def bucket_list(buckets: dict) -> list[Bucket]:
@@ -331,33 +336,35 @@ def stride(fps, config) -> np.ndarray:
 def offers(rows: np.ndarray, config):
     """Yields (resolution, length [n]) for clips, the largest resolution first, by Open-Sora 1.1's rule.
 
-    length: the most frames of a bucket there that the clip fills (an image: 1); or minus the number in REASONS of why
-    there is none.  A clip needs 0.8 of the resolution's pixels and num_frames * stride frames (upstream: one more)."""
+    length: the most frames of a bucket there that the clip fills (an image: 1); or minus the reason why there is none.
+    A clip needs 0.8 of the resolution's pixels and num_frames * stride frames (upstream: one more)."""
     is_image, strides = rows["num_frames"] == 1, stride(rows["fps"], config)
     area = rows["height"].astype(np.int64) * rows["width"]
     for level in sorted(config.buckets, key=PIXELS.get, reverse=True):
         lengths = sorted(config.buckets[level])
-        length = np.where(np.where(is_image, 1 in lengths, lengths[-1] > 1), -2, -1)
+        length = np.where(np.where(is_image, 1 in lengths, lengths[-1] > 1), -TOO_SHORT, -NO_KIND)
         for t in lengths:  # ascending: the largest that fits stays
             length[is_image if t == 1 else ~is_image & (rows["num_frames"] >= t * strides)] = t
-        yield level, np.where(area >= 0.8 * PIXELS[level], length, 0)
+        yield level, np.where(area >= 0.8 * PIXELS[level], length, -TOO_SMALL)
 
 
 def entries(meta, config, epoch: int | None, validation: bool):
     """Yields (clips, the numbers of their buckets) by the draws of an epoch; None: for all that some epoch may draw.
 
-    First come all clips, with minus one more than the number in REASONS of why they will be in none, if they will.
+    First come all clips, with -1 - reason why they will be in none, if they will: one that gets a bucket comes again.
     A clip that loses the keep draw of a resolution's bucket goes on to the next smaller resolution.  The share that it
     belongs to, training or validation, hangs on its path alone, not on its row or a seed."""
-    first_of = {bucket[:2]: i for i, bucket in reversed([*enumerate(bucket_list(config.buckets))])}  # of all aspects
+    first_of = {}  # (resolution, frames) -> the number of its first aspect
+    for number, bucket in enumerate(bucket_list(config.buckets)):
+        first_of.setdefault(bucket[:2], number)
     for start in range(0, len(meta), CHUNK):
         rows = meta.rows[start:start + CHUNK]
         levels = list(offers(rows, config))
-        reason = np.max([np.where(length > 0, 3, -length) for _, length in levels], axis=0)
-        reason[(uniform(rows["key"], "validation") < config.holdout) != validation] = 5
-        reason[rows["repeated"]] = 4
+        reason = np.max([np.where(length > 0, KEEP_DRAW, -length) for _, length in levels], axis=0)
+        reason[(uniform(rows["key"], "validation") < config.holdout) != validation] = HELD_OUT
+        reason[rows["repeated"]] = REPEATED
         yield np.arange(start, start + len(rows)), -1 - reason
-        waiting = reason < 4
+        waiting = reason < REPEATED  # for a bucket
         for level, length in levels:
             for t, (keep, _) in config.buckets[level].items():
                 clips = np.flatnonzero(waiting & (length == t))
@@ -365,11 +372,11 @@ def entries(meta, config, epoch: int | None, validation: bool):
                 clips = clips[np.broadcast_to(draws < keep, clips.shape)]
                 aspects = nearest_aspect(level, rows["height"][clips], rows["width"][clips])
                 yield start + clips, first_of[level, t] + aspects
-                waiting[clips] = epoch is None and keep < 1
+                waiting[clips] = epoch is None and keep < 1  # in another epoch it may be lost here, and go on
 
 
 def assign(meta, config, epoch: int, validation: bool = False) -> np.ndarray:
-    """Each clip's number in bucket_list(config.buckets), or where below 0 why it has none, as `entries`: int16 [N]."""
+    """Each clip's number in bucket_list(config.buckets), or -1 - reason of why it has none: int16 [N]."""
     found = np.empty(len(meta), np.int16)
     for clips, numbers in entries(meta, config, epoch, validation):
         found[clips] = numbers
@@ -387,35 +394,39 @@ def reachable(meta, config) -> dict[int, np.ndarray]:
 
 def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> str:
     """What `assign` made of the clips: a line per resolution and length, then what is left out, and why."""
-    kinds, numbered, starved = defaultdict(lambda: np.zeros(6)), bucket_list(config.buckets), 0
-    for number, clips in zip(*np.unique(found[found >= 0], return_counts=True)):
+    kinds, numbered, starved = defaultdict(Counter), bucket_list(config.buckets), 0
+    numbers, counts = np.unique(found[found >= 0], return_counts=True)
+    for number, clips in zip(numbers.tolist(), counts.tolist()):  # Python's int: numpy's cannot hold a million's FLOP
         bucket = numbered[number]
         size = config.buckets[bucket.resolution][bucket.num_frames][1] * config.world
+        batches, rest = divmod(clips, size)
         tokens, flop = config.cost(bucket)
-        kinds[bucket[:2]] += 1, clips, clips // size, clips % size, clips * tokens, clips // size * size * flop
-        starved += clips < size
-    total = sum(row[5] for row in kinds.values()) or 1
+        kinds[bucket[:2]].update(aspects=1, clips=clips, batches=batches, rest=rest, tokens=clips * tokens,
+                                 flop=batches * size * flop)
+        starved += not batches
+    total = sum(row["flop"] for row in kinds.values()) or 1
     lines = ["      bucket  aspects      clips  clips/GPU   batches  left over  tokens/GPU  compute"]
-    for (level, t), (aspects, clips, batches, rest, tokens, flop) in kinds.items():
+    for (level, t), row in kinds.items():
         size = config.buckets[level][t][1]
-        lines.append(f"{level:>6} x {t:<3} {aspects:8.0f} {clips:10.0f} {size:10} {batches:9.0f} {rest:10.0f} "
-                     f"{tokens / clips * size:11,.0f} {flop / total:8.1%}")
+        lines.append(f"{level:>6} x {t:<3} {row['aspects']:8} {row['clips']:10} {size:10} {row['batches']:9} "
+                     f"{row['rest']:10} {row['tokens'] / row['clips'] * size:11,.0f} {row['flop'] / total:8.1%}")
     lines.append(f"{(found >= 0).sum()} of {len(meta)} clips are in a bucket; a batch is clips/GPU * {config.world} "
                  "clips of one aspect, clips left over come first in the next epoch")
     if starved:
         lines.append(f"{starved} aspects have fewer clips than one batch: these train only if later epochs draw more")
-    for number, name in enumerate(REASONS[:5] + (("not held out",) if validation else REASONS[5:])):
-        clips = np.flatnonzero(found == -1 - number)
+    for reason, why in enumerate(REASONS):
+        clips = np.flatnonzero(found == -1 - reason)
         if len(clips):
+            why = "not held out" if validation and reason == HELD_OUT else why
             first, row = clips[0], meta.rows[clips[0]]
-            lines.append(f"{len(clips)} left out: {name}, as {meta.where(first)}: {meta.path(first)} "
+            lines.append(f"{len(clips)} left out: {why}, as {meta.where(first)}: {meta.path(first)} "
                          f"({row['num_frames']} frames, {row['height']}x{row['width']}, {row['fps']:g} fps)")
     return "\n".join(lines)
 
 
 # ---- the sampler ----
 
-MAX_TRIES = 20  # clips tried for one slot before training stops
+MAX_TRIES = 20  # clips tried for one slot before training stops; where 5% cannot be read (max_bad), one time in 1e26
 
 
 class Plan(NamedTuple):
@@ -427,8 +438,9 @@ class Plan(NamedTuple):
 
 
 class Epoch(NamedTuple):
-    buckets: np.ndarray  # [batches]: the number of each batch's bucket
-    starts: np.ndarray   # [batches]: where in its pool it starts
+    """Batch i is of bucket buckets[i]: its clips are pools[buckets[i]][starts[i]:][:size]."""
+    buckets: np.ndarray  # [batches]
+    starts: np.ndarray   # [batches]
     pools: dict          # a bucket's number -> its clips, int32, at random
 
 
@@ -443,7 +455,7 @@ class BucketSampler:
         self.numbered = bucket_list(config.buckets)
         self.starts = [0]  # the first step of each epoch so far: they differ in length, as their keep draws do
         self.left_over = [(np.zeros(0, int), np.zeros(0, int))]  # and what it inherits: clips, their buckets' numbers
-        self.epoch = lru_cache(1)(self.make_epoch)  # of number len(starts) - 1 at most
+        self.epoch = lru_cache(1)(self.make_epoch)  # one after the other, as each inherits; any earlier one again
         if not len(self.epoch(0).starts):
             why = "no bucket has the clips of one batch" if self.epoch(0).pools else "no clip fits any bucket"
             raise ValueError(f"{why}:\n{self.table()}")
@@ -456,21 +468,21 @@ class BucketSampler:
     def make_epoch(self, number: int) -> Epoch:
         found = assign(self.meta, self.config, number, self.validation)
         inherited, their_buckets = self.left_over[number]
-        found[inherited] = their_buckets
+        found[inherited] = their_buckets  # whatever the draws of this epoch say
         clips = np.flatnonzero(found >= 0).astype(np.int32)
-        order = mix(self.config.seed, number, clips, "clips") >> 16
+        order = mix(self.config.seed, number, clips, "clips")
         order[np.isin(clips, inherited)] = 0
-        order |= found[clips].astype(np.uint64) << 48  # by bucket, then at random; equal ones alike on every machine:
-        clips = clips[np.argsort(order, kind="stable")]
+        clips = clips[np.lexsort((order, found[clips]))]  # by bucket; in each the inherited, then the others at random
+        numbers, firsts = np.unique(found[clips], return_index=True)
+        pools = dict(zip(numbers.tolist(), np.split(clips, firsts[1:])))
 
-        pools, starts, buckets, rest = {}, [inherited[:0]], [inherited[:0]], [inherited[:0]]
-        for pool in np.split(clips, np.flatnonzero(np.diff(found[clips], append=-1)) + 1)[:-1]:
-            bucket = int(found[pool[0]])
+        starts, buckets, rest = ([np.zeros(0, int)] for _ in range(3))  # to be joined, also where there is no bucket
+        for bucket, pool in pools.items():
             size = self.batch_size(self.numbered[bucket])
-            pools[bucket] = pool
-            starts.append(np.arange(len(pool) // size) * size)
-            buckets.append(np.full(len(starts[-1]), bucket))
-            rest.append(pool[len(pool) // size * size:])
+            full = len(pool) // size * size
+            starts.append(np.arange(0, full, size))
+            buckets.append(np.full(full // size, bucket))
+            rest.append(pool[full:])
         starts, buckets, rest = map(np.concatenate, (starts, buckets, rest))
         if len(self.starts) == number + 1:
             self.starts.append(self.starts[-1] + len(starts))
@@ -517,18 +529,28 @@ def read_window(path: str, num_frames: int | None = None, stride: int = 1, start
     if path.lower().endswith(IMAGES):
         choose(path, [0], num_frames, stride, start, generator)
         return torch.from_numpy(read_image(path))[None], 1
-    packets, limit = [], {"max_pixels": str(MAX_PIXELS)}
-    try:  # skip_frame: opening would decode a frame, to learn what decoding tells anyway
-        with av.open(path, options=limit | {"skip_frame": "all"}, metadata_errors="ignore") as container:
+    packets = []
+    with opened(path, packets, skip_frame="all") as stream:  # else opening decodes a frame, to learn what we do not ask
+        packets += (packet for packet in stream.container.demux(stream) if packet.size)
+        wanted = choose(path, frame_times(path, stream, packets), num_frames, stride, start, generator)
+        return decode(path, stream, packets, wanted)
+
+
+@contextmanager
+def opened(path, found: list, **options):
+    """The video stream of a file, decoded by one thread; FFmpeg's errors become UnreadableClip, which counts `found`.
+
+    options: FFmpeg's, for opening.  stream.container is open as long as this context is."""
+    limit = {"max_pixels": str(MAX_PIXELS)}
+    try:
+        with av.open(str(path), options=limit | options, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise UnreadableClip(f"{path}: has no video stream of a known codec")
             stream.codec_context.options, stream.codec_context.thread_count = limit, 1  # workers are the parallelism
-            packets += (packet for packet in container.demux(stream) if packet.size)
-            wanted = choose(path, frame_times(path, stream, packets), num_frames, stride, start, generator)
-            return decode(path, stream, packets, wanted)
+            yield stream
     except (av.FFmpegError, OSError) as error:
-        raise UnreadableClip(f"{path}: {error.strerror}, {len(packets)} frames found") from error
+        raise UnreadableClip(f"{path}: {error.strerror}, {len(found)} frames found") from error
 
 
 def read_image(path: str) -> np.ndarray:
@@ -570,11 +592,14 @@ def even_grid(times: np.ndarray) -> np.ndarray:
     grid that spread this gap over the clip would leave out frames elsewhere, and show the last one twice.
     """
     n, since, gaps = len(times), times[1:] - times[0], np.diff(times)
-    ticks = np.rint(gaps / np.median(gaps)).cumsum() if n > 1 else np.ones(1)  # of a constant rate, if it is one
-    interval = (times[-1] - times[0]) / ticks[-1]
-    if ticks[-1] <= n + 2 and (np.abs(since - ticks * interval) <= interval / 2).all():
+    if n == 1:
+        return np.zeros(1, int)
+    ticks = np.rint(gaps / np.median(gaps)).cumsum()  # if the rate is constant, the tick of each frame but the first
+    interval = since[-1] / ticks[-1]  # more exact than the median: containers round times
+    if ticks[-1] <= n - 1 + 3 and (np.abs(since - ticks * interval) <= interval / 2).all():
         return np.arange(n)
-    return np.searchsorted(since - gaps / 2, np.linspace(0, since[-1], n))
+    halfway = since - gaps / 2  # from the frame before
+    return np.searchsorted(halfway, np.linspace(0, since[-1], n))
 
 
 def decode(path: str, stream: av.VideoStream, packets: list[av.Packet], wanted: list[int]):
@@ -591,7 +616,9 @@ def decode(path: str, stream: av.VideoStream, packets: list[av.Packet], wanted: 
             for frame in context.decode(packet):
                 given.append(None if frame.is_corrupt else frame.pts)
                 if given[-1] in shown:
-                    frames[frame.pts] = to_rgb(path, frame, stream, reformatter)
+                    width, turns = displayed(path, frame, stream)
+                    rgb = reformatter.reformat(frame, width, frame.height, "rgb24", threads=1)
+                    frames[frame.pts] = np.rot90(rgb.to_ndarray(), turns)
         whole = None not in given and given == sorted(given) and len(frames) == len(shown)
         if whole and len({frame.shape for frame in frames.values()}) == 1:
             return torch.from_numpy(np.stack([frames[time] for time in wanted])), len(given)
@@ -599,14 +626,13 @@ def decode(path: str, stream: av.VideoStream, packets: list[av.Packet], wanted: 
                          f"of {len(packets)} frames {len(given)} were decoded, {given.count(None)} of them damaged")
 
 
-def to_rgb(path: str, frame: av.VideoFrame, stream: av.VideoStream, reformatter: VideoReformatter) -> np.ndarray:
-    """[H W 3] as displayed: pixels made square, then turned."""
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
+def displayed(path, frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
+    """(its width in square pixels, the quarter turns counter-clockwise that it then needs)."""
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1  # of MPEG-TS the second knows
     width = round(frame.width * aspect)
     if not 0 < width * frame.height <= MAX_PIXELS:
         raise UnreadableClip(f"{path}: its pixels are {aspect} times as wide as high")
-    rgb = reformatter.reformat(frame, width, frame.height, "rgb24", threads=1).to_ndarray()
-    return np.rot90(rgb, k=round(frame.rotation / 90))  # both counter-clockwise
+    return width, round(frame.rotation / 90) % 4
 
 
 def resize_crop(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
@@ -894,7 +920,7 @@ def write_mp4(path, frames, fps):
     frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")  # 4:2:0 needs even sides
     with av.open(str(path), "w", options={"movflags": "faststart"}) as out:
         # without mbtree: x264's macroblock tree gives other bytes from run to run on frames of a few blocks
-        options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}
+        options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}  # crf by hand: what is judged is the model
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         _, stream.height, stream.width, _ = frames.shape
         stream.pix_fmt = "yuv420p"
@@ -919,8 +945,9 @@ def contact_sheet(frames, per_row=8):
     return rearrange(frames, "(r c) h w ch -> (r h) (c w) ch", c=min(per_row, len(frames)))
 
 
-# ---- the shapes world ----
+# ---- the shapes world: one shape goes straight over a plain ground, as the caption says ----
 
+# Colours, sizes, ways and shares are chosen by hand; assets/tiny/README.md says what they were good for
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
           "purple": (160, 50, 200), "cyan": (50, 210, 220)}
 SHAPES = ("circle", "square", "triangle")
@@ -946,46 +973,47 @@ def held_out(color, shape, direction):
 
 def extent(shape, side):
     """(left, right, up, down): how far the shape reaches from its centre of mass, in pixels."""
-    edge = 2 * side / 3 ** 0.25  # of the triangle, equilateral: its area side^2 is sqrt(3)/4 edge^2
-    return {"circle": (side / math.pi ** 0.5,) * 4, "square": (side / 2,) * 4,
+    edge = 2 * side / 3 ** 0.25  # of the triangle, equilateral: its area side^2 is sqrt(3)/4 edge^2, its height
+    return {"circle": (side / math.pi ** 0.5,) * 4, "square": (side / 2,) * 4,  # sqrt(3)/2 edge: 2/3 up, 1/3 down
             "triangle": (edge / 2, edge / 2, edge / 3 ** 0.5, edge / 12 ** 0.5)}[shape]
 
 
 def coverage(shape, side, x, y, height, width):
-    """How much of each pixel the shape centred at (x, y) covers, 0..1 [H W]: one minus the distance past its edge."""
+    """How much of each pixel the shape centred at (x, y) covers, 0..1 [H W], by its centre's distance to the edge."""
     dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([y, x])[:, None, None]
-    *_, down = extent(shape, side)
+    *_, down = extent(shape, side)  # each edge is as far from the centre as the lowest
     if shape == "circle":
-        outside = np.hypot(dx, dy) - down
+        outside = np.hypot(dx, dy) - down  # pixels past the edge, below 0 within
     elif shape == "square":
         outside = np.maximum(abs(dx), abs(dy)) - down
-    else:  # a triangle, its point upwards
-        outside = np.maximum(dy - down, (3 ** 0.5 * abs(dx) - dy) / 2 - down)
+    else:  # a triangle, its point upwards: the base, and the sides, whose normals are (+-sqrt(3), -1) / 2
+        outside = np.maximum(dy, (3 ** 0.5 * abs(dx) - dy) / 2) - down
     return np.clip(0.5 - outside, 0, 1)
 
 
 def random_thing(rng, color, shape, direction, height, width):
-    """A thing that stays inside the frame and travels 0.55 to 1.0 of the way it has there."""
+    """A thing that stays inside the frame and travels 0.55 to 1.0 of the way it has there, so that a direction shows in
+    8 frames."""
     side = rng.uniform(0.33, 0.42) * min(height, width)
     left, right, up, down = extent(shape, side)
-    low, high = np.array([left, up]), np.array([width - right, height - down])
-    (dx, dy), start = DIRECTIONS[direction], rng.uniform(low, high)
-    axis = 0 if dx else 1
+    low, high = np.array([left, up]), np.array([width - right, height - down])  # of its centre, (x, y)
+    start = rng.uniform(low, high)
+    end, axis = start.copy(), 0 if direction in ("right", "left") else 1
     travel = rng.uniform(0.55, 1.0) * (high - low)[axis]
     first = rng.uniform(low[axis], high[axis] - travel)
-    end = start.copy()
-    start[axis], end[axis] = (first, first + travel) if dx + dy > 0 else (first + travel, first)
+    start[axis], end[axis] = first, first + travel
+    if sum(DIRECTIONS[direction]) < 0:  # to the left, or up
+        start, end = end, start
     return Thing(color, shape, direction, side, tuple(start), tuple(end))
 
 
 def render(thing, background, num_frames, height, width):
     """uint8 [T H W 3].  A still (one frame) shows the middle of the way."""
-    frames, ground, color = [], np.float64(background), np.float64(COLORS[thing.color])
-    for u in np.arange(num_frames) / (num_frames - 1) if num_frames > 1 else [0.5]:
-        x, y = (1 - u) * np.array(thing.start) + u * np.array(thing.end)
-        alpha = coverage(thing.shape, thing.side, x, y, height, width)[..., None]
-        frames.append(ground + alpha * (color - ground))
-    return (np.stack(frames) + 0.5).astype(np.uint8)
+    shares = np.arange(num_frames) / (num_frames - 1) if num_frames > 1 else np.array([0.5])  # of the way
+    centers = np.outer(1 - shares, thing.start) + np.outer(shares, thing.end)
+    alpha = np.stack([coverage(thing.shape, thing.side, x, y, height, width) for x, y in centers])[..., None]
+    ground, color = np.float64(background), np.float64(COLORS[thing.color])
+    return (ground + alpha * (color - ground) + 0.5).astype(np.uint8)
 
 
 def shapes_clip(seed, index):
@@ -1031,18 +1059,19 @@ def write_shapes(folder, num_clips=2000, seed=0):
 
 def bench(meta, config, seconds: float):
     """Prints how fast batches are read, with nothing else to do: clips/s, frames/s by bucket and in all."""
-    rows, reasons, start = defaultdict(lambda: np.zeros(5)), {}, time.perf_counter()
+    rows, reasons, start = defaultdict(Counter), {}, time.perf_counter()
     for batch in batches(BucketSampler(meta, config), ClipDataset(meta, config), 0, config.steps):
         clips, bucket = len(batch["slots"]), batch["bucket"]
-        rows[bucket[:2]] += 1, clips, clips * bucket.num_frames, batch["decoded"], batch["waited"]
+        rows[bucket[:2]].update(batches=1, clips=clips, frames=clips * bucket.num_frames, decoded=batch["decoded"],
+                                seconds=batch["waited"])
         reasons |= {fault.path: fault.reason for fault in batch["faults"]}
         if time.perf_counter() - start > seconds:
             break
     print("      bucket  batches  clips  frames  decoded  seconds  clips/s  decoded/s")
-    rows["in", "all"] = sum(rows.values())
-    for (level, t), (count, clips, frames, decoded, waited) in rows.items():
-        print(f"{level:>6} x {t:<3} {count:8.0f} {clips:6.0f} {frames:7.0f} {decoded:8.0f} {waited:8.1f} "
-              f"{clips / waited:8.1f} {decoded / waited:10.1f}")
+    rows["in", "all"] = sum(rows.values(), Counter())
+    for (level, t), row in rows.items():
+        print(f"{level:>6} x {t:<3} {row['batches']:8} {row['clips']:6} {row['frames']:7} {row['decoded']:8} "
+              f"{row['seconds']:8.1f} {row['clips'] / row['seconds']:8.1f} {row['decoded'] / row['seconds']:10.1f}")
     print(f"{config.num_workers} reading processes; {len(reasons)} clips could not be read")
     print("".join(f"  {reason}\n" for reason in reasons.values()), end="")
 
@@ -1058,19 +1087,20 @@ def main():
     of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config")
     of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def load(path):
+    def load(meta, config):
         import configs
-        return configs.load(path, overrides + [f"--seed={args.seed}"] * (args.seed is not None))
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # readers are to be ended, half an index is to go
+        config = configs.load(config, overrides + [f"--seed={args.seed}"] * (args.seed is not None))
+        return read_meta(meta), config
     try:
         match args.what:
             case ["shapes", folder] if not overrides:
                 write_shapes(folder, args.num_clips, args.seed or 0)
             case ["bench", meta, config]:
-                bench(read_meta(meta), load(config), args.seconds)
+                bench(*load(meta, config), args.seconds)
             case [meta, config] if meta != "shapes":
-                print(BucketSampler(read_meta(meta), load(config)).table())
+                print(BucketSampler(*load(meta, config)).table())
             case what:
                 raise ValueError(f"{' '.join(what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
                                  "CONFIG")

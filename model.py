@@ -64,7 +64,9 @@ class STDiTConfig:
     final_twice: bool = False                       # Q3
 
     def __post_init__(self):
-        C, heads = self.hidden_size, self.num_heads
+        C, heads, channels = self.hidden_size, self.num_heads, (self.in_channels, self.caption_channels)
+        if min(self.depth, C, heads, *self.patch_size, *channels, self.model_max_length) < 1:
+            raise ValueError(f"depth, sizes, channels and lengths must be 1 or more, got {self}")
         if C % 12:
             raise ValueError(f"hidden_size must be a multiple of 12 (3 sizes and 4 position tables share it), got {C}")
         if C % heads or (C // heads) % 2:

@@ -51,15 +51,15 @@ class Config:
     world: int = 1                                  # GPUs of the batch sizes: a global batch is clips per GPU * world
     mask_ratios: dict[str, float]                   # masking strategy (masks.py) -> share of the samples
     prediction: str = "eps"                         # the network's target: "eps" (the noise) or "v" (velocity)
-    cfg_scale: float = 7.0                          # guidance of samples, unless sample.py is told another
+    cfg_scale: float = 7.0                          # guidance of samples (upstream's), unless sample.py is told another
     speed: bool = False                             # draw t as SpeeD does (arXiv 2405.17403) instead of uniformly
     lr: float                                       # AdamW's step size, constant after the warm-up
     weight_decay: float = 0.0                       # AdamW, decoupled
-    betas: tuple[float, float] = (0.9, 0.999)       # AdamW
+    betas: tuple[float, float] = (0.9, 0.999)       # AdamW; Adam's own (arXiv 1412.6980)
     warmup_steps: int = 0                           # optimizer steps of linear warm-up from 0 to lr
-    grad_clip: float = 1.0                          # largest global gradient norm
+    grad_clip: float = 1.0                          # largest global gradient norm (upstream's)
     skip_nonfinite: int = 0                         # steps with a non-finite gradient, skipped before it is an error
-    ema_decay: float = 0.9999                       # of the averaged weights, per step
+    ema_decay: float = 0.9999                       # of the averaged weights, per step; DiT's (arXiv 2212.09748)
     steps: int                                      # optimizer steps of the run
     # memory and GPUs
     dtype: str = "bf16"                             # "fp32" or "bf16": of the activations; weights are kept in fp32
@@ -82,12 +82,12 @@ class Config:
     prompts: tuple[str, ...] = ()                   # captions of the previews
 
     def __post_init__(self):
-        check_types(self)
+        check_type("", self, Config)
         for names, ok, expected in (
             ("frame_interval fps world lr grad_clip steps save_every sp read_timeout accumulation keep_last "
-             "validate_batches", lambda x: x > 0, "more than 0"),
+             "validate_batches", lambda x: 0 < x < math.inf, "more than 0, and finite"),
             ("num_workers warmup_steps sample_every windows target_fps checkpointing shard keep_every validate_every "
-             "skip_nonfinite", lambda x: x >= 0, "0 or more"),
+             "skip_nonfinite weight_decay cfg_scale", lambda x: 0 <= x < math.inf, "0 or more, and finite"),
             ("holdout max_bad", lambda x: 0 <= x <= 1, "a share from 0 to 1"),
             ("validate_every", lambda x: not x or self.holdout, "0, or a holdout of some clips beside it"),
             ("init_optimizer", lambda x: not x or self.init, "False, or an init to take it from beside it"),
@@ -96,6 +96,9 @@ class Config:
             ("prediction", lambda x: x in ("eps", "v"), "'eps' or 'v'"),
             ("dtype", lambda x: x in ("fp32", "bf16"), "'fp32' or 'bf16'"),
             ("ema_decay", lambda x: 0 <= x < 1, "0 or more and less than 1"),
+            ("betas", lambda x: all(0 <= beta < 1 for beta in x), "each 0 or more and less than 1"),
+            ("seed", lambda x: -2**63 <= x < 2**63, "an integer of 64 bits"),
+            ("data vae text_encoder out", bool, "a path or a name"),
         ):
             for name in names.split():
                 if not ok(getattr(self, name)):
@@ -122,12 +125,16 @@ def check_buckets(buckets: Buckets):
     for resolution, lengths in buckets.items():
         if resolution not in ASPECT:
             raise ValueError(f"buckets: there is no resolution {resolution!r}{suggest(resolution, ASPECT)}")
+        if not lengths:
+            raise ValueError(f"buckets[{resolution!r}] = {{}}: expected numbers of frames, as in {{16: (1.0, 4)}}")
         for num_frames, (keep, batch_size) in lengths.items():
             where = f"buckets[{resolution!r}][{num_frames}] = ({keep}, {batch_size})"
             if num_frames < 1 or not 0 <= keep <= 1:
                 raise ValueError(f"{where}: expected 1 frame or more and a keep probability from 0 to 1")
             if keep > 0 and not (batch_size and batch_size > 0):
                 raise ValueError(f"{where}: a bucket that keeps clips needs a batch size, as in ({keep}, 4)")
+    if not any(keep > 0 for lengths in buckets.values() for keep, _ in lengths.values()):
+        raise ValueError(f"{buckets=}: keeps no clip at all, expected a keep probability above 0 in one of them")
 
 
 def suggest(name: str, known) -> str:
@@ -150,14 +157,14 @@ def matches(value, kind) -> bool:
     return isinstance(value, (int, float) if kind is float else kind)
 
 
-def check_types(config, prefix: str = ""):
-    for name, kind in get_type_hints(type(config)).items():
-        value = getattr(config, name)
-        if not matches(value, kind):
-            wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
-            raise ValueError(f"{prefix}{name}={value!r} is of type {type(value).__name__}, expected {wanted}")
-        if is_dataclass(value):
-            check_types(value, f"{prefix}{name}.")
+def check_type(name: str, value, kind):
+    """Raises where `value` is not what the annotation `kind` says; of a dataclass its fields, as model.depth."""
+    if not matches(value, kind):
+        wanted = kind.__name__ if isinstance(kind, type) and not get_args(kind) else kind
+        raise ValueError(f"{name}={value!r} is of type {type(value).__name__}, expected {wanted}")
+    if is_dataclass(value):
+        for field, its_kind in get_type_hints(type(value)).items():
+            check_type(f"{name}.{field}".lstrip("."), getattr(value, field), its_kind)
 
 
 def override(config, key: str, text: str, prefix: str = ""):
@@ -171,7 +178,8 @@ def override(config, key: str, text: str, prefix: str = ""):
     try:
         value = text if kinds[name] is str else ast.literal_eval(text)
     except (ValueError, SyntaxError):
-        value = text  # a bare word where a number or a dict belongs: check_types names field, given and expected
+        value = text  # a bare word where a number or a dict belongs: check_type names field, given and expected
+    check_type(f"{prefix}{name}", value, kinds[name])  # before the dataclass computes with it
     return replace(config, **{name: value})
 
 
@@ -232,8 +240,8 @@ class Gpu(NamedTuple):
 # GPU in DGX H100, 200 Gb/s in DGX A100; for 4090s we assume 100 Gb/s for a machine, and half of PCIe 4.0 x16 inside.
 GPUS = {"h100": Gpu(989e12, 79.1, 450, 50), "h800": Gpu(989e12, 79.1, 200, 50),
         "h200": Gpu(989e12, 139.8, 450, 50), "a100": Gpu(312e12, 79.1, 300, 25), "4090": Gpu(165e12, 23.6, 16, 1.5)}
-PER_NODE = 8
-MFU = 0.3                   # assumed, of the matrix products of transformer, T5 and VAE alike
+PER_NODE = 8                # GPUs of a machine, as in NVIDIA's DGX
+MFU = 0.3                   # share of a card's FLOP/s, assumed, of the matrix products of transformer, T5 and VAE alike
 LINK_USE = 0.7              # assumed share of the links' rates that collectives reach
 USABLE = 0.92               # assumed share of memory; CUDA, NCCL and what lies between allocations take the rest
 FROZEN = {"DeepFloyd/t5-v1_1-xxl": 4.76e9, "stabilityai/sd-vae-ft-ema": 84e6}   # parameters: those of their configs
@@ -241,41 +249,48 @@ VAE_FLOP = 4.3e6            # per pixel, of sd-vae-ft-ema's encoder: 4.16e6 at 2
 
 
 def wire(config, world, parts=1, exchanged=0):
-    """Bytes that each GPU receives in a step, by collective; gradients travel in fp32.
+    """Bytes that each GPU receives in a step, by collective: of n GPUs (n - 1) / n of all comes from others.
 
+    As ZeRO-3 (arXiv 1910.02054) weights are gathered for forward and again for backward, but for those outside the
+    blocks and in the last one, which stay; gradients, in fp32, are summed over the shard, then over its replicas.
     exchanged: bytes of tokens that go from GPUs with some frames each to GPUs with some places each, or back."""
     (P, root, block), shard = layers(config.model), config.shard or world
-    ring = lambda n: (n - 1) / n
-    gathered = parts * (2 * P - root - block) * config.torch_dtype.itemsize   # root and last block stay for backward
-    moved = {"all-gather": gathered * ring(shard), "reduce-scatter": 4 * P * ring(shard),
-             "all-reduce": 2 * 4 * P / shard * ring(world // shard)}
-    return moved | ({"all-to-all": exchanged * ring(config.sp)} if config.sp > 1 else {})
+    others = lambda n: (n - 1) / n
+    gathered = parts * (2 * P - root - block) * config.torch_dtype.itemsize
+    moved = {"all-gather": gathered * others(shard), "reduce-scatter": 4 * P * others(shard),
+             "all-reduce": 2 * 4 * P / shard * others(world // shard)}       # a reduce-scatter, then an all-gather
+    return moved | ({"all-to-all": exchanged * others(config.sp)} if config.sp > 1 else {})
 
 
 def plan_row(config, world, gpu, level, num_frames):
     """What a step of this resolution and length costs at its dearest aspect, as a dict; bytes and FLOP of one GPU."""
     bucket = max((Bucket(level, num_frames, ar) for ar in ASPECT[level]), key=lambda b: config.cost(b)[1])
-    m, dtype, H, W = config.model, config.torch_dtype, bucket.height, bucket.width
-    L, every, shard, groups = m.model_max_length, config.checkpointing, config.shard or world, world // config.sp
-    clips = -(-config.buckets[level][num_frames][1] * config.world // groups)       # of a GPU, or of sp together
+    m, dtype, L = config.model, config.torch_dtype, config.model.model_max_length
+    H, W, every, shard = bucket.height, bucket.width, config.checkpointing, config.shard or world
+    groups = world // config.sp                                     # each of sp GPUs that share their clips
+    clips = math.ceil(config.buckets[level][num_frames][1] * config.world / groups)    # of a group
     parts = min(config.accumulation, clips)
-    at_once, frames = -(-clips // parts), -(-num_frames // config.sp)               # of these clips, on this GPU
-    tokens, flop = config.cost(bucket)
+    at_once, frames = math.ceil(clips / parts), math.ceil(num_frames / config.sp)      # clips of a part; a GPU's frames
+    # memory: what each clip at once holds for backward, beside the weights of all networks
     per_clip = lambda every: (saved_bytes(m, 1, frames, H // 8, W // 8, L, dtype, every)
                               + 2 * 4 * L * m.caption_channels)     # captions in fp32, before and after drop
     nets = {name: FROZEN[name] for name in (config.vae, config.text_encoder) if name in FROZEN and not config.cache}
     fixed = sum(state_bytes(m, shard, dtype, parts).values()) + sum(nets.values()) * dtype.itemsize
     room = USABLE * gpu.memory * 2**30 - fixed
+    # computing: the network forward, backward (twice that) and where checkpointed forward again; T5 and VAE forward
+    tokens, flop = config.cost(bucket)                              # of a clip, whole
     twice = len(range(m.depth)[::every]) if every else 0            # blocks computed again; a forward is flop / 3
     encode = 2 * nets.get(config.text_encoder, 0) * L + VAE_FLOP * (config.vae in nets) * frames * H * W
     flop = (flop * frames / num_frames * (1 + twice / m.depth / 3) + encode) * clips
-    held = clips * tokens * frames // num_frames * m.hidden_size * dtype.itemsize
+    compute = flop / (MFU * gpu.flops)
+    # traffic: each kind over the slowest link that it has to take, one kind after the other
+    held = clips * tokens * frames // num_frames * m.hidden_size * dtype.itemsize      # bytes of a GPU's tokens
     moved = wire(config, world, parts, held * (4 * m.depth + 2 * twice))     # there and back, and so backward
     link = gpu.node if shard <= PER_NODE else min(gpu.node, PER_NODE * gpu.network)  # a ring per card: their rates add
     links = {"all-gather": link, "reduce-scatter": link, "all-reduce": gpu.network if world > PER_NODE else gpu.node,
              "all-to-all": gpu.node if config.sp <= PER_NODE else gpu.network}
     seconds = {name: n / links[name] / (LINK_USE * 1e9) for name, n in moved.items()}
-    compute, talk, wait = flop / (MFU * gpu.flops), sum(seconds.values()), seconds.get("all-to-all", 0)
+    talk, wait = sum(seconds.values()), seconds.get("all-to-all", 0)         # all but all-to-all goes on beside compute
     return {"bucket": bucket, "clips": clips, "activations": per_clip(every) * at_once, "fixed": fixed, "flop": flop,
             "compute": compute, "talk": talk, "step": max(compute, talk - wait) + wait, "room": room, "moved": moved,
             "tokens": tokens * clips * groups, "at_once": at_once, "nets": nets,
@@ -284,9 +299,9 @@ def plan_row(config, world, gpu, level, num_frames):
 
 def find_gpu(config, world, gpu):
     shard = config.shard or world
-    if gpu not in GPUS or world % shard or world % config.sp:
+    if gpu not in GPUS or world < 1 or world % shard or world % config.sp:
         raise ValueError(f"gpu={gpu!r}, world={world}, shard={shard}, sp={config.sp}: expected one of "
-                         f"{', '.join(GPUS)}, and a shard and an sp that divide world")
+                         f"{', '.join(GPUS)}, and a shard and an sp that divide a world of 1 or more")
     return GPUS[gpu]
 
 
@@ -297,17 +312,16 @@ def plan(config, world, gpu="h800", shares=None):
     card, shard, gib = find_gpu(config, world, gpu), config.shard or world, lambda n: f"{n / 2**30:.2f}"
     rows = {kind: plan_row(config, world, card, *kind) for kind in config.trained}
     shares = {kind: shares.get(kind, 0) if shares else 1 for kind in rows}
-    total, first = sum(shares.values()), next(iter(rows.values()))
+    total, first = sum(shares.values()), next(iter(rows.values()))  # networks and kinds of traffic are those of all
     mean = lambda name: sum(share * rows[kind][name] for kind, share in shares.items()) / total
     state = state_bytes(config.model, shard, config.torch_dtype, config.accumulation)
+    nets, moved = first["nets"], {name: max(row["moved"][name] for row in rows.values()) for name in first["moved"]}
     lines = [f"{world} x {gpu}, weights over {shard}, {config.dtype}, checkpointing {config.checkpointing}, "
              f"accumulation {config.accumulation}, {layers(config.model)[0]:,} parameters",
-             "GiB per GPU: " + ", ".join(f"{name} {gib(n)}" for name, n in state.items())
-             + f", {' + '.join(first['nets']) or 'VAE and T5 not counted'} "
-             f"{gib(sum(first['nets'].values()) * config.torch_dtype.itemsize)}; with the activations below at most "
-             f"{USABLE:.0%} of {card.memory}",
-             "GB received per GPU and step, at most: "
-             + ", ".join(f"{k} {max(row['moved'][k] for row in rows.values()) / 1e9:.2f}" for k in first["moved"]),
+             f"GiB per GPU: {', '.join(f'{name} {gib(n)}' for name, n in state.items())}, "
+             f"{' + '.join(nets) or 'VAE and T5 not counted'} {gib(sum(nets.values()) * config.torch_dtype.itemsize)}; "
+             f"with the activations below at most {USABLE:.0%} of {card.memory}",
+             f"GB received per GPU and step, at most: {', '.join(f'{k} {n / 1e9:.2f}' for k, n in moved.items())}",
              f"assumed: MFU {MFU:.0%} of {card.flops / 1e12:.0f} TFLOP/s; {LINK_USE:.0%} of {card.node} GB/s in a "
              f"machine of {PER_NODE}, of {card.network} between; traffic but all-to-all hidden behind compute; data "
              "never late",
@@ -335,7 +349,7 @@ def remedy(config, row):
     if thin >= row["at_once"]:
         return "--checkpointing=1" + f", or {now} clips at once" * (now > 0)
     more = "" if config.checkpointing == 1 else " with --checkpointing=1"
-    return f"at most {thin} at once{more}: --accumulation={-(-row['clips'] // thin)} or a batch of {thin}"
+    return f"at most {thin} at once{more}: --accumulation={math.ceil(row['clips'] / thin)} or a batch of {thin}"
 
 
 # ---- batch sizes ----
@@ -348,7 +362,7 @@ def search(config, world, gpu="h800", measure=None):
 
     measure(kind, clips): seconds of a step of so many clips per GPU (with config.sp > 1, per sp GPUs) of kind
     (resolution, frames), inf where they do not fit; alike on all ranks.  Without one the plan's model of gpu says.
-    The time to reach is the longest that all buckets can fill, or that of the dearest single clip where it is more."""
+    The time to reach is the longest that all buckets can fill; where a single clip takes more, that of the dearest."""
     card, groups = find_gpu(config, world, gpu), world // config.sp
 
     def planned(kind, n):
@@ -359,14 +373,15 @@ def search(config, world, gpu="h800", measure=None):
     seconds = cache(measure or planned)
     most = {kind: largest(lambda n, kind=kind: seconds(kind, n) < math.inf) for kind in config.trained}
     fit = [kind for kind, n in most.items() if n]
-    target = max(min((seconds(kind, most[kind]) for kind in fit), default=0), *(seconds(kind, 1) for kind in fit), 0)
+    all_can_fill = min((seconds(kind, most[kind]) for kind in fit), default=0)
+    target = max(all_can_fill, max((seconds(kind, 1) for kind in fit), default=0))
     equal = {kind: largest(lambda n, kind=kind: seconds(kind, n) <= target) for kind in fit}
     lines = [f"{len(fit)} of {len(most)} buckets fit; steps of up to {target:.2f} s; clips per rank of {groups}",
              f"{'bucket':>12}{'most':>7}{'s':>8}{'equal':>7}{'s':>8}{'now':>6}"]
     for kind, n in config.trained.items():
         found = "".join(f"{m:7}{seconds(kind, m):8.2f}" for m in (most[kind], equal[kind])) if kind in fit else (
             f"{'not one clip fits':>30}")
-        lines.append(f"{kind[0]:>6} x {kind[1]:<3}{found}{-(-n * config.world // groups):6}")
+        lines.append(f"{kind[0]:>6} x {kind[1]:<3}{found}{math.ceil(n * config.world / groups):6}")
     buckets = {level: {t: (keep, equal.get((level, t), n)) for t, (keep, n) in row.items()}
                for level, row in config.buckets.items()}
     return "\n".join([*lines, source("world", groups), source("buckets", buckets)])

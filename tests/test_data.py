@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 import wave
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -165,6 +166,21 @@ def test_table_counts_batches_tokens_and_compute():
     lines = data.bucket_table(meta, settings, assign(meta, settings, 0)).splitlines()
     assert lines[1].split() == ["144p", "x", "1", "1", "14", "3", "2", "2", "3", f"{12 / (12 + 8 * 16):.1%}"]
     assert lines[2].split() == ["144p", "x", "16", "1", "9", "2", "2", "1", "32", f"{128 / 140:.1%}"]
+
+
+class Dear(Settings):
+    def cost(self, bucket):
+        return 9, 10 ** 15 * bucket.num_frames
+
+
+def test_the_table_of_very_many_clips():
+    """Their FLOP do not fit into 64 bits; numpy would warn and go on."""
+    meta, settings = meta_of([(16, 144, 256)]), Dear({"240p": {128: (1.0, 2)}, "144p": {16: (1.0, 2)}}, world=64)
+    names = [tuple(bucket) for bucket in bucket_list(settings.buckets)]
+    found = np.repeat([names.index(("240p", 128, "0.56")), names.index(("144p", 16, "0.56"))], 128_000)
+    with warnings.catch_warnings(action="error"):
+        lines = data.bucket_table(meta, settings, found).splitlines()
+    assert [line.split()[-1] for line in lines[1:3]] == ["88.9%", "11.1%"]
 
 
 def test_keep_draws_have_their_probability_and_are_independent():
@@ -1270,6 +1286,19 @@ def test_stopped_while_rendering_another_world(tmp_path, monkeypatch):
     monkeypatch.undo()
     data.write_shapes(tmp_path, 4, seed=1)
     assert len(read_meta(str(tmp_path / "meta.csv"))) == 4
+
+
+def test_ctrl_c_ends_the_rendering_whoever_swallows_exceptions(tmp_path):
+    """As Cython's modules do while they are imported: numpy.random is, by the first clip."""
+    script = ("import signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); import data\n"
+              "def clip(*_):\n"
+              "    try:\n"
+              "        signal.raise_signal(signal.SIGINT)\n"
+              "    except BaseException:\n"
+              "        sys.exit('swallowed')\n"
+              "data.shapes_clip, sys.argv = clip, ['data.py', 'shapes', sys.argv[1]]; data.main()\n")
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGINT and "Traceback" not in done.stderr, done.stderr
 
 
 def test_shapes_are_a_pure_function_of_seed_and_index():

@@ -118,8 +118,10 @@ def test_the_plan_names_what_does_not_fit_and_what_would():
     assert "TOO BIG" not in lines(replace(thin, accumulation=parts), 64)[2]
     assert "share them" in lines(config, 1, "4090")[0]
     for shard, sp in ((3, 1), (0, 3)):
-        with pytest.raises(ValueError, match=f"shard={shard or 64}, sp={sp}: .* divide world"):
+        with pytest.raises(ValueError, match=f"shard={shard or 64}, sp={sp}: .* divide a world"):
             plan(replace(config, shard=shard, sp=sp), 64)
+    with pytest.raises(ValueError, match="world=-1, .* a world of 1 or more"):
+        plan(config, -1)
 
 
 def test_a_clip_shared_by_gpus_costs_each_its_part():

@@ -608,7 +608,7 @@ def checkpoint(tmp_path_factory):
     diffusers.AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
                             block_out_channels=(8,) * 4, norm_num_groups=4).save_pretrained(folder / "vae")
     shape = STDiTConfig(depth=1, hidden_size=24, num_heads=2, caption_channels=16, model_max_length=8)
-    config = configs.Config(model=shape, vae=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), data="",
+    config = configs.Config(model=shape, vae=str(folder / "vae"), text_encoder=str(folder / "text_encoder"), data="d",
                             buckets={"32": {1: (1.0, 2), 8: (1.0, 2), 16: (0.5, 1)}}, mask_ratios={"mask_no": 1.0},
                             prediction="v", fps=8.0, lr=1e-3, steps=1, out="runs/test")
     (folder / "config.py").write_text(configs.dump(config))
@@ -1113,7 +1113,7 @@ def test_a_run_is_loaded_with_its_own_config(checkpoint, capsys):
 def a_run(folder, prediction="eps", **changes):
     """A run's folder with random weights, those that are 0 in a fresh model too."""
     shape = STDiTConfig(**dict(depth=2, hidden_size=24, num_heads=2, caption_channels=16, model_max_length=8) | changes)
-    config = configs.Config(model=shape, vae="v", text_encoder="t", data="", buckets={"32": {8: (1.0, 2)}}, steps=1,
+    config = configs.Config(model=shape, vae="v", text_encoder="t", data="d", buckets={"32": {8: (1.0, 2)}}, steps=1,
                             mask_ratios={"mask_no": 1.0}, prediction=prediction, raw_fps=True, lr=1e-3, out="runs/test")
     folder.mkdir()
     (folder / "config.py").write_text(configs.dump(config))
