@@ -16,12 +16,14 @@ if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
 import argparse
 import csv
+import difflib
 import glob
 import hashlib
 import itertools
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import sys
@@ -1048,8 +1050,8 @@ def bench(meta, config, seconds: float):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python data.py shapes FOLDER | META CONFIG | bench META CONFIG  [options]")
+    parser = Parser(description=__doc__,
+                    usage="python data.py shapes FOLDER | META CONFIG | bench META CONFIG  [options]")
     parser.add_argument("what", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     of_shapes = parser.add_argument_group("shapes").add_argument
@@ -1080,6 +1082,26 @@ def main():
         sys.exit(fail(error))
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, for the command lines of all files that import this one: a docstring is shown as it stands, and an
+    error is one line.  A flag that there is not is named before all else: of `sample.py --promt "a dog"` argparse would
+    say that --prompt is missing."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def parse_args(self, words=None, namespace=None):
+        for word in sys.argv[1:] if words is None else words:
+            flag, known = word.split("=")[0], self._option_string_actions
+            if re.fullmatch(r"--\w[\w-]*", flag) and flag not in known:
+                close = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"there is no {flag}, {f'did you mean {close[0]}?' if close else '--help shows what is'}")
+        return super().parse_args(words, namespace)
+
+    def error(self, message):
+        sys.exit(fail(message))
 
 
 def fail(error):

@@ -40,8 +40,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import configs
-from data import (ASPECT, IMAGE_FPS, Bucket, fail, read_window, resize_crop, slot_generator, stride, to_uint8, to_video,
-                  whole, write_video)
+from data import (ASPECT, IMAGE_FPS, IMAGES, Bucket, Parser, fail, frame_times, read_window, resize_crop,
+                  slot_generator, stride, to_uint8, to_video, whole, write_video)
 from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
@@ -283,7 +283,7 @@ def split_prompt(prompt, segments=None):
 
 
 def check_jobs(jobs, references, down, patch_size):
-    """Raises ValueError, before anything is sampled, where one cannot be.  references: per job those with a length."""
+    """Raises ValueError, before anything is sampled, where one cannot be.  references: per job a list, as below."""
     least = (down * patch_size[1], down * patch_size[2])
     if not jobs:
         raise ValueError("no prompts: expected at least one, as in \"a red circle moves right\"")
@@ -296,7 +296,9 @@ def check_jobs(jobs, references, down, patch_size):
         if job.num_frames < 1 or job.height < least[0] or job.width < least[1]:
             raise ValueError(f"{job.num_frames} frames of {job.height}x{job.width} (height x width): expected 1 frame "
                              f"or more of {least[0]}x{least[1]} pixels, one patch, or more")
-        job.plans(some)
+        for r, frames in frames_taken(job.plans(some)).items():
+            if r < len(some):
+                some[r][frames]                                             # raises where they cannot be read
     for height, width in dict.fromkeys((job.height, job.width) for job in jobs):
         if height % down or width % down:
             made = f"{height // down * down}x{width // down * down}"
@@ -306,7 +308,8 @@ def check_jobs(jobs, references, down, patch_size):
 def sample_segments(model, vae, text_encoder, jobs, references, made, progress=None, quirks=SampleQuirks(), **how):
     """Appends to `made`, per job its segments' latents [C T h w], those that are not in there; yields each [B C T h w].
 
-    jobs: of one shape.  references: per job a list of uint8 [K H W 3].  how: the settings of sample_latents."""
+    jobs: of one shape.  references: per job a list of uint8 [K H W 3] of any size, or of what gives such to len() and
+    [list of frames], as Reference.  how: the settings of sample_latents."""
     device, shape = model.null_y.device, (vae.channels, jobs[0].num_frames, *(
         side // vae.down for side in (jobs[0].height, jobs[0].width)))
     plans = [job.plans(some) for job, some in zip(jobs, references)]
@@ -331,15 +334,21 @@ def sample_segments(model, vae, text_encoder, jobs, references, made, progress=N
         yield z
 
 
+def frames_taken(plans):
+    """{reference: those of its frames, ascending, that a segment takes}; the segments before count as references."""
+    taken = sorted({source for sources, _ in plans for source in sources if source})
+    return {r: [frame for _, frame in of_one] for r, of_one in groupby(taken, lambda source: source[0])}
+
+
 def encode_references(vae, references, plans, shape, device):
     """The latents [C K h w] of each reference, uint8 [K H W 3]; only of frames that a plan takes, else 0."""
     latents, (C, _, h, w) = [], shape
-    taken = {source for sources, _ in plans for source in sources if source}
+    taken = frames_taken(plans)
     for r, frames in enumerate(references):
         latents.append(torch.zeros(C, len(frames), h, w, device=device))
-        if used := sorted(frame for reference, frame in taken if reference == r):
-            video = to_video(resize_crop(torch.as_tensor(frames[used]), h * vae.down, w * vae.down))
-            latents[r][:, used] = vae.encode(video[None].to(device))[0].to(latents[r])    # the posterior's mean
+        if r in taken:
+            video = to_video(resize_crop(torch.as_tensor(frames[taken[r]]), h * vae.down, w * vae.down))
+            latents[r][:, taken[r]] = vae.encode(video[None].to(device))[0].to(latents[r])    # the posterior's mean
     return latents
 
 
@@ -530,8 +539,7 @@ def add_job_options(parser):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], allow_abbrev=False, usage="see --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.split("\nPapers")[0], usage="python sample.py --prompt CAPTION [options]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", help="captions, each in quotes")
     what.add_argument("--prompts", metavar="FILE", help="of captions, one a line")
@@ -651,23 +659,48 @@ def usual_aspect(resolution):
     return "0.56" if "0.56" in ASPECT[resolution] else min(ASPECT[resolution], key=lambda ar: abs(float(ar) - 1))
 
 
-def read_references(job, down):
-    """uint8 [K H W 3] of each reference, at the job's size and at about its frame rate, all of it."""
-    size, fps = (job.height // down * down, job.width // down * down), job.fps / job.frame_interval
-    from_end = {group.reference for group in parse_strategy(job.strategy) if group.ref_start < 0}
-    return [read_reference(find(path), *size, fps, bool(from_end & {r, r - len(job.references)}))
+@dataclass(frozen=True)
+class Reference:
+    """A clip or an image in a file, as sample_segments wants it: its length, and frames only as they are asked for, as
+    a whole film in memory is too much when its last four frames are to go on."""
+    path: str
+    moments: range                          # which of the file's frames it has, as read_window counts them
+
+    def __len__(self):
+        return len(self.moments)
+
+    def __getitem__(self, frames):
+        """uint8 [N H W 3] of N of its frames, ascending."""
+        taken = self.moments[frames[0] : frames[-1] + 1]
+        window, _ = read_again(self.path, len(taken), taken.step, taken.start)
+        return window[[frame - frames[0] for frame in frames]]
+
+
+read_again = lru_cache(maxsize=4)(read_window)                      # several prompts or seeds for one clip
+
+
+def find_references(job):
+    """The Reference of each file that a job names, at about its frame rate.
+
+    Each is counted so that its last frame is among those it has, if any group takes its end, otherwise its first.  A
+    negative number counts back from the segment that says it: in segment i, i segments stand behind the references."""
+    groups = [group for group in parse_strategy(job.strategy) if group.segment in range(len(job.prompts))]
+    from_end = {(group.reference, group.segment) for group in groups if group.ref_start < 0}
+    many, fps = len(job.references), job.fps / job.frame_interval
+    return [find_reference(find(path), fps, any(number in (r, r - many - segment) for number, segment in from_end))
             for r, path in enumerate(job.references)]
 
 
-@lru_cache(maxsize=16)                                              # several prompts or seeds for one clip
-def read_reference(path, height, width, fps, at_end):
-    """at_end: the last frame is among those taken, otherwise the first."""
-    frames, _ = read_window(path, start=0)
-    every = 1
-    if len(frames) > 1:
-        with av.open(path) as container:
-            every = max(1, round((container.streams.best("video").average_rate or fps) / fps))
-    return resize_crop(frames[(len(frames) - 1) % every if at_end else 0 :: every], height, width).numpy()
+@lru_cache
+def find_reference(path, fps, at_end):
+    read_window(path, 1, start=0)                                   # says what is wrong with a file that is no clip
+    if path.lower().endswith(IMAGES):
+        return Reference(path, range(1))
+    with av.open(path, metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        many = len(frame_times(path, stream, [packet for packet in container.demux(stream) if packet.size]))
+        every = max(1, round((stream.average_rate or fps) / fps))
+    return Reference(path, range((many - 1) % every if at_end else 0, many, every))
 
 
 # ---------------------------------------------------------------- command line: sampling them
@@ -686,7 +719,8 @@ def run(args):
         raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
     jobs = [args.job] if args.again else read_jobs(args, config)
     vae, weights = load_vae(find(args.vae), device=place.device), fingerprint(read_weights(file))
-    check_jobs(jobs, (read_references(job, vae.down) for job in jobs), vae.down, config.model.patch_size)
+    references = {job: find_references(job) for job in jobs}
+    check_jobs(jobs, references.values(), vae.down, config.model.patch_size)
     if args.again and args.weights != weights:
         place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
     how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
@@ -709,9 +743,9 @@ def run(args):
     total = args.steps * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
     with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
         for batch in batches:
-            references = [read_references(job, vae.down) for job in batch]
-            for _ in sample_segments(model, vae, text_encoder, batch, references, [made[job] for job in batch],
-                                     lambda *_: bar.update(), prediction=config.prediction, **how):
+            for _ in sample_segments(model, vae, text_encoder, batch, [references[job] for job in batch],
+                                     [made[job] for job in batch], lambda *_: bar.update(),
+                                     prediction=config.prediction, **how):
                 for job in batch if place.reads and len(batch[0].prompts) > 1 else ():
                     args.out.mkdir(parents=True, exist_ok=True)
                     write_whole(latents_file(job, args.out), {"z": torch.stack(made[job]).cpu()}, records[job])

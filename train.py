@@ -15,7 +15,6 @@ ZeRO (1910.02054), activation checkpointing (1604.06174), sequence parallelism i
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
-import argparse
 import gc
 import json
 import math
@@ -50,7 +49,7 @@ from tqdm import tqdm
 
 import configs
 from kernels import Place, all_frames, own_frames, start_processes, use
-from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, read_meta, slot_generator,
+from data import (BadClips, Bucket, BucketSampler, ClipDataset, Parser, batches, fail, read_meta, slot_generator,
                   stride, to_video, uniform, whole, write_video)
 from masks import draw_mask
 from model import QUIRKS, STDiT, check_weights, example_inputs, from_pixart
@@ -577,10 +576,9 @@ def preview(run, vae, text_encoder, step):
 
 # ---------------------------------------------------------------- the loop
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="python train.py CONFIG [options] [--field=value ...]", description=__doc__,
-        epilog="any field of the config is --field=value, as in --lr=1e-5:\n\n" + configs.fields_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        epilog="any field of the config is --field=value, as in --lr=1e-5:\n\n" + configs.fields_text())
     parser.add_argument("config", metavar="CONFIG", help="configs/tiny.py, or the config.py of a run")
     add = parser.add_argument_group("instead of training").add_argument
     add("--print", action="store_true", help="the config, as a file that can be run")

@@ -13,7 +13,6 @@ Papers: latent diffusion (arXiv 2112.10752) for the autoencoder, T5 (arXiv 1910.
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
-import argparse
 import csv
 import hashlib
 import io
@@ -53,8 +52,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import (Bucket, Meta, Plan, UnreadableClip, batches, bucket_list, fail, reachable, read_meta, read_window,
-                  resize_crop, stride, to_uint8, to_video, window_generator, window_number, whole, write_video)
+from data import (Bucket, Meta, Parser, Plan, UnreadableClip, batches, bucket_list, fail, reachable, read_meta,
+                  read_window, resize_crop, stride, to_uint8, to_video, window_generator, window_number, whole,
+                  write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
 PIXELS_AT_ONCE = 2**20      # of frames that pass through the autoencoder together: its decoder's peak is then 3 GiB
@@ -668,8 +668,8 @@ def reconstruct(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], usage="see --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.split("\nPapers")[0],
+                    usage="python vae.py CLIP | train META | text META | cache CONFIG  [options]")
     parser.add_argument("command", help='"train", "text", "cache", or a video or image to reconstruct')
     parser.add_argument("path", nargs="?", help="meta.csv of the clips; of cache: a config, and --field=value after it")
     parser.add_argument("--out", help="folder or, for a reconstruction, a .mp4, .gif or .png")

@@ -823,16 +823,49 @@ def reference_clip(path, many=10, fps=24):
     write_video(path, levels.repeat(32 * 48 * 3).reshape(many, 32, 48, 3), fps)
 
 
-def test_references_are_read_at_the_jobs_size_and_rate(tmp_path):
+def levels_of(reference):
+    """Which frames of reference_clip a reference has."""
+    frames = reference[list(range(len(reference)))]
+    assert frames.shape == (len(reference), 32, 48, 3) and frames.dtype == torch.uint8
+    return [round(float(frame.float().mean()) / 20) for frame in frames]
+
+
+def test_references_are_read_at_the_jobs_rate(tmp_path):
     """Every third frame of 24 a second for a job at 8, up to the last one where the end is wanted."""
     reference_clip(tmp_path / "a.mp4", many=9)
     common = dict(prompts=("x",), num_frames=4, height=17, width=16, references=(str(tmp_path / "a.mp4"),))
     for fps, interval, strategy, frames in [
             (24, 3, "0", [0, 3, 6]), (24, 3, "0,0,-2,0,2", [2, 5, 8]), (24, 1, "0", range(9)),
             (8, 1, "0,0,-1", [2, 5, 8]), (60, 1, "0", range(9))]:
-        [clip] = sample.read_references(Job(**common, fps=fps, frame_interval=interval, strategy=strategy), 8)
-        assert clip.shape == (len(frames), 16, 16, 3)
-        assert np.abs(clip.mean((1, 2, 3)) - [20 * i for i in frames]).max() < 4
+        [clip] = sample.find_references(Job(**common, fps=fps, frame_interval=interval, strategy=strategy))
+        assert levels_of(clip) == list(frames)
+    assert [round(float(frame.float().mean()) / 20) for frame in clip[[1, 2, 5]]] == [1, 2, 5]
+
+
+@pytest.mark.parametrize("strategy, ends", [
+    ("0,0;1,-1,-2,0,2", [False, False]),        # -1 in segment 1 is segment 0: --animate, and on from there
+    ("1,-2,-2,0,2", [False, True]), ("1,-3,-2,0,2", [True, False]), ("0,-1,-2,0,2", [False, True]),
+    ("2,-3,-2,0,2", [False, True]), ("0,-2,-2,0,2", [True, False]), ("1,1,-1", [False, True]),
+    ("1,2,-1", [False, False]),                 # segment 0 by its number
+    ("3,0,-1;-1,1,-1", [False, False]),         # of segments that are never made
+])
+def test_the_end_that_is_taken_is_that_of_the_clip_meant(tmp_path, strategy, ends):
+    """Of three segments with two clips of 9 frames, of which every third is shown."""
+    reference_clip(tmp_path / "a.mp4", many=9)
+    job = Job(("x",) * 3, 4, 16, 16, 24, 3, (str(tmp_path / "a.mp4"),) * 2, strategy)
+    assert [levels_of(clip) for clip in sample.find_references(job)] == [
+        [2, 5, 8] if end else [0, 3, 6] for end in ends]
+
+
+def test_a_film_is_not_read_to_animate_its_first_frame(checkpoint, tmp_path, monkeypatch):
+    """Frames, stride and start of what is read: once before anything is sampled, so that a fault is told then."""
+    reference_clip(tmp_path / "a.gif", many=9)
+    read, windows = sample.read_window, []
+    monkeypatch.setattr(sample, "read_again", lambda *args: windows.append(args[1:]) or read(*args))
+    common = ("--prompt", "x", "--ckpt", checkpoint, "--steps", 1, "--device", "cpu", "--fps", 8, "--out", tmp_path)
+    command(monkeypatch, *common, "--animate", tmp_path / "a.gif", "--num-frames", 4)
+    command(monkeypatch, *common, "--extend-after", tmp_path / "a.gif", "--num-frames", 3, "--keep", 2, "--overwrite")
+    assert windows == [(1, 3, 0)] * 2 + [(2, 3, 5)] * 2
 
 
 # ---------------------------------------------------------------- jobs: long video
@@ -945,10 +978,24 @@ def test_a_grid_of_seeds(checkpoint, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "stills").glob("*.mp4"))
 
 
+def test_an_unknown_flag_is_named_first(capsys):
+    """Not the --prompt that is missing without it."""
+    for words, said in ((["--promt", "a dog"], "there is no --promt, did you mean --prompt?"),
+                        (["--prompt=x", "--num_frames=3"], "there is no --num_frames, did you mean --num-frames?"),
+                        (["--prompt", "x", "--zzz"], "there is no --zzz, --help shows what is"),
+                        (["--prompt", "x", "--num-frames", "many"], "argument --num-frames: invalid int value: 'many'"),
+                        ([], "one of the arguments --prompt --prompts --again --plan --export is required")):
+        with pytest.raises(SystemExit, match="2"):
+            sample.parse_args(words)
+        assert capsys.readouterr().err == f"error: {said}\n"
+    assert sample.parse_args(["--prompt", "-- a dash --", "--size=16x16"]).prompt == ["-- a dash --"]
+
+
 def test_help_shows_examples_first(capsys):
     with pytest.raises(SystemExit):
         sample.parse_args(["--help"])
     shown = capsys.readouterr().out
+    assert shown.startswith("usage: python sample.py --prompt")
     first, *rest = map(shown.index, ("python sample.py --prompts jobs.txt", "--num-frames", "--batch-size"))
     assert [first, *rest] == sorted([first, *rest])
     assert "Q4" not in shown.split("--quirks")[0]
