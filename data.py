@@ -533,6 +533,17 @@ def read_window(path: str, num_frames: int | None = None, stride: int = 1, start
         raise UnreadableClip(f"{path}: {error.strerror}, {len(packets)} frames found") from error
 
 
+def length_and_rate(path: str) -> tuple[int, Fraction | None]:
+    """(frames, as read_window counts them; how many a second, if known) of a clip; the first alone is decoded."""
+    read_window(path, 1, start=0)  # raises where there is none
+    if path.lower().endswith(IMAGES):
+        return 1, None
+    with av.open(path, metadata_errors="ignore") as container:
+        stream = container.streams.best("video")
+        times = frame_times(path, stream, [packet for packet in container.demux(stream) if packet.size])
+        return len(times), stream.average_rate
+
+
 def read_image(path: str) -> np.ndarray:
     """[H W 3], turned as its EXIF entry says.  The errors caught are those that fuzzing saw."""
     try:
@@ -1104,9 +1115,18 @@ class Parser(argparse.ArgumentParser):
         sys.exit(fail(message))
 
 
+def count(text):
+    """The type of a flag that tells how many."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
 def fail(error):
     """The end of a main(): one line on stderr; returns the exit status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    if rank := int(os.environ.get("RANK", 0)):
+        time.sleep(10)      # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
+    print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
     return 2
 
 

@@ -26,7 +26,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import configs
-from data import (ASPECT, IMAGE_FPS, IMAGES, Bucket, Parser, fail, frame_times, read_window, resize_crop,
+from data import (ASPECT, IMAGE_FPS, Bucket, Parser, count, fail, length_and_rate, read_window, resize_crop,
                   slot_generator, stride, to_uint8, to_video, whole, write_video)
 from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
@@ -562,10 +561,10 @@ def parse_args(argv=None):
     add("--grid", action="store_true", help="a picture of the contact sheets of all seeds of a prompt")
     add("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=int, default=4, help="videos of one size sampled at once; default: %(default)s")
+    add("--batch-size", type=count, default=4, help="videos of one size sampled at once; default: %(default)s")
     add("--offload", action="store_true", help="blocks of T5 and of the model stay in host memory until they compute")
     add("--text-cache", metavar="FOLDER", help="keeps the embeddings of captions; T5 is not loaded for those in it")
-    add("--sp", type=int, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
+    add("--sp", type=count, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     add("--debug", action="store_true", help="errors with their traceback")
@@ -693,13 +692,8 @@ def find_references(job):
 
 @lru_cache
 def find_reference(path, fps, at_end):
-    read_window(path, 1, start=0)                                   # says what is wrong with a file that is no clip
-    if path.lower().endswith(IMAGES):
-        return Reference(path, range(1))
-    with av.open(path, metadata_errors="ignore") as container:
-        stream = container.streams.best("video")
-        many = len(frame_times(path, stream, [packet for packet in container.demux(stream) if packet.size]))
-        every = max(1, round((stream.average_rate or fps) / fps))
+    many, rate = length_and_rate(path)
+    every = max(1, round((rate or fps) / fps))
     return Reference(path, range((many - 1) % every if at_end else 0, many, every))
 
 
@@ -707,9 +701,9 @@ def find_reference(path, fps, at_end):
 def run(args):
     """Samples the jobs that are asked for and not there yet; the groups of args.sp processes share them."""
     start, place = time.perf_counter(), start_processes(sp=args.sp, device=args.device)
-    place.say(use(place.device, args.plain))
     if args.again:
         vars(args).update(read_record(args.again))
+    place.say(use(place.device, args.plain))
     file, config, quirks = find_checkpoint(args.ckpt)
     fill(args, vae=config.vae, text_encoder=config.text_encoder, steps=DEFAULT_STEPS[args.sampler],
          cfg_scale=config.cfg_scale, quirks=quirks)
@@ -725,7 +719,7 @@ def run(args):
         place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
     how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
     told = dict(sampling=how | {"quirks": asdict(args.quirks)}, ckpt=args.ckpt, weights=weights, vae=args.vae,
-                text_encoder=args.text_encoder)
+                text_encoder=args.text_encoder, plain=args.plain)           # all of it is the same only to rounding
     records = {job: json.dumps({"job": asdict(job)} | told, indent=1) for job in jobs}
     todo = [job for job in jobs if args.overwrite or not there(job, records[job], args, place)]
     made = {job: read_latents(job, records[job], args.out, place.device) for job in todo}

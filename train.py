@@ -615,8 +615,7 @@ def main():
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
-        sys.exit(fail(f"rank {rank}: {error}" if rank else error))
+        sys.exit(fail(error))
     except KeyboardInterrupt:
         if rank == 0:
             where = config and latest(config.out)

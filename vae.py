@@ -24,7 +24,6 @@ import shutil
 import struct
 import sys
 import tempfile
-import time
 import unicodedata
 from collections import defaultdict
 from datetime import timedelta
@@ -52,9 +51,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import (Bucket, Meta, Parser, Plan, UnreadableClip, batches, bucket_list, fail, reachable, read_meta,
-                  read_window, resize_crop, stride, to_uint8, to_video, window_generator, window_number, whole,
-                  write_video)
+from data import (Bucket, Meta, Parser, Plan, UnreadableClip, batches, bucket_list, count, fail, length_and_rate,
+                  reachable, read_meta, read_window, resize_crop, stride, to_uint8, to_video, window_generator,
+                  window_number, whole, write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
 PIXELS_AT_ONCE = 2**20      # of frames that pass through the autoencoder together: its decoder's peak is then 3 GiB
@@ -75,8 +74,8 @@ class VAE:
     @torch.no_grad()
     def moments(self, video):
         """Mean and standard deviation of the posterior, scaled: two [B C T h w] for video [B 3 T H W] in -1..1."""
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video must be [B 3 T H W], got {list(video.shape)}")
+        if video.ndim != 5 or video.shape[1] != 3 or min(video.shape[3:]) < self.down:
+            raise ValueError(f"video must be [B 3 T H W] with H and W {self.down} or more, got {list(video.shape)}")
         frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.net.dtype)
         posteriors = [self.net.encode(part).latent_dist for part in frames.split(frames_at_once(*video.shape[3:]))]
         join = lambda parts: rearrange(torch.cat(parts).float() * self.scale, "(b t) c h w -> b c t h w", b=len(video))
@@ -636,8 +635,7 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
     return net
 
 
-def train(args):
-    meta = read_meta(args.path)
+def train(meta, args):
     by_size, skipped = defaultdict(list), 0
     for clip in tqdm(range(min(args.num_clips, len(meta))), desc="reading clips"):
         try:
@@ -648,17 +646,18 @@ def train(args):
         else:
             by_size[frames.shape[1:3]].append(frames)
     if not by_size:
-        raise ValueError(f"{args.path}: none of its {len(meta)} clips could be read")
+        raise ValueError(f"{', '.join(meta.files)}: none of the first {args.num_clips} clips could be read")
     net = fit_vae([torch.cat(parts) for _, parts in sorted(by_size.items())], args.steps, args.batch, seed=args.seed)
     net.save_pretrained(args.out)
     parameters = sum(p.numel() for p in net.parameters())
     print(f"{args.out}: {parameters:,} parameters, scaling factor {net.config.scaling_factor:.3f}")
 
 
-def reconstruct(args):
-    path, vae = args.command, load_vae(args.vae)
-    frames = read_window(path, start=0)[0][:args.num_frames]
-    T, H, W = frames.shape[0], *(side // vae.down * vae.down for side in frames.shape[1:3])
+def reconstruct(path, args):
+    vae = load_vae(args.vae)
+    T = min(args.num_frames, length_and_rate(path)[0])
+    frames, _ = read_window(path, T, start=0)
+    H, W = (side // vae.down * vae.down for side in frames.shape[1:3])          # what makes whole latent cells
     video = to_video(frames[:, :H, :W])[None]
     again = vae.decode(vae.encode(video))
     print(f"{path}: {T} frames of {H}x{W}, PSNR {psnr(again, video):.2f} dB")
@@ -668,48 +667,45 @@ def reconstruct(args):
 
 
 def main():
-    parser = Parser(description=__doc__.split("\nPapers")[0],
-                    usage="python vae.py CLIP | train META | text META | cache CONFIG  [options]")
-    parser.add_argument("command", help='"train", "text", "cache", or a video or image to reconstruct')
-    parser.add_argument("path", nargs="?", help="meta.csv of the clips; of cache: a config, and --field=value after it")
+    usage = "python vae.py CLIP | train META --out DIR | text META --out DIR | cache CONFIG [--field=value ...]"
+    parser = Parser(description=__doc__.split("\nPapers")[0], usage=usage)
+    parser.add_argument("what", nargs="+", help="a video or image; train or text and a meta.csv; cache and a config")
     parser.add_argument("--out", help="folder or, for a reconstruction, a .mp4, .gif or .png")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     add = parser.add_argument_group("a reconstruction").add_argument
     add("--vae", default="assets/tiny/vae", help="folder or hub name; default: %(default)s")
-    add("--num-frames", type=int, default=16, help="of the clip; default: %(default)s")
+    add("--num-frames", type=count, default=16, help="of the clip; default: %(default)s")
     add = parser.add_argument_group("train").add_argument
-    add("--steps", type=int, default=6000, help="default: %(default)s")
-    add("--batch", type=int, default=32, help="frames of a step; default: %(default)s")
-    add("--num-clips", type=int, default=4000, help="of meta.csv, held in memory; default: %(default)s")
+    add("--steps", type=count, default=6000, help="default: %(default)s")
+    add("--batch", type=count, default=32, help="frames of a step; default: %(default)s")
+    add("--num-clips", type=count, default=4000, help="of meta.csv, held in memory; default: %(default)s")
     add("--seed", type=int, default=0, help="also of text; default: %(default)s")
-    (args, unknown), rank = parser.parse_known_args(), int(os.environ.get("RANK", 0))
-    needs = {"train": "a meta.csv and --out DIR", "text": "a meta.csv and --out DIR",
-             "cache": "a config, as in configs/tiny.py"}.get(args.command)
-    if unknown and not (args.command == "cache" and args.path):
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    args = parser.parse_known_args()[0] if "cache" in sys.argv else parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        if needs and not (args.path and (args.out or args.command == "cache")):
-            raise ValueError(f"python vae.py {args.command} needs {needs}")
-        if args.command == "train":
-            train(args)
-        elif args.command == "text":
-            meta = read_meta(args.path)
-            make_text_encoder([meta.text(clip) for clip in range(len(meta))], args.out, seed=args.seed)
-        elif args.command == "cache":
-            import configs
-            from sample import find
-            overrides = sys.argv[sys.argv.index(args.path) + 1:]    # --vae and --seed are the config's here
-            config = configs.load(args.path, [text for text in overrides if text != "--debug"])
-            cache(config, find(config.vae), find(config.text_encoder))
-        else:
-            reconstruct(args)
+        match args.what:
+            case ["train", meta] if args.out:
+                train(read_meta(meta), args)
+            case ["text", meta] if args.out:
+                meta = read_meta(meta)
+                make_text_encoder([meta.text(clip) for clip in range(len(meta))], args.out, seed=args.seed)
+            case ["cache", path]:
+                import configs
+                from sample import find
+                overrides = sys.argv[sys.argv.index(path) + 1:]     # --vae and --seed are the config's here
+                config = configs.load(path, [text for text in overrides if text != "--debug"])
+                cache(config, find(config.vae), find(config.text_encoder))
+            case [path] if path not in ("train", "text", "cache"):
+                reconstruct(path, args)
+            case what:
+                raise ValueError(f"{' '.join(what)}: expected {usage}")
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
-        sys.exit(fail(f"rank {rank}: {error}" if rank else error))
+        sys.exit(fail(error))
     except KeyboardInterrupt:
+        goes_on = "; the same command goes on from what is whole" * (args.what[0] == "cache")
+        print(f"\nstopped{goes_on}", file=sys.stderr)
         sys.exit(130)
     finally:
         if dist.is_initialized():
