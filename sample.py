@@ -242,7 +242,7 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
         groups = (animate() if some else []) if groups is None else groups
         jobs.append(plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width,
                              fps=fps, frame_interval=frame_interval, seed=seed, number=number))
-    check_jobs(jobs, references, vae.down, model.config.patch_size)
+    check_jobs(jobs, lambda job: references[job.number], vae.down, model.config.patch_size)
     made = [[] for _ in jobs]
     for part in (slice(i, i + batch_size) for i in range(0, many, batch_size)):
         for _ in sample_segments(model, vae, text_encoder, jobs[part], references[part], made[part], **how):
@@ -282,11 +282,11 @@ def split_prompt(prompt, segments=None):
 
 
 def check_jobs(jobs, references, down, patch_size):
-    """Raises ValueError, before anything is sampled, where one cannot be.  references: per job a list, as below."""
+    """Raises ValueError, before anything is sampled, where one cannot be.  references(job): as of sample_segments."""
     least = (down * patch_size[1], down * patch_size[2])
     if not jobs:
         raise ValueError("no prompts: expected at least one, as in \"a red circle moves right\"")
-    for job, some in zip(jobs, references):
+    for job in jobs:
         if not job.prompts or not all(prompt.strip() for prompt in job.prompts):
             raise ValueError(f"prompt {job.number}, {list(job.prompts)}: expected one segment or more, and each must "
                              "say something, as in \"a red circle moves right\"")
@@ -295,9 +295,7 @@ def check_jobs(jobs, references, down, patch_size):
         if job.num_frames < 1 or job.height < least[0] or job.width < least[1]:
             raise ValueError(f"{job.num_frames} frames of {job.height}x{job.width} (height x width): expected 1 frame "
                              f"or more of {least[0]}x{least[1]} pixels, one patch, or more")
-        for r, frames in frames_taken(job.plans(some)).items():
-            if r < len(some):
-                some[r][frames]                                             # raises where they cannot be read
+        job.plans(references(job))
     for height, width in dict.fromkeys((job.height, job.width) for job in jobs):
         if height % down or width % down:
             made = f"{height // down * down}x{width // down * down}"
@@ -307,8 +305,8 @@ def check_jobs(jobs, references, down, patch_size):
 def sample_segments(model, vae, text_encoder, jobs, references, made, progress=None, quirks=SampleQuirks(), **how):
     """Appends to `made`, per job its segments' latents [C T h w], those that are not in there; yields each [B C T h w].
 
-    jobs: of one shape.  references: per job a list of uint8 [K H W 3] of any size, or of what gives such to len() and
-    [list of frames], as Reference.  how: the settings of sample_latents."""
+    jobs: of one shape.  references: per job a list of clips of any size, each uint8 [K H W 3], or K frames of which
+    those that no plan takes may be None.  how: the settings of sample_latents."""
     device, shape = model.null_y.device, (vae.channels, jobs[0].num_frames, *(
         side // vae.down for side in (jobs[0].height, jobs[0].width)))
     plans = [job.plans(some) for job, some in zip(jobs, references)]
@@ -341,12 +339,12 @@ def frames_taken(plans):
 
 def encode_references(vae, references, plans, shape, device):
     """The latents [C K h w] of each reference, uint8 [K H W 3]; only of frames that a plan takes, else 0."""
-    latents, (C, _, h, w) = [], shape
-    taken = frames_taken(plans)
+    latents, (C, _, h, w), taken = [], shape, frames_taken(plans)
     for r, frames in enumerate(references):
         latents.append(torch.zeros(C, len(frames), h, w, device=device))
         if r in taken:
-            video = to_video(resize_crop(torch.as_tensor(frames[taken[r]]), h * vae.down, w * vae.down))
+            video = torch.as_tensor(np.stack([frames[frame] for frame in taken[r]]))
+            video = to_video(resize_crop(video, h * vae.down, w * vae.down))
             latents[r][:, taken[r]] = vae.encode(video[None].to(device))[0].to(latents[r])    # the posterior's mean
     return latents
 
@@ -568,7 +566,13 @@ def parse_args(argv=None):
     add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     add("--debug", action="store_true", help="errors with their traceback")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    free = "again out format grid overwrite batch_size offload text_cache sp device debug".split()      # in no .json
+    told = ["--" + name.replace("_", "-") for name, value in vars(args).items()
+            if name not in free and value != parser.get_default(name)]
+    if args.again and told:
+        parser.error(f"--again {args.again} takes all from there: leave out {', '.join(told)}")
+    return args
 
 
 def fill(args, **defaults):
@@ -579,7 +583,7 @@ def fill(args, **defaults):
 def read_jobs(args, config):
     """The jobs of the command line or of a file of prompts: number i of each prompt, once per seed."""
     lines = args.prompt or [line for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
-    T, *size = default_bucket(config.buckets)
+    T, *size = default_bucket(config.trained)
     jobs = []
     for number, line in enumerate(lines):
         text, asked = split_json(line, args)
@@ -645,11 +649,10 @@ def slug(prompt):
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
 
 
-def default_bucket(buckets):
-    """(num_frames, height, width) to sample at: the shortest trained video, at the largest resolution that has it."""
-    trained = [(T, name) for name, lengths in buckets.items() for T, (keep, _) in lengths.items() if keep > 0]
-    T = min((T for T, _ in trained if T > 1), default=1)
-    sizes = [Bucket(name, T, usual_aspect(name)) for frames, name in trained if frames == T]
+def default_bucket(trained):
+    """(num_frames, height, width) to sample at, of config.trained: the shortest video, at its largest resolution."""
+    T = min((T for _, T in trained if T > 1), default=1)
+    sizes = [Bucket(name, T, usual_aspect(name)) for name, frames in trained if frames == T]
     best = max(sizes, key=lambda bucket: bucket.height * bucket.width)
     return T, best.height, best.width
 
@@ -658,43 +661,35 @@ def usual_aspect(resolution):
     return "0.56" if "0.56" in ASPECT[resolution] else min(ASPECT[resolution], key=lambda ar: abs(float(ar) - 1))
 
 
-@dataclass(frozen=True)
-class Reference:
-    """A clip or an image in a file, as sample_segments wants it: its length, and frames only as they are asked for, as
-    a whole film in memory is too much when its last four frames are to go on."""
-    path: str
-    moments: range                          # which of the file's frames it has, as read_window counts them
+def read_references(job):
+    """Each clip or image that a job names, as a list of frames at about the job's rate, uint8 [H W 3]: those that a
+    segment takes, else None, as a film of ten minutes does not fit into memory when its last four frames are to go on.
 
-    def __len__(self):
-        return len(self.moments)
-
-    def __getitem__(self, frames):
-        """uint8 [N H W 3] of N of its frames, ascending."""
-        taken = self.moments[frames[0] : frames[-1] + 1]
-        window, _ = read_again(self.path, len(taken), taken.step, taken.start)
-        return window[[frame - frames[0] for frame in frames]]
-
-
-read_again = lru_cache(maxsize=4)(read_window)                      # several prompts or seeds for one clip
-
-
-def find_references(job):
-    """The Reference of each file that a job names, at about its frame rate.
-
-    Each is counted so that its last frame is among those it has, if any group takes its end, otherwise its first.  A
-    negative number counts back from the segment that says it: in segment i, i segments stand behind the references."""
-    groups = [group for group in parse_strategy(job.strategy) if group.segment in range(len(job.prompts))]
-    from_end = {(group.reference, group.segment) for group in groups if group.ref_start < 0}
-    many, fps = len(job.references), job.fps / job.frame_interval
-    return [find_reference(find(path), fps, any(number in (r, r - many - segment) for number, segment in from_end))
-            for r, path in enumerate(job.references)]
+    The frames are counted so that the clip's last one is among them, if any group takes its end, otherwise its first.
+    A negative number counts from the segment that says it: in segment i, i segments stand behind the references."""
+    paths, many, segments = [find(path) for path in job.references], len(job.references), range(len(job.prompts))
+    from_end = [group for group in parse_strategy(job.strategy) if group.ref_start < 0 and group.segment in segments]
+    at_end = [any(group.reference in (r, r - many - group.segment) for group in from_end) for r in range(many)]
+    moments = [at_rate(path, job.fps / job.frame_interval, end) for path, end in zip(paths, at_end)]
+    references = [[None] * len(of_one) for of_one in moments]
+    for r, frames in frames_taken(job.plans(moments)).items():
+        if r < many:                                                # else it is a segment, not made yet
+            window = moments[r][frames[0] : frames[-1] + 1]
+            video, _ = read_again(paths[r], len(window), window.step, window.start)
+            for frame in frames:
+                references[r][frame] = video[frame - frames[0]].numpy()
+    return references
 
 
 @lru_cache
-def find_reference(path, fps, at_end):
+def at_rate(path, fps, at_end):
+    """Which frames of a clip to take for `fps`, as a range: up to its last one or from its first one."""
     many, rate = length_and_rate(path)
     every = max(1, round((rate or fps) / fps))
-    return Reference(path, range((many - 1) % every if at_end else 0, many, every))
+    return range((many - 1) % every if at_end else 0, many, every)
+
+
+read_again = lru_cache(maxsize=4)(read_window)      # several prompts or seeds for one clip; and all is read to check it
 
 
 # ---------------------------------------------------------------- command line: sampling them
@@ -713,8 +708,7 @@ def run(args):
         raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
     jobs = [args.job] if args.again else read_jobs(args, config)
     vae, weights = load_vae(find(args.vae), device=place.device), fingerprint(read_weights(file))
-    references = {job: find_references(job) for job in jobs}
-    check_jobs(jobs, references.values(), vae.down, config.model.patch_size)
+    check_jobs(jobs, read_references, vae.down, config.model.patch_size)
     if args.again and args.weights != weights:
         place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
     how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
@@ -737,9 +731,9 @@ def run(args):
     total = args.steps * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
     with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
         for batch in batches:
-            for _ in sample_segments(model, vae, text_encoder, batch, [references[job] for job in batch],
-                                     [made[job] for job in batch], lambda *_: bar.update(),
-                                     prediction=config.prediction, **how):
+            references = [read_references(job) for job in batch]
+            for _ in sample_segments(model, vae, text_encoder, batch, references, [made[job] for job in batch],
+                                     lambda *_: bar.update(), prediction=config.prediction, **how):
                 for job in batch if place.reads and len(batch[0].prompts) > 1 else ():
                     args.out.mkdir(parents=True, exist_ok=True)
                     write_whole(latents_file(job, args.out), {"z": torch.stack(made[job]).cpu()}, records[job])

@@ -563,7 +563,7 @@ class Validation:
 
 def preview(run, vae, text_encoder, step):
     """samples/step-0000500.png: one row of frames per prompt, sampled with the EMA."""
-    config, (num_frames, height, width) = run.config, default_bucket(run.config.buckets)
+    config, (num_frames, height, width) = run.config, default_bucket(run.config.trained)
     run.ema.swap()
     videos = generate(run.model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height,
                       width=width, fps=config.fps, frame_interval=int(stride(config.fps, config)), steps=50,
