@@ -54,7 +54,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data import (COLUMNS, IMAGES, MAX_PIXELS, SCORES, Parser, UnreadableClip, assign, bucket_table, end_with_parent,
-                  fail, read_image, read_meta, read_number, read_window, whole)
+                  one_line_errors, read_image, read_meta, read_number, read_window, whole)
 from vae import from_pretrained  # before transformers, which it tells that our kernels.py is not the package
 
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
@@ -1643,8 +1643,7 @@ def resolve(options):
 
 def main():
     options = parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with one_line_errors(options.debug, "; the same command goes on where it was"):
         resolve(options)
         if options.config:
             import configs
@@ -1661,13 +1660,6 @@ def main():
         else:
             options.no_dedup = options.command == "filter"
             choose(lambda: read_table(options.table), header_of(options.table), options)
-    except (ValueError, OSError) as error:
-        if options.debug:
-            raise
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -1071,12 +1071,11 @@ def main():
     of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config")
     of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
     args, overrides = parser.parse_known_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def load(path):
         import configs
         return configs.load(path, overrides + [f"--seed={args.seed}"] * (args.seed is not None))
-    try:
+    with one_line_errors(args.debug):
         match args.what:
             case ["shapes", folder] if not overrides:
                 write_shapes(folder, args.num_clips, args.seed or 0)
@@ -1087,12 +1086,6 @@ def main():
             case what:
                 raise ValueError(f"{' '.join(what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
                                  "CONFIG")
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        sys.exit(130)
 
 
 class Parser(argparse.ArgumentParser):
@@ -1120,6 +1113,26 @@ def count(text):
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
     return int(text)
+
+
+@contextmanager
+def one_line_errors(debug, stopped=""):
+    """Around what a script does.  What its user can mend ends it with one line and status 2, or with --debug with the
+    traceback; Ctrl-C with status 130 and, behind "stopped", what `stopped` says of a second start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if debug:
+            raise
+        sys.exit(fail(error))
+    except KeyboardInterrupt:
+        if not int(os.environ.get("RANK", 0)):
+            print(f"\nstopped{stopped}", file=sys.stderr)
+        sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def fail(error):

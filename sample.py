@@ -39,7 +39,7 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import configs
-from data import (ASPECT, IMAGE_FPS, Bucket, Parser, count, fail, length_and_rate, read_window, resize_crop,
+from data import (ASPECT, IMAGE_FPS, Bucket, Parser, count, length_and_rate, one_line_errors, read_window, resize_crop,
                   slot_generator, stride, to_uint8, to_video, whole, write_video)
 from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
@@ -833,24 +833,13 @@ def print_plan(ckpt):
 
 def main():
     args = parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with one_line_errors(args.debug, "; the same command goes on from what is whole"):
         if args.export:
             export(args.ckpt, args.export)
         elif args.plan:
             print_plan(args.ckpt)
         else:
             run(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what is whole", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -51,9 +51,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import (Bucket, Meta, Parser, Plan, UnreadableClip, batches, bucket_list, count, fail, length_and_rate,
-                  reachable, read_meta, read_window, resize_crop, stride, to_uint8, to_video, window_generator,
-                  window_number, whole, write_video)
+from data import (Bucket, Meta, Parser, Plan, UnreadableClip, batches, bucket_list, count, length_and_rate,
+                  one_line_errors, reachable, read_meta, read_window, resize_crop, stride, to_uint8, to_video,
+                  window_generator, window_number, whole, write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
 PIXELS_AT_ONCE = 2**20      # of frames that pass through the autoencoder together: its decoder's peak is then 3 GiB
@@ -681,8 +681,8 @@ def main():
     add("--num-clips", type=count, default=4000, help="of meta.csv, held in memory; default: %(default)s")
     add("--seed", type=int, default=0, help="also of text; default: %(default)s")
     args = parser.parse_known_args()[0] if "cache" in sys.argv else parser.parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    goes_on = "; the same command goes on from what is whole" * (args.what[0] == "cache")
+    with one_line_errors(args.debug, goes_on):
         match args.what:
             case ["train", meta] if args.out:
                 train(read_meta(meta), args)
@@ -699,17 +699,6 @@ def main():
                 reconstruct(path, args)
             case what:
                 raise ValueError(f"{' '.join(what)}: expected {usage}")
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        goes_on = "; the same command goes on from what is whole" * (args.what[0] == "cache")
-        print(f"\nstopped{goes_on}", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":
