@@ -50,6 +50,7 @@ from vae import (DECODER_BYTES, fingerprint, frames_at_once, load_text_encoder, 
 
 ROOT = Path(__file__).parent
 NUM_TIMESTEPS = 1000
+# iddpm's is the release's; ddim: 2010.02502 has 20 to 100; dpm: 2211.01095 has 15 to 20 with guidance, unipc as dpm
 DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20, "unipc": 20}
 SAMPLERS = tuple(DEFAULT_STEPS)
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           # and the ends of their names
@@ -92,7 +93,7 @@ def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
 
 
 def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
-    """`steps` of 999..0, evenly spaced with both ends, as in 999, 989, 979, .., 10, 0; a single one is 999.
+    """`steps` of 999..0, evenly spaced with both ends (2102.09672, section 4), as in 999, 989, .., 10, 0; one is 999.
 
     dpm and unipc leave out 0: log(SNR) rises so steeply there that a second-order step to 0 overshoots.  For latents
     that are N(0.5, 0.3^2), 50 steps of either are 5% off the exact solution with 0 and 1% without."""
@@ -123,7 +124,8 @@ def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, res
     The first `channels` are guided (None: the first half, all of eps or v); the others, the variances among them, stay
     as the caption has them.  v is linear in eps at a given x_t, so guiding either is the same.
     rescale: phi of 2305.08891, eq. 15 and 16: this share of the way back to the contrast before guidance, which a large
-    cfg_scale drives up.  Per frame, as there per image: a held frame's answer says nothing about the others."""
+    cfg_scale drives up.  Per frame, as there per image: a held frame's answer says nothing about the others.  The clamp
+    is for a fresh model, which answers 0 everywhere."""
     channels = channels or out_cond.shape[1] // 2
     cond, null = out_cond[:, :channels], out_null[:, :channels]
     guided = null + cfg_scale * (cond - null)
@@ -148,6 +150,7 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
                    cfg_scale=7.0, rescale=0.0, quirks=SampleQuirks(), known=None, strength=None, progress=None):
     """Clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a dict of
     height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps): called after step i.
+    The defaults are the release's.
 
     strength [B T] says what each frame is, see above; None: all are made from noise.  known [B C T h w]: clean latents
     of those with strength < 1.  A held frame is known bit for bit, at every step and at the end.  It enters the model
@@ -312,7 +315,8 @@ def sample_segments(model, vae, text_encoder, jobs, references, made, progress=N
     plans = [job.plans(some) for job, some in zip(jobs, references)]
     given = [encode_references(vae, some, plan, shape, device) for some, plan in zip(references, plans)]
     for segment in range(len(made[0]), len(jobs[0].prompts)):
-        generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]             # of the CPU
+        # of the CPU: a GPU's would give other noise, and a video would hang on where it was made
+        generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]
         z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
         known, strength = torch.zeros_like(z), torch.stack([plan[segment][1] for plan in plans])
         for b, plan in enumerate(plans):
@@ -598,7 +602,9 @@ def read_jobs(args, config):
 
 
 def split_json(line, args):
-    """(text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ..}, overrides those of the command line."""
+    """(text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ..}, overrides those of the command line.
+
+    It is written as flags and read by the same parser, so that both have the same names, types and messages."""
     text, brace, rest = line.partition("{")
     parser, words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), []
     add_job_options(parser)
@@ -658,6 +664,7 @@ def default_bucket(trained):
 
 
 def usual_aspect(resolution):
+    """16:9, as most video has, told as height / width; square where a resolution has no such size."""
     return "0.56" if "0.56" in ASPECT[resolution] else min(ASPECT[resolution], key=lambda ar: abs(float(ar) - 1))
 
 
@@ -734,7 +741,7 @@ def run(args):
             references = [read_references(job) for job in batch]
             for _ in sample_segments(model, vae, text_encoder, batch, references, [made[job] for job in batch],
                                      lambda *_: bar.update(), prediction=config.prediction, **how):
-                for job in batch if place.reads and len(batch[0].prompts) > 1 else ():
+                for job in batch if place.reads and len(batch[0].prompts) > 1 else ():      # a stop costs a segment
                     args.out.mkdir(parents=True, exist_ok=True)
                     write_whole(latents_file(job, args.out), {"z": torch.stack(made[job]).cpu()}, records[job])
             for job in batch if place.reads else ():                        # one of those who share it
@@ -821,9 +828,9 @@ def print_plan(ckpt):
     counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
     print(f"{ckpt}, {config.dtype}, GiB: T5 {t5 / gib:.2f}, VAE {vae / gib:.2f} (fp32), model {model / gib:.2f}"
           f"{counted}\n{'video':>15}{'activations':>13}{'decoding':>10}{'peak':>8}{'with --offload':>16}")
-    for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):
+    for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):      # of stage 3's buckets
         held = forward_bytes(m, 2, T, height // 8, width // 8, m.model_max_length, dtype)
-        pixels = height * width
+        pixels = height * width                                                 # 3 * 4: all frames decoded, in fp32
         decoding = (DECODER_BYTES * min(T, frames_at_once(height, width)) + 3 * 4 * T) * pixels * bool(vae)
         peak = vae + max(t5, model + held, model + decoding)
         lean = vae + max(t5 / 24, model / m.depth + held, decoding)             # a block: T5-XXL has 24
