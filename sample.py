@@ -805,7 +805,7 @@ def read_record(path):
         told = json.loads(Path(path).read_text("utf-8"))
         job = Job(**told["job"] | {name: tuple(told["job"][name]) for name in ("prompts", "references")})
         return told | told["sampling"] | {"job": job, "quirks": SampleQuirks(**told["sampling"]["quirks"])}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:                      # no text, no JSON, or other JSON
         raise ValueError(f"--again {path}: expected the .json beside a video that was made here: {error!r}") from None
 
 

@@ -685,6 +685,7 @@ def test_command_line_passes_on_what_it_is_told(checkpoint, tmp_path, monkeypatc
     (["--mask-strategy", "0,x"], "group 1 of 1, '0,x': reference='x': expected a whole number"),
     (["--prompts", "nowhere.txt"], "nowhere.txt"),
     (["--again", "pyproject.toml"], "--again pyproject.toml: expected the .json beside a video"),
+    (["--again", "assets/samples.png"], "--again assets/samples.png: expected the .json beside a video"),
 ])
 def test_command_line_mistakes_are_one_line(checkpoint, monkeypatch, capsys, args, message):
     common = ["--device", "cpu", *([] if {"--ckpt", "--again"} & set(args) else ["--ckpt", checkpoint])]
