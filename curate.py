@@ -53,8 +53,8 @@ from einops import rearrange, reduce
 from PIL import Image
 from tqdm import tqdm
 
-from data import (COLUMNS, IMAGES, MAX_PIXELS, SCORES, UnreadableClip, assign, bucket_table, end_with_parent, fail,
-                  read_image, read_meta, read_number, read_window, whole)
+from data import (COLUMNS, IMAGES, MAX_PIXELS, SCORES, Parser, UnreadableClip, assign, bucket_table, end_with_parent,
+                  one_line_errors, read_image, read_meta, read_number, read_window, whole)
 from vae import from_pretrained  # before transformers, which it tells that our kernels.py is not the package
 
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
@@ -1596,8 +1596,7 @@ def add_columns(options):
 
 
 def parse_args(args=None):
-    parser = argparse.ArgumentParser(usage="python curate.py COMMAND WHAT [--flag=value ...]", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(usage="python curate.py COMMAND WHAT [--flag=value ...]", description=__doc__)
     parser.add_argument("command", choices=("run", *STEPS, "dedup", "filter", "report"))
     parser.add_argument("what", help="a folder of videos (run, cut), or the DIR or table that they made")
     making = parser.add_argument_group("run and cut")
@@ -1644,8 +1643,7 @@ def resolve(options):
 
 def main():
     options = parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with one_line_errors(options.debug, "; the same command goes on where it was"):
         resolve(options)
         if options.config:
             import configs
@@ -1662,13 +1660,6 @@ def main():
         else:
             options.no_dedup = options.command == "filter"
             choose(lambda: read_table(options.table), header_of(options.table), options)
-    except (ValueError, OSError) as error:
-        if options.debug:
-            raise
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on where it was", file=sys.stderr)
-        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,17 @@ rule are those of Open-Sora 1.1 (arXiv 2412.20404).
 """
 import signal
 if __name__ in ("__main__", "__mp_main__"):
-    # Until `load` Ctrl-C ends the process: as an exception it would show a half-done import's traceback, or be lost, as
-    # Cython's modules swallow it while they are imported, numpy.random and one of PyAV's in the midst of `shapes`
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
 import argparse
 import csv
+import difflib
 import glob
 import hashlib
 import itertools
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import struct
 import sys
@@ -41,7 +41,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
+import av.subtitles.stream  # noqa: F401    with numpy.random, what rendering would import in its midst: a module of
 import numpy as np
+import numpy.random  # noqa: F401            Cython swallows a Ctrl-C that comes while it is imported
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
@@ -551,6 +553,16 @@ def opened(path, found: list, **options):
             yield stream
     except (av.FFmpegError, OSError) as error:
         raise UnreadableClip(f"{path}: {error.strerror}, {len(found)} frames found") from error
+
+
+def length_and_rate(path: str) -> tuple[int, Fraction | None]:
+    """(frames, as read_window counts them; how many a second, if known) of a clip; the first alone is decoded."""
+    read_window(path, 1, start=0)  # raises where there is none
+    if path.lower().endswith(IMAGES):
+        return 1, None
+    with opened(path, []) as stream:
+        packets = [packet for packet in stream.container.demux(stream) if packet.size]
+        return len(frame_times(path, stream, packets)), stream.average_rate
 
 
 def read_image(path: str) -> np.ndarray:
@@ -1077,8 +1089,8 @@ def bench(meta, config, seconds: float):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python data.py shapes FOLDER | META CONFIG | bench META CONFIG  [options]")
+    parser = Parser(description=__doc__,
+                    usage="python data.py shapes FOLDER | META CONFIG | bench META CONFIG  [options]")
     parser.add_argument("what", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     of_shapes = parser.add_argument_group("shapes").add_argument
@@ -1090,10 +1102,9 @@ def main():
 
     def load(meta, config):
         import configs
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # readers are to be ended, half an index is to go
         config = configs.load(config, overrides + [f"--seed={args.seed}"] * (args.seed is not None))
         return read_meta(meta), config
-    try:
+    with one_line_errors(args.debug):
         match args.what:
             case ["shapes", folder] if not overrides:
                 write_shapes(folder, args.num_clips, args.seed or 0)
@@ -1104,17 +1115,60 @@ def main():
             case what:
                 raise ValueError(f"{' '.join(what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
                                  "CONFIG")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, for the command lines of all files that import this one: a docstring is shown as it stands, and an
+    error is one line.  A flag that there is not is named before all else: of `sample.py --promt "a dog"` argparse would
+    say that --prompt is missing."""
+
+    def __init__(self, **settings):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
+
+    def parse_args(self, words=None, namespace=None):
+        for word in sys.argv[1:] if words is None else words:
+            flag, known = word.split("=")[0], self._option_string_actions
+            if re.fullmatch(r"--\w[\w-]*", flag) and flag not in known:
+                close = difflib.get_close_matches(flag, known, n=1)
+                self.error(f"there is no {flag}, {f'did you mean {close[0]}?' if close else '--help shows what is'}")
+        return super().parse_args(words, namespace)
+
+    def error(self, message):
+        sys.exit(fail(message))
+
+
+def count(text):
+    """The type of a flag that tells how many."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
+    return int(text)
+
+
+@contextmanager
+def one_line_errors(debug, stopped=""):
+    """Around what a script does.  What its user can mend ends it with one line and status 2, or with --debug with the
+    traceback; Ctrl-C with status 130 and, behind "stopped", what `stopped` says of a second start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
     except (ValueError, OSError) as error:
-        if args.debug:
+        if debug:
             raise
         sys.exit(fail(error))
     except KeyboardInterrupt:
+        if not int(os.environ.get("RANK", 0)):
+            print(f"\nstopped{stopped}", file=sys.stderr)
         sys.exit(130)
+    finally:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
 
 
 def fail(error):
     """The end of a main(): one line on stderr; returns the exit status 2."""
-    print(f"error: {error}", file=sys.stderr)
+    if rank := int(os.environ.get("RANK", 0)):
+        time.sleep(10)      # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
+    print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
     return 2
 
 

@@ -27,7 +27,8 @@ import torch
 # ---- training ----
 
 # Where the given frames are: anywhere in one piece, at the start, at the end, at both ends. How many: one ("image"), or
-# 1 to T // 4, all counts alike ("quarter"); at both ends the same number twice.
+# 1 to T // 4, all counts alike ("quarter"); at both ends the same number twice.  Kinds and shares are those of the
+# released stages' mask_ratios: a quarter of the clips are masked.
 STRATEGIES = ("mask_no", *(f"mask_{size}_{place}" for size in ("quarter", "image")
                            for place in ("random", "head", "tail", "head_tail")))
 RECIPE = {name: 0.75 if name == "mask_no" else 0.05 if name.endswith("head_tail") else 0.025 for name in STRATEGIES}

@@ -26,7 +26,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import av
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -40,8 +39,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import configs
-from data import (ASPECT, IMAGE_FPS, Bucket, fail, read_window, resize_crop, slot_generator, stride, to_uint8, to_video,
-                  whole, write_video)
+from data import (ASPECT, IMAGE_FPS, Bucket, Parser, count, length_and_rate, one_line_errors, read_window, resize_crop,
+                  slot_generator, stride, to_uint8, to_video, whole, write_video)
 from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
@@ -51,6 +50,7 @@ from vae import (DECODER_BYTES, fingerprint, frames_at_once, load_text_encoder, 
 
 ROOT = Path(__file__).parent
 NUM_TIMESTEPS = 1000
+# iddpm's is the release's; ddim: 2010.02502 has 20 to 100; dpm: 2211.01095 has 15 to 20 with guidance, unipc as dpm
 DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20, "unipc": 20}
 SAMPLERS = tuple(DEFAULT_STEPS)
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           # and the ends of their names
@@ -93,7 +93,7 @@ def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
 
 
 def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
-    """`steps` of 999..0, evenly spaced with both ends, as in 999, 989, 979, .., 10, 0; a single one is 999.
+    """`steps` of 999..0, evenly spaced with both ends (2102.09672, section 4), as in 999, 989, .., 10, 0; one is 999.
 
     dpm and unipc leave out 0: log(SNR) rises so steeply there that a second-order step to 0 overshoots.  For latents
     that are N(0.5, 0.3^2), 50 steps of either are 5% off the exact solution with 0 and 1% without."""
@@ -124,7 +124,8 @@ def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, res
     The first `channels` are guided (None: the first half, all of eps or v); the others, the variances among them, stay
     as the caption has them.  v is linear in eps at a given x_t, so guiding either is the same.
     rescale: phi of 2305.08891, eq. 15 and 16: this share of the way back to the contrast before guidance, which a large
-    cfg_scale drives up.  Per frame, as there per image: a held frame's answer says nothing about the others."""
+    cfg_scale drives up.  Per frame, as there per image: a held frame's answer says nothing about the others.  The clamp
+    is for a fresh model, which answers 0 everywhere."""
     channels = channels or out_cond.shape[1] // 2
     cond, null = out_cond[:, :channels], out_null[:, :channels]
     guided = null + cfg_scale * (cond - null)
@@ -149,6 +150,7 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
                    cfg_scale=7.0, rescale=0.0, quirks=SampleQuirks(), known=None, strength=None, progress=None):
     """Clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a dict of
     height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps): called after step i.
+    The defaults are the release's.
 
     strength [B T] says what each frame is, see above; None: all are made from noise.  known [B C T h w]: clean latents
     of those with strength < 1.  A held frame is known bit for bit, at every step and at the end.  It enters the model
@@ -243,7 +245,7 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
         groups = (animate() if some else []) if groups is None else groups
         jobs.append(plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width,
                              fps=fps, frame_interval=frame_interval, seed=seed, number=number))
-    check_jobs(jobs, references, vae.down, model.config.patch_size)
+    check_jobs(jobs, lambda job: references[job.number], vae.down, model.config.patch_size)
     made = [[] for _ in jobs]
     for part in (slice(i, i + batch_size) for i in range(0, many, batch_size)):
         for _ in sample_segments(model, vae, text_encoder, jobs[part], references[part], made[part], **how):
@@ -283,11 +285,11 @@ def split_prompt(prompt, segments=None):
 
 
 def check_jobs(jobs, references, down, patch_size):
-    """Raises ValueError, before anything is sampled, where one cannot be.  references: per job those with a length."""
+    """Raises ValueError, before anything is sampled, where one cannot be.  references(job): as of sample_segments."""
     least = (down * patch_size[1], down * patch_size[2])
     if not jobs:
         raise ValueError("no prompts: expected at least one, as in \"a red circle moves right\"")
-    for job, some in zip(jobs, references):
+    for job in jobs:
         if not job.prompts or not all(prompt.strip() for prompt in job.prompts):
             raise ValueError(f"prompt {job.number}, {list(job.prompts)}: expected one segment or more, and each must "
                              "say something, as in \"a red circle moves right\"")
@@ -296,7 +298,7 @@ def check_jobs(jobs, references, down, patch_size):
         if job.num_frames < 1 or job.height < least[0] or job.width < least[1]:
             raise ValueError(f"{job.num_frames} frames of {job.height}x{job.width} (height x width): expected 1 frame "
                              f"or more of {least[0]}x{least[1]} pixels, one patch, or more")
-        job.plans(some)
+        job.plans(references(job))
     for height, width in dict.fromkeys((job.height, job.width) for job in jobs):
         if height % down or width % down:
             made = f"{height // down * down}x{width // down * down}"
@@ -306,13 +308,15 @@ def check_jobs(jobs, references, down, patch_size):
 def sample_segments(model, vae, text_encoder, jobs, references, made, progress=None, quirks=SampleQuirks(), **how):
     """Appends to `made`, per job its segments' latents [C T h w], those that are not in there; yields each [B C T h w].
 
-    jobs: of one shape.  references: per job a list of uint8 [K H W 3].  how: the settings of sample_latents."""
+    jobs: of one shape.  references: per job a list of clips of any size, each uint8 [K H W 3], or K frames of which
+    those that no plan takes may be None.  how: the settings of sample_latents."""
     device, shape = model.null_y.device, (vae.channels, jobs[0].num_frames, *(
         side // vae.down for side in (jobs[0].height, jobs[0].width)))
     plans = [job.plans(some) for job, some in zip(jobs, references)]
     given = [encode_references(vae, some, plan, shape, device) for some, plan in zip(references, plans)]
     for segment in range(len(made[0]), len(jobs[0].prompts)):
-        generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]             # of the CPU
+        # of the CPU: a GPU's would give other noise, and a video would hang on where it was made
+        generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]
         z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
         known, strength = torch.zeros_like(z), torch.stack([plan[segment][1] for plan in plans])
         for b, plan in enumerate(plans):
@@ -331,15 +335,21 @@ def sample_segments(model, vae, text_encoder, jobs, references, made, progress=N
         yield z
 
 
+def frames_taken(plans):
+    """{reference: those of its frames, ascending, that a segment takes}; the segments before count as references."""
+    taken = sorted({source for sources, _ in plans for source in sources if source})
+    return {r: [frame for _, frame in of_one] for r, of_one in groupby(taken, lambda source: source[0])}
+
+
 def encode_references(vae, references, plans, shape, device):
     """The latents [C K h w] of each reference, uint8 [K H W 3]; only of frames that a plan takes, else 0."""
-    latents, (C, _, h, w) = [], shape
-    taken = {source for sources, _ in plans for source in sources if source}
+    latents, (C, _, h, w), taken = [], shape, frames_taken(plans)
     for r, frames in enumerate(references):
         latents.append(torch.zeros(C, len(frames), h, w, device=device))
-        if used := sorted(frame for reference, frame in taken if reference == r):
-            video = to_video(resize_crop(torch.as_tensor(frames[used]), h * vae.down, w * vae.down))
-            latents[r][:, used] = vae.encode(video[None].to(device))[0].to(latents[r])    # the posterior's mean
+        if r in taken:
+            video = torch.as_tensor(np.stack([frames[frame] for frame in taken[r]]))
+            video = to_video(resize_crop(video, h * vae.down, w * vae.down))
+            latents[r][:, taken[r]] = vae.encode(video[None].to(device))[0].to(latents[r])    # the posterior's mean
     return latents
 
 
@@ -530,8 +540,7 @@ def add_job_options(parser):
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], allow_abbrev=False, usage="see --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__.split("\nPapers")[0], usage="python sample.py --prompt CAPTION [options]")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", help="captions, each in quotes")
     what.add_argument("--prompts", metavar="FILE", help="of captions, one a line")
@@ -554,14 +563,20 @@ def parse_args(argv=None):
     add("--grid", action="store_true", help="a picture of the contact sheets of all seeds of a prompt")
     add("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=int, default=4, help="videos of one size sampled at once; default: %(default)s")
+    add("--batch-size", type=count, default=4, help="videos of one size sampled at once; default: %(default)s")
     add("--offload", action="store_true", help="blocks of T5 and of the model stay in host memory until they compute")
     add("--text-cache", metavar="FOLDER", help="keeps the embeddings of captions; T5 is not loaded for those in it")
-    add("--sp", type=int, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
+    add("--sp", type=count, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     add("--debug", action="store_true", help="errors with their traceback")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    free = "again out format grid overwrite batch_size offload text_cache sp device debug".split()      # in no .json
+    told = ["--" + name.replace("_", "-") for name, value in vars(args).items()
+            if name not in free and value != parser.get_default(name)]
+    if args.again and told:
+        parser.error(f"--again {args.again} takes all from there: leave out {', '.join(told)}")
+    return args
 
 
 def fill(args, **defaults):
@@ -572,7 +587,7 @@ def fill(args, **defaults):
 def read_jobs(args, config):
     """The jobs of the command line or of a file of prompts: number i of each prompt, once per seed."""
     lines = args.prompt or [line for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
-    T, *size = default_bucket(config.buckets)
+    T, *size = default_bucket(config.trained)
     jobs = []
     for number, line in enumerate(lines):
         text, asked = split_json(line, args)
@@ -587,7 +602,9 @@ def read_jobs(args, config):
 
 
 def split_json(line, args):
-    """(text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ..}, overrides those of the command line."""
+    """(text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ..}, overrides those of the command line.
+
+    It is written as flags and read by the same parser, so that both have the same names, types and messages."""
     text, brace, rest = line.partition("{")
     parser, words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), []
     add_job_options(parser)
@@ -638,45 +655,57 @@ def slug(prompt):
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
 
 
-def default_bucket(buckets):
-    """(num_frames, height, width) to sample at: the shortest trained video, at the largest resolution that has it."""
-    trained = [(T, name) for name, lengths in buckets.items() for T, (keep, _) in lengths.items() if keep > 0]
-    T = min((T for T, _ in trained if T > 1), default=1)
-    sizes = [Bucket(name, T, usual_aspect(name)) for frames, name in trained if frames == T]
+def default_bucket(trained):
+    """(num_frames, height, width) to sample at, of config.trained: the shortest video, at its largest resolution."""
+    T = min((T for _, T in trained if T > 1), default=1)
+    sizes = [Bucket(name, T, usual_aspect(name)) for name, frames in trained if frames == T]
     best = max(sizes, key=lambda bucket: bucket.height * bucket.width)
     return T, best.height, best.width
 
 
 def usual_aspect(resolution):
+    """16:9, as most video has, told as height / width; square where a resolution has no such size."""
     return "0.56" if "0.56" in ASPECT[resolution] else min(ASPECT[resolution], key=lambda ar: abs(float(ar) - 1))
 
 
-def read_references(job, down):
-    """uint8 [K H W 3] of each reference, at the job's size and at about its frame rate, all of it."""
-    size, fps = (job.height // down * down, job.width // down * down), job.fps / job.frame_interval
-    from_end = {group.reference for group in parse_strategy(job.strategy) if group.ref_start < 0}
-    return [read_reference(find(path), *size, fps, bool(from_end & {r, r - len(job.references)}))
-            for r, path in enumerate(job.references)]
+def read_references(job):
+    """Each clip or image that a job names, as a list of frames at about the job's rate, uint8 [H W 3]: those that a
+    segment takes, else None, as a film of ten minutes does not fit into memory when its last four frames are to go on.
+
+    The frames are counted so that the clip's last one is among them, if any group takes its end, otherwise its first.
+    A negative number counts from the segment that says it: in segment i, i segments stand behind the references."""
+    paths, many, segments = [find(path) for path in job.references], len(job.references), range(len(job.prompts))
+    from_end = [group for group in parse_strategy(job.strategy) if group.ref_start < 0 and group.segment in segments]
+    at_end = [any(group.reference in (r, r - many - group.segment) for group in from_end) for r in range(many)]
+    moments = [at_rate(path, job.fps / job.frame_interval, end) for path, end in zip(paths, at_end)]
+    references = [[None] * len(of_one) for of_one in moments]
+    for r, frames in frames_taken(job.plans(moments)).items():
+        if r < many:                                                # else it is a segment, not made yet
+            window = moments[r][frames[0] : frames[-1] + 1]
+            video, _ = read_again(paths[r], len(window), window.step, window.start)
+            for frame in frames:
+                references[r][frame] = video[frame - frames[0]].numpy()
+    return references
 
 
-@lru_cache(maxsize=16)                                              # several prompts or seeds for one clip
-def read_reference(path, height, width, fps, at_end):
-    """at_end: the last frame is among those taken, otherwise the first."""
-    frames, _ = read_window(path, start=0)
-    every = 1
-    if len(frames) > 1:
-        with av.open(path) as container:
-            every = max(1, round((container.streams.best("video").average_rate or fps) / fps))
-    return resize_crop(frames[(len(frames) - 1) % every if at_end else 0 :: every], height, width).numpy()
+@lru_cache
+def at_rate(path, fps, at_end):
+    """Which frames of a clip to take for `fps`, as a range: up to its last one or from its first one."""
+    many, rate = length_and_rate(path)
+    every = max(1, round((rate or fps) / fps))
+    return range((many - 1) % every if at_end else 0, many, every)
+
+
+read_again = lru_cache(maxsize=4)(read_window)      # several prompts or seeds for one clip; and all is read to check it
 
 
 # ---------------------------------------------------------------- command line: sampling them
 def run(args):
     """Samples the jobs that are asked for and not there yet; the groups of args.sp processes share them."""
     start, place = time.perf_counter(), start_processes(sp=args.sp, device=args.device)
-    place.say(use(place.device, args.plain))
     if args.again:
         vars(args).update(read_record(args.again))
+    place.say(use(place.device, args.plain))
     file, config, quirks = find_checkpoint(args.ckpt)
     fill(args, vae=config.vae, text_encoder=config.text_encoder, steps=DEFAULT_STEPS[args.sampler],
          cfg_scale=config.cfg_scale, quirks=quirks)
@@ -686,12 +715,12 @@ def run(args):
         raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
     jobs = [args.job] if args.again else read_jobs(args, config)
     vae, weights = load_vae(find(args.vae), device=place.device), fingerprint(read_weights(file))
-    check_jobs(jobs, (read_references(job, vae.down) for job in jobs), vae.down, config.model.patch_size)
+    check_jobs(jobs, read_references, vae.down, config.model.patch_size)
     if args.again and args.weights != weights:
         place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
     how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
     told = dict(sampling=how | {"quirks": asdict(args.quirks)}, ckpt=args.ckpt, weights=weights, vae=args.vae,
-                text_encoder=args.text_encoder)
+                text_encoder=args.text_encoder, plain=args.plain)           # all of it is the same only to rounding
     records = {job: json.dumps({"job": asdict(job)} | told, indent=1) for job in jobs}
     todo = [job for job in jobs if args.overwrite or not there(job, records[job], args, place)]
     made = {job: read_latents(job, records[job], args.out, place.device) for job in todo}
@@ -709,10 +738,10 @@ def run(args):
     total = args.steps * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
     with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
         for batch in batches:
-            references = [read_references(job, vae.down) for job in batch]
+            references = [read_references(job) for job in batch]
             for _ in sample_segments(model, vae, text_encoder, batch, references, [made[job] for job in batch],
                                      lambda *_: bar.update(), prediction=config.prediction, **how):
-                for job in batch if place.reads and len(batch[0].prompts) > 1 else ():
+                for job in batch if place.reads and len(batch[0].prompts) > 1 else ():      # a stop costs a segment
                     args.out.mkdir(parents=True, exist_ok=True)
                     write_whole(latents_file(job, args.out), {"z": torch.stack(made[job]).cpu()}, records[job])
             for job in batch if place.reads else ():                        # one of those who share it
@@ -776,7 +805,7 @@ def read_record(path):
         told = json.loads(Path(path).read_text("utf-8"))
         job = Job(**told["job"] | {name: tuple(told["job"][name]) for name in ("prompts", "references")})
         return told | told["sampling"] | {"job": job, "quirks": SampleQuirks(**told["sampling"]["quirks"])}
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:                      # no text, no JSON, or other JSON
         raise ValueError(f"--again {path}: expected the .json beside a video that was made here: {error!r}") from None
 
 
@@ -799,9 +828,9 @@ def print_plan(ckpt):
     counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
     print(f"{ckpt}, {config.dtype}, GiB: T5 {t5 / gib:.2f}, VAE {vae / gib:.2f} (fp32), model {model / gib:.2f}"
           f"{counted}\n{'video':>15}{'activations':>13}{'decoding':>10}{'peak':>8}{'with --offload':>16}")
-    for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):
+    for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):      # of stage 3's buckets
         held = forward_bytes(m, 2, T, height // 8, width // 8, m.model_max_length, dtype)
-        pixels = height * width
+        pixels = height * width                                                 # 3 * 4: all frames decoded, in fp32
         decoding = (DECODER_BYTES * min(T, frames_at_once(height, width)) + 3 * 4 * T) * pixels * bool(vae)
         peak = vae + max(t5, model + held, model + decoding)
         lean = vae + max(t5 / 24, model / m.depth + held, decoding)             # a block: T5-XXL has 24
@@ -811,24 +840,13 @@ def print_plan(ckpt):
 
 def main():
     args = parse_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
+    with one_line_errors(args.debug, "; the same command goes on from what is whole"):
         if args.export:
             export(args.ckpt, args.export)
         elif args.plan:
             print_plan(args.ckpt)
         else:
             run(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        print("\nstopped; the same command goes on from what is whole", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ ZeRO (1910.02054), activation checkpointing (1604.06174), sequence parallelism i
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
-import argparse
 import gc
 import json
 import math
@@ -50,7 +49,7 @@ from tqdm import tqdm
 
 import configs
 from kernels import Place, all_frames, own_frames, start_processes, use
-from data import (BadClips, Bucket, BucketSampler, ClipDataset, batches, fail, read_meta, slot_generator,
+from data import (BadClips, Bucket, BucketSampler, ClipDataset, Parser, batches, fail, read_meta, slot_generator,
                   stride, to_video, uniform, whole, write_video)
 from masks import draw_mask
 from model import QUIRKS, STDiT, check_weights, example_inputs, from_pixart
@@ -564,7 +563,7 @@ class Validation:
 
 def preview(run, vae, text_encoder, step):
     """samples/step-0000500.png: one row of frames per prompt, sampled with the EMA."""
-    config, (num_frames, height, width) = run.config, default_bucket(run.config.buckets)
+    config, (num_frames, height, width) = run.config, default_bucket(run.config.trained)
     run.ema.swap()
     videos = generate(run.model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height,
                       width=width, fps=config.fps, frame_interval=int(stride(config.fps, config)), steps=50,
@@ -577,10 +576,9 @@ def preview(run, vae, text_encoder, step):
 
 # ---------------------------------------------------------------- the loop
 def parse_args():
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         usage="python train.py CONFIG [options] [--field=value ...]", description=__doc__,
-        epilog="any field of the config is --field=value, as in --lr=1e-5:\n\n" + configs.fields_text(),
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        epilog="any field of the config is --field=value, as in --lr=1e-5:\n\n" + configs.fields_text())
     parser.add_argument("config", metavar="CONFIG", help="configs/tiny.py, or the config.py of a run")
     add = parser.add_argument_group("instead of training").add_argument
     add("--print", action="store_true", help="the config, as a file that can be run")
@@ -617,8 +615,7 @@ def main():
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
-        sys.exit(fail(f"rank {rank}: {error}" if rank else error))
+        sys.exit(fail(error))
     except KeyboardInterrupt:
         if rank == 0:
             where = config and latest(config.out)

@@ -13,7 +13,6 @@ Papers: latent diffusion (arXiv 2112.10752) for the autoencoder, T5 (arXiv 1910.
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
-import argparse
 import csv
 import hashlib
 import io
@@ -25,7 +24,6 @@ import shutil
 import struct
 import sys
 import tempfile
-import time
 import unicodedata
 from collections import defaultdict
 from datetime import timedelta
@@ -53,8 +51,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import (Bucket, Meta, Plan, UnreadableClip, batches, bucket_list, fail, reachable, read_meta, read_window,
-                  resize_crop, stride, to_uint8, to_video, window_generator, window_number, whole, write_video)
+from data import (Bucket, Meta, Parser, Plan, UnreadableClip, batches, bucket_list, count, length_and_rate,
+                  one_line_errors, reachable, read_meta, read_window, resize_crop, stride, to_uint8, to_video,
+                  window_generator, window_number, whole, write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
 PIXELS_AT_ONCE = 2**20      # of frames that pass through the autoencoder together: its decoder's peak is then 3 GiB
@@ -67,16 +66,16 @@ class VAE:
 
     def __init__(self, net):
         self.net = net.eval().requires_grad_(False)
-        self.scale = net.config.scaling_factor
+        self.scale = net.config.scaling_factor      # 1 / the latents' spread (2112.10752, appendix G): 0.18 in Stable's
         self.channels = net.config.latent_channels
         self.device = net.device
-        self.down = 2 ** (len(net.config.block_out_channels) - 1)
+        self.down = 2 ** (len(net.config.block_out_channels) - 1)           # each block but the last halves the sides
 
     @torch.no_grad()
     def moments(self, video):
         """Mean and standard deviation of the posterior, scaled: two [B C T h w] for video [B 3 T H W] in -1..1."""
-        if video.ndim != 5 or video.shape[1] != 3:
-            raise ValueError(f"video must be [B 3 T H W], got {list(video.shape)}")
+        if video.ndim != 5 or video.shape[1] != 3 or min(video.shape[3:]) < self.down:
+            raise ValueError(f"video must be [B 3 T H W] with H and W {self.down} or more, got {list(video.shape)}")
         frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.net.dtype)
         posteriors = [self.net.encode(part).latent_dist for part in frames.split(frames_at_once(*video.shape[3:]))]
         join = lambda parts: rearrange(torch.cat(parts).float() * self.scale, "(b t) c h w -> b c t h w", b=len(video))
@@ -193,7 +192,10 @@ def from_sentencepiece(data):
 
 
 def protobuf(message):
-    """The fields of a message (protobuf.dev, "Encoding") as (number, value): an int, or the bytes of all else."""
+    """The fields of a message (protobuf.dev, "Encoding") as (number, value): an int, or the bytes of all else.
+
+    A field is a varint, 8 * number + kind, and its value.  Kind 0: a varint; 1 and 5: 8 and 4 bytes, a double or float;
+    2: a varint that tells how many bytes follow, text or a message within this one."""
     stream = io.BytesIO(message)
 
     def varint():           # 7 bits a byte, the lowest first; the last byte is below 128
@@ -276,6 +278,7 @@ def remember(load, captions, folder=None, key=()):
 def make_text_encoder(captions, folder, width=64, seed=0):
     """Writes a random T5 encoder of one layer and a tokenizer of whole words to folder, in transformers' layout.
 
+    It stands in for T5 in the tiny world, whose few words need no 4.8 billion weights; its sizes are chosen by hand.
     One layer leaves a word's embedding nearly the same whatever stands beside it, so what the model learns of "red" in
     seen captions holds in unseen ones; its relative position bias still tells word order apart."""
     words = {word for caption in captions for word in caption.split()} | {"and"}  # "and": for two things in a clip
@@ -297,6 +300,9 @@ NO_CLIP = -1                # the second choice of a plan whose clip cannot be r
 
 def write_cache(meta, config, vae, text_encoder, rank=0, world=1, group=None, recheck=False):
     """Encodes all clips for all buckets that they can reach, and their captions; the Path of an index for CachedClips.
+
+    Frozen networks say the same in every epoch: with a cache the tiny world trains on 1.27 times as many clips a second
+    (README.md), and the 9 GiB of T5-XXL need not stay beside the model.
 
     The folder config.cache then holds, floats in config.dtype:
       32-8-1.00-<hash>.safetensors  "moments" [N K 2 C T h w]: scaled mean and std of N clips of a bucket, at each of
@@ -407,7 +413,10 @@ class CacheWriter:
                              "make room or pass another --cache=DIR")
 
     def make(self):
-        """Writes the missing shards."""
+        """Writes the missing shards.
+
+        Clips come through data.batches as in training: processes read ahead, and a clip that hangs or kills one of them
+        costs that clip alone.  Each "batch" is one clip; where training would take another in its place, is NO_CLIP."""
         shards = [self.shards[n] for n in self.missing]
         clips = ((shard.bucket, clip) for shard in shards if shard.bucket for clip in shard.ids)
         plans = (Plan(i, bucket, [0], np.array([[clip, NO_CLIP]])) for i, (bucket, clip) in enumerate(clips))
@@ -419,6 +428,7 @@ class CacheWriter:
         for n, shard in zip(self.missing, shards):
             path = self.folder / self.names[n]
             tensors, note = self.encode_clips(shard) if shard.bucket else self.encode_captions(shard)
+            # after 200, chosen by hand: of fewer, a handful of bad ones says nothing of all
             if self.tried >= 200 and len(self.bad) > self.config.max_bad * self.tried:
                 raise ValueError(f"{len(self.bad)} of {self.tried} clips could not be read, more than max_bad="
                                  f"{self.config.max_bad:g} of them, see above: mend or drop them, or raise max_bad")
@@ -484,7 +494,6 @@ class Windows(NamedTuple):
     meta: Meta
     config: object                                          # configs.Config
 
-
     def read(self, clip, bucket, step, slot):
         """{"video": uint8 [K T H W 3], "decoded"}; raises UnreadableClip."""
         if clip == NO_CLIP:
@@ -549,7 +558,9 @@ def caption_hash(text):
 
 
 def fingerprint(weights):
-    """A name for these weights, a dict of tensors: the first 64 values of each, in the order of their names, hashed."""
+    """A name for these weights, a dict of tensors: the first 64 values of each, in the order of their names, hashed.
+
+    Training and rounding change every tensor, so that these tell, and 9 GiB of T5-XXL need not be gone through."""
     sha = hashlib.sha1()
     for _, value in sorted(weights.items()):
         sha.update(value.flatten()[:64].float().cpu().numpy().tobytes())
@@ -602,9 +613,12 @@ def cache(config, vae, text_encoder):
 def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, widths=(16, 32, 64, 96), seed=0):
     """An AutoencoderKL (8x down) fitted to frames, a list of uint8 [N H W 3], one per size.
 
-    The loss is the mean squared error plus kl_weight times the mean KL divergence per latent value.  The KL is a
-    hundred times what is usual for photographs: the decoder then sees latents noised by about a tenth of their
-    spread, and forgives the transformer's errors."""
+    The loss is the mean squared error plus kl_weight times the mean KL divergence per latent value (2112.10752, section
+    3.1, without its perceptual and adversarial terms: flat shapes have no texture).  The KL is a hundred times what is
+    usual for photographs: the decoder then sees latents noised by about a tenth of their spread, and forgives the
+    transformer's errors.  channels: a linear code of 4 gave 25 dB, at which tests/reader.py mistook a quarter of the
+    shapes, one of 12 gave 31.6 dB and 0.1%.  All else is chosen by hand, for a net that two CPU cores fit in a quarter
+    of an hour (assets/tiny/README.md); larger `widths` would reconstruct better and be slower."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     net = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * len(widths),
@@ -636,8 +650,7 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
     return net
 
 
-def train(args):
-    meta = read_meta(args.path)
+def train(meta, args):
     by_size, skipped = defaultdict(list), 0
     for clip in tqdm(range(min(args.num_clips, len(meta))), desc="reading clips"):
         try:
@@ -648,17 +661,18 @@ def train(args):
         else:
             by_size[frames.shape[1:3]].append(frames)
     if not by_size:
-        raise ValueError(f"{args.path}: none of its {len(meta)} clips could be read")
+        raise ValueError(f"{', '.join(meta.files)}: none of the first {args.num_clips} clips could be read")
     net = fit_vae([torch.cat(parts) for _, parts in sorted(by_size.items())], args.steps, args.batch, seed=args.seed)
     net.save_pretrained(args.out)
     parameters = sum(p.numel() for p in net.parameters())
     print(f"{args.out}: {parameters:,} parameters, scaling factor {net.config.scaling_factor:.3f}")
 
 
-def reconstruct(args):
-    path, vae = args.command, load_vae(args.vae)
-    frames = read_window(path, start=0)[0][:args.num_frames]
-    T, H, W = frames.shape[0], *(side // vae.down * vae.down for side in frames.shape[1:3])
+def reconstruct(path, args):
+    vae = load_vae(args.vae)
+    T = min(args.num_frames, length_and_rate(path)[0])
+    frames, _ = read_window(path, T, start=0)
+    H, W = (side // vae.down * vae.down for side in frames.shape[1:3])          # what makes whole latent cells
     video = to_video(frames[:, :H, :W])[None]
     again = vae.decode(vae.encode(video))
     print(f"{path}: {T} frames of {H}x{W}, PSNR {psnr(again, video):.2f} dB")
@@ -668,52 +682,38 @@ def reconstruct(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], usage="see --help",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", help='"train", "text", "cache", or a video or image to reconstruct')
-    parser.add_argument("path", nargs="?", help="meta.csv of the clips; of cache: a config, and --field=value after it")
+    usage = "python vae.py CLIP | train META --out DIR | text META --out DIR | cache CONFIG [--field=value ...]"
+    parser = Parser(description=__doc__.split("\nPapers")[0], usage=usage)
+    parser.add_argument("what", nargs="+", help="a video or image; train or text and a meta.csv; cache and a config")
     parser.add_argument("--out", help="folder or, for a reconstruction, a .mp4, .gif or .png")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     add = parser.add_argument_group("a reconstruction").add_argument
     add("--vae", default="assets/tiny/vae", help="folder or hub name; default: %(default)s")
-    add("--num-frames", type=int, default=16, help="of the clip; default: %(default)s")
+    add("--num-frames", type=count, default=16, help="of the clip; default: %(default)s")
     add = parser.add_argument_group("train").add_argument
-    add("--steps", type=int, default=6000, help="default: %(default)s")
-    add("--batch", type=int, default=32, help="frames of a step; default: %(default)s")
-    add("--num-clips", type=int, default=4000, help="of meta.csv, held in memory; default: %(default)s")
+    add("--steps", type=count, default=6000, help="default: %(default)s")
+    add("--batch", type=count, default=32, help="frames of a step; default: %(default)s")
+    add("--num-clips", type=count, default=4000, help="of meta.csv, held in memory; default: %(default)s")
     add("--seed", type=int, default=0, help="also of text; default: %(default)s")
-    (args, unknown), rank = parser.parse_known_args(), int(os.environ.get("RANK", 0))
-    needs = {"train": "a meta.csv and --out DIR", "text": "a meta.csv and --out DIR",
-             "cache": "a config, as in configs/tiny.py"}.get(args.command)
-    if unknown and not (args.command == "cache" and args.path):
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        if needs and not (args.path and (args.out or args.command == "cache")):
-            raise ValueError(f"python vae.py {args.command} needs {needs}")
-        if args.command == "train":
-            train(args)
-        elif args.command == "text":
-            meta = read_meta(args.path)
-            make_text_encoder([meta.text(clip) for clip in range(len(meta))], args.out, seed=args.seed)
-        elif args.command == "cache":
-            import configs
-            from sample import find
-            overrides = sys.argv[sys.argv.index(args.path) + 1:]    # --vae and --seed are the config's here
-            config = configs.load(args.path, [text for text in overrides if text != "--debug"])
-            cache(config, find(config.vae), find(config.text_encoder))
-        else:
-            reconstruct(args)
-    except (ValueError, OSError) as error:
-        if args.debug:
-            raise
-        time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
-        sys.exit(fail(f"rank {rank}: {error}" if rank else error))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    args = parser.parse_known_args()[0] if "cache" in sys.argv else parser.parse_args()
+    goes_on = "; the same command goes on from what is whole" * (args.what[0] == "cache")
+    with one_line_errors(args.debug, goes_on):
+        match args.what:
+            case ["train", meta] if args.out:
+                train(read_meta(meta), args)
+            case ["text", meta] if args.out:
+                meta = read_meta(meta)
+                make_text_encoder([meta.text(clip) for clip in range(len(meta))], args.out, seed=args.seed)
+            case ["cache", path]:
+                import configs
+                from sample import find
+                overrides = sys.argv[sys.argv.index(path) + 1:]     # --vae and --seed are the config's here
+                config = configs.load(path, [text for text in overrides if text != "--debug"])
+                cache(config, find(config.vae), find(config.text_encoder))
+            case [path] if path not in ("train", "text", "cache"):
+                reconstruct(path, args)
+            case what:
+                raise ValueError(f"{' '.join(what)}: expected {usage}")
 
 
 if __name__ == "__main__":

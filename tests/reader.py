@@ -69,9 +69,9 @@ def prompts(count, seed=0):
     rng = np.random.default_rng(seed)
     names = [(c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS]
     unseen, seen = [n for n in names if held_out(*n)], [n for n in names if not held_out(*n)]
-    def pick(pool, n):
+    def pick(pool, n):          # each once, then each once more ...
         rounds = -(-n // len(pool))
-        return [pool[i] for i in np.concatenate([rng.permutation(len(pool)) for _ in range(rounds)])[:n]]
+        return [pool[i] for _ in range(rounds) for i in rng.permutation(len(pool))][:n]
     return pick(unseen, count // 3) + pick(seen, count - count // 3)
 
 

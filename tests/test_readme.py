@@ -227,7 +227,7 @@ def known_flags(script):
     """Of its --help; where it does not read its arguments with argparse, those that its source compares with."""
     source = (ROOT / script).read_text(encoding="utf-8")
     said = " ".join(re.findall(r"""["'](--[\w-]+)""", source))
-    if "argparse" in source and "/" not in script:
+    if "Parser(" in source and "/" not in script:
         module, argv, out = importlib.import_module(Path(script).stem), sys.argv, io.StringIO()
         sys.argv = [script, "--help"]
         try:

@@ -26,6 +26,7 @@ from masks import Given, edit, format_strategy, parse_strategy
 from model import QUIRKS, STDiT, STDiTConfig, XL_2, example_inputs, from_upstream
 from sample import (PUBLISHED, RELEASED, Job, SampleQuirks, encode_texts, export, find_checkpoint, generate, guide,
                     load, noise_schedule, sample_latents, step_back, timesteps, visiting)
+from reader import prompts as prompts_of_shapes
 from vae import load_text_encoder, load_vae, make_text_encoder, read_note
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -675,6 +676,8 @@ def test_command_line_passes_on_what_it_is_told(checkpoint, tmp_path, monkeypatc
     (["--steps", "0"], "steps=0"),
     (["--rescale", "3"], "--rescale 3.0: expected 0, no change, to 1"),
     (["--num-frames", "0"], "0 frames of 32x32"),
+    (["--frame-interval", "0"], "fps=8.0, frame_interval=0: expected more than 0"),
+    (["--fps", "0", "--animate", "nowhere.png"], "fps=0.0, frame_interval=1: expected more than 0"),
     (["--reference", "nowhere.png"], "nowhere.png: no such file"),
     (["--edit", "a.mp4", "--animate", "a.png"], "--animate and --edit: expected one of them"),
     (["--edit", "a.mp4", "--mask-strategy", "0"], "--edit and --mask-strategy: expected one of them"),
@@ -682,9 +685,10 @@ def test_command_line_passes_on_what_it_is_told(checkpoint, tmp_path, monkeypatc
     (["--mask-strategy", "0,x"], "group 1 of 1, '0,x': reference='x': expected a whole number"),
     (["--prompts", "nowhere.txt"], "nowhere.txt"),
     (["--again", "pyproject.toml"], "--again pyproject.toml: expected the .json beside a video"),
+    (["--again", "assets/samples.png"], "--again assets/samples.png: expected the .json beside a video"),
 ])
 def test_command_line_mistakes_are_one_line(checkpoint, monkeypatch, capsys, args, message):
-    common = ["--device", "cpu", *([] if "--ckpt" in args else ["--ckpt", checkpoint])]
+    common = ["--device", "cpu", *([] if {"--ckpt", "--again"} & set(args) else ["--ckpt", checkpoint])]
     common += [] if {"--prompts", "--again"} & set(args) else ["--prompt", "a red circle"]
     with pytest.raises(SystemExit) as stop:
         command(monkeypatch, *common, *args)
@@ -720,9 +724,16 @@ def test_the_plan_of_the_published_size(monkeypatch, capsys):
 
 
 def test_default_size_is_the_shortest_trained_video():
-    buckets = {"144p": {1: (1.0, 8), 16: (1.0, 2)}, "240p": {16: (0.3, 1), 64: (0.0, None)}}
-    assert sample.default_bucket(buckets) == (16, 240, 426)
-    assert sample.default_bucket({"32": {1: (1.0, 8)}}) == (1, 32, 32)
+    buckets = {"144p": {1: (1.0, 8), 16: (1.0, 2)}, "240p": {8: (0.0, 1), 16: (0.3, 1), 64: (0.0, None)}}
+    tiny = configs.load("configs/tiny.py")
+    assert sample.default_bucket(replace(tiny, buckets=buckets).trained) == (16, 240, 426)
+    assert sample.default_bucket(replace(tiny, buckets={"32": {1: (1.0, 8)}}).trained) == (1, 32, 32)
+
+
+@pytest.mark.parametrize("many", [0, 1, 2, 3, 96, 200])
+def test_the_benchs_prompts_are_as_many_as_asked(many):
+    names = prompts_of_shapes(many)
+    assert len(names) == many and names == prompts_of_shapes(many)
 
 
 def test_slugs_are_file_names():
@@ -750,8 +761,8 @@ def test_texts_of_segments_are_upstreams():
     assert sample.split_prompt("|0|a|3|b") == ("a", "a", "a", "b")
     for wrong in ("|0|a|x|b", "|0|a|2|b|1|c", "|0||1|"):
         with pytest.raises(ValueError):
-            sample.check_jobs([sample.plan_job(wrong, [], None, 1, num_frames=4, height=16, width=16, fps=8)], [[]], 8,
-                              (1, 2, 2))
+            sample.check_jobs([sample.plan_job(wrong, [], None, 1, num_frames=4, height=16, width=16, fps=8)],
+                              lambda job: [], 8, (1, 2, 2))
 
 
 def asked(*args):
@@ -823,16 +834,53 @@ def reference_clip(path, many=10, fps=24):
     write_video(path, levels.repeat(32 * 48 * 3).reshape(many, 32, 48, 3), fps)
 
 
-def test_references_are_read_at_the_jobs_size_and_rate(tmp_path):
-    """Every third frame of 24 a second for a job at 8, up to the last one where the end is wanted."""
+def levels_of(reference):
+    """Which frames of reference_clip a reference has; None for those that were not read."""
+    assert all(frame.shape == (32, 48, 3) and frame.dtype == np.uint8 for frame in reference if frame is not None)
+    return [frame if frame is None else round(frame.mean() / 20) for frame in reference]
+
+
+def test_references_are_read_at_the_jobs_rate(tmp_path):
+    """Every third frame of 24 a second for a job at 8, up to the last one where the end is wanted; what is taken."""
     reference_clip(tmp_path / "a.mp4", many=9)
     common = dict(prompts=("x",), num_frames=4, height=17, width=16, references=(str(tmp_path / "a.mp4"),))
     for fps, interval, strategy, frames in [
-            (24, 3, "0", [0, 3, 6]), (24, 3, "0,0,-2,0,2", [2, 5, 8]), (24, 1, "0", range(9)),
-            (8, 1, "0,0,-1", [2, 5, 8]), (60, 1, "0", range(9))]:
-        [clip] = sample.read_references(Job(**common, fps=fps, frame_interval=interval, strategy=strategy), 8)
-        assert clip.shape == (len(frames), 16, 16, 3)
-        assert np.abs(clip.mean((1, 2, 3)) - [20 * i for i in frames]).max() < 4
+            (24, 3, "0,0,0,0,3", [0, 3, 6]), (24, 3, "0,0,-2,0,2", [None, 5, 8]), (24, 3, "0", [0, None, None]),
+            (8, 1, "0,0,-1", [None, None, 8]), (60, 1, "0,0,4;0,0,-1,1", [None] * 4 + [4, None, None, None, 8])]:
+        [clip] = sample.read_references(Job(**common, fps=fps, frame_interval=interval, strategy=strategy))
+        assert levels_of(clip) == frames
+
+
+@pytest.mark.parametrize("strategy, ends", [
+    ("1,-1,-2,0,2", [False, False]),            # -1 in segment 1 is segment 0: --animate, and on from there
+    ("1,-2,-2,0,2", [False, True]), ("1,-3,-2,0,2", [True, False]), ("0,-1,-2,0,2", [False, True]),
+    ("2,-3,-2,0,2", [False, True]), ("0,-2,-2,0,2", [True, False]), ("1,1,-1", [False, True]),
+    ("1,2,-1", [False, False]),                 # segment 0 by its number
+    ("3,0,-1;-1,1,-1", [False, False]),         # of segments that are never made
+])
+def test_the_end_that_is_taken_is_that_of_the_clip_meant(tmp_path, strategy, ends):
+    """Of three segments with two clips of 9 frames, of which every third is shown; each clip's middle one is given."""
+    reference_clip(tmp_path / "a.mp4", many=9)
+    job = Job(("x",) * 3, 4, 16, 16, 24, 3, (str(tmp_path / "a.mp4"),) * 2, strategy + ";0,0,1;0,1,1,1")
+    assert [levels_of(clip)[1] for clip in sample.read_references(job)] == [5 if end else 3 for end in ends]
+
+
+def test_a_film_is_not_read_to_animate_its_first_frame(checkpoint, tmp_path, monkeypatch):
+    """Frames, stride and start of what is read: once before anything is sampled, so that a fault is told then."""
+    reference_clip(tmp_path / "a.gif", many=9)
+    read, windows = sample.read_window, []
+    monkeypatch.setattr(sample, "read_again", lambda *args: windows.append(args[1:]) or read(*args))
+    common = ("--prompt", "x", "--ckpt", checkpoint, "--steps", 1, "--device", "cpu", "--fps", 8, "--out", tmp_path)
+    command(monkeypatch, *common, "--animate", tmp_path / "a.gif", "--num-frames", 4)
+    command(monkeypatch, *common, "--extend-after", tmp_path / "a.gif", "--num-frames", 3, "--keep", 2, "--overwrite")
+    assert windows == [(1, 3, 0)] * 2 + [(2, 3, 5)] * 2
+
+
+def test_clips_of_several_seeds_are_decoded_once(tmp_path, monkeypatch):
+    reference_clip(tmp_path / "a.mp4", many=9)
+    jobs = [Job(("x",), 4, 16, 16, 24, references=(str(tmp_path / "a.mp4"),), strategy="0", seed=s) for s in range(9)]
+    frames = [sample.read_references(job)[0][0] for job in jobs]
+    assert all(np.shares_memory(frame, frames[0]) for frame in frames)
 
 
 # ---------------------------------------------------------------- jobs: long video
@@ -918,6 +966,23 @@ def test_the_json_makes_the_video_again(checkpoint, tmp_path, monkeypatch):
     assert told["job"]["number"] == 1 and told["sampling"]["cfg_scale"] == 3 and told["ckpt"] == str(checkpoint)
 
 
+def test_the_json_tells_of_plain_ops(checkpoint, tmp_path, monkeypatch, capsys):
+    common = ("--device", "cpu", "--format", "png", "--out")
+    command(monkeypatch, "--prompt", "a cat", "--ckpt", checkpoint, "--steps", 1, "--plain", *common, tmp_path / "one")
+    assert "ops: plain" in capsys.readouterr().out
+    command(monkeypatch, "--again", tmp_path / "one/00-a-cat.json", *common, tmp_path / "two")
+    assert "ops: plain" in capsys.readouterr().out
+    one, two = ((tmp_path / folder / "00-a-cat.json").read_text("utf-8") for folder in ("one", "two"))
+    assert one == two and json.loads(one)["plain"] is True
+
+
+@pytest.mark.parametrize("words, named", [(["--steps", 5], "--steps"), (["--seed", 1, "--plain"], "--seeds, --plain")])
+def test_again_takes_no_other_settings(checkpoint, tmp_path, monkeypatch, capsys, words, named):
+    with pytest.raises(SystemExit, match="2"):
+        command(monkeypatch, "--again", tmp_path / "a.json", *words)
+    assert capsys.readouterr().err == f"error: --again {tmp_path / 'a.json'} takes all from there: leave out {named}\n"
+
+
 def test_what_is_there_is_skipped(checkpoint, tmp_path, monkeypatch, capsys):
     common = ("--prompt", "a cat", "a dog", "--ckpt", checkpoint, "--device", "cpu", "--steps", 2, "--out", tmp_path)
     command(monkeypatch, *common)
@@ -945,10 +1010,24 @@ def test_a_grid_of_seeds(checkpoint, tmp_path, monkeypatch, capsys):
     assert not list((tmp_path / "stills").glob("*.mp4"))
 
 
+def test_an_unknown_flag_is_named_first(capsys):
+    """Not the --prompt that is missing without it."""
+    for words, said in ((["--promt", "a dog"], "there is no --promt, did you mean --prompt?"),
+                        (["--prompt=x", "--num_frames=3"], "there is no --num_frames, did you mean --num-frames?"),
+                        (["--prompt", "x", "--zzz"], "there is no --zzz, --help shows what is"),
+                        (["--prompt", "x", "--num-frames", "many"], "argument --num-frames: invalid int value: 'many'"),
+                        ([], "one of the arguments --prompt --prompts --again --plan --export is required")):
+        with pytest.raises(SystemExit, match="2"):
+            sample.parse_args(words)
+        assert capsys.readouterr().err == f"error: {said}\n"
+    assert sample.parse_args(["--prompt", "-- a dash --", "--size=16x16"]).prompt == ["-- a dash --"]
+
+
 def test_help_shows_examples_first(capsys):
     with pytest.raises(SystemExit):
         sample.parse_args(["--help"])
     shown = capsys.readouterr().out
+    assert shown.startswith("usage: python sample.py --prompt")
     first, *rest = map(shown.index, ("python sample.py --prompts jobs.txt", "--num-frames", "--batch-size"))
     assert [first, *rest] == sorted([first, *rest])
     assert "Q4" not in shown.split("--quirks")[0]
@@ -1021,7 +1100,7 @@ def test_published_weights_load_in_every_form(xl, tmp_path, monkeypatch, capsys)
 
 def test_published_weights_are_sampled_as_the_release_does(xl):
     config = find_checkpoint(xl)[1]
-    assert sample.default_bucket(config.buckets) == (16, 240, 426)
+    assert sample.default_bucket(config.trained) == (16, 240, 426)
     assert (config.fps, config.frame_interval, config.prediction, config.cfg_scale) == (24, 3, "eps", 7)
     assert (config.vae, config.text_encoder, config.model.model_max_length) == (
         "stabilityai/sd-vae-ft-ema", "DeepFloyd/t5-v1_1-xxl", 200)

@@ -19,14 +19,15 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from PIL import Image
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import data
 import vae as vae_module
 from configs import Config, dump
-from data import (BucketSampler, ClipDataset, UnreadableClip, batches, bucket_list, reachable, read_meta, shapes_clip,
-                  to_video, window_number, write_shapes, write_video)
+from data import (BucketSampler, ClipDataset, UnreadableClip, batches, bucket_list, reachable, read_meta, read_window,
+                  shapes_clip, to_video, window_number, write_shapes, write_video)
 from masks import RECIPE
 from model import TINY, LiveBytes
 from vae import (CachedClips, clean_caption, fit_vae, from_sentencepiece, load_text_encoder, load_tokenizer, load_vae,
@@ -102,7 +103,7 @@ def test_sizes_are_floored_to_cells(vae):
 
 
 def test_wrong_shape_and_missing_folder(vae, tmp_path):
-    with pytest.raises(ValueError, match=r"video must be \[B 3 T H W\], got \[1, 4, 2, 8, 8\]"):
+    with pytest.raises(ValueError, match=r"video must be \[B 3 T H W\] with .*, got \[1, 4, 2, 8, 8\]"):
         vae.encode(torch.zeros(1, 4, 2, 8, 8))
     with pytest.raises(FileNotFoundError, match="neither a folder"):
         load_vae(str(tmp_path / "none"))
@@ -633,14 +634,40 @@ def run(monkeypatch, capsys, *args):
 
 
 def test_unknown_options_are_named(monkeypatch, capsys):
-    code, output = run(monkeypatch, capsys, "train", "meta.csv", "--stps=3")
-    assert code == 2 and "unrecognized arguments: --stps=3" in output.err
+    for args, said in ((("train", "meta.csv", "--stps=3"), "there is no --stps, did you mean --steps?"),
+                       (("--hep",), "there is no --hep, did you mean --help?"),
+                       (("train", "meta.csv", "--batch=0"),
+                        "argument --batch: expected a whole number, 1 or more, got '0'")):
+        code, output = run(monkeypatch, capsys, *args)
+        assert code == 2 and output.err == f"error: {said}\n"
 
 
 def test_reconstructs_a_clip(tmp_path, monkeypatch, capsys):
     write_video(tmp_path / "clip.mp4", shapes_clip(3, 0)[0], 8)
     code, said = run(monkeypatch, capsys, tmp_path / "clip.mp4", "--vae", TINY_VAE, "--out", tmp_path / "pair.png")
     assert code == 0 and float(said.out.split("PSNR ")[1].split()[0]) > 30 and (tmp_path / "pair.png").is_file()
+
+
+def test_of_a_film_no_more_is_read_than_is_shown(tmp_path, monkeypatch, capsys):
+    asked, path = [], tmp_path / "clip.mp4"
+    write_video(path, square_frames(3, 20)[:8], 8)
+    read = lambda path, num_frames, start: asked.append(num_frames) or read_window(path, num_frames, start=start)
+    monkeypatch.setattr(vae_module, "read_window", read)
+    for words, many in ((), 8), (("--num-frames", 3), 3):
+        assert f"{many} frames of 32x32" in run(monkeypatch, capsys, path, "--vae", TINY_VAE, *words)[1].out
+    assert asked == [8, 3]
+
+
+def test_ctrl_c_says_what_was_stopped(config, monkeypatch, capsys):
+    """Of a cache what is whole stays; a second start goes on (see above)."""
+    (path := Path(config.cache).with_name("config.py")).write_text(dump(config))
+    def stop(*args, **settings):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(vae_module, "write_cache", stop)
+    monkeypatch.setattr(vae_module, "reconstruct", stop)
+    for args, said in (("cache", path), "; the same command goes on from what is whole"), (("a.mp4",), ""):
+        code, output = run(monkeypatch, capsys, *args)
+        assert code == 130 and output.err == f"\nstopped{said}\n"
 
 
 def test_makes_a_text_encoder(tmp_path, monkeypatch, capsys):
@@ -659,9 +686,14 @@ def test_writes_a_cache(config, write, monkeypatch, capsys):
 
 
 def test_errors_are_one_line(tmp_path, monkeypatch, capsys):
-    for args, said in (((tmp_path / "no.mp4",), "no such file"), (("train",), "needs a meta.csv and --out"),
+    Image.new("RGB", (5, 40)).save(tmp_path / "thin.png")
+    for args, said in (((tmp_path / "no.mp4",), "no such file"), (("train",), "train: expected python vae.py CLIP | t"),
+                       (("text", tmp_path / "meta.csv"), "meta.csv: expected python vae.py CLIP | train META --out"),
+                       (("trian", "meta.csv", "--out", tmp_path), "trian meta.csv: expected python vae.py CLIP | tr"),
+                       ((tmp_path / "thin.png",), "with H and W 8 or more, got [1, 3, 1, 40, 0]"),
                        (("train", tmp_path / "meta.csv", "--out", tmp_path), "python data.py shapes"),
-                       (("cache",), "needs a config"), (("cache", "nowhere.py"), "no config file nowhere.py"),
+                       (("cache",), "cache: expected python vae.py CLIP"),
+                       (("cache", "nowhere.py"), "no config file nowhere.py"),
                        (("cache", "configs/tiny.py", "--cache="), "cache='': expected a folder"),
                        (("cache", "configs/tiny.py", "--vae=/no/such/vae"), "AutoencoderKL '/no/such/vae' is neither"),
                        (("cache", "configs/tiny.py", "--windows=0"), "windows=0: expected 1 or more"),
