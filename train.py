@@ -61,6 +61,8 @@ from model import QUIRKS, STDiT, check_weights, example_inputs, from_pixart
 from sample import SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, read_weights, usual_aspect
 from vae import CachedClips, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
+LOG_EVERY = 10              # steps, as upstream's log_every
+
 
 # ---------------------------------------------------------------- the loss
 # DDPM noises x_0 to x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, abar falling from 0.9999 at t = 0 to 4e-5 at t = 999,
@@ -369,7 +371,7 @@ def train(config, allow_changes=False, plain=False):
     prompts = remember(lambda encoder=text_encoder: encoder, config.prompts)
     dataset = ClipDataset(meta, config)
     if config.cache:
-        patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))   # ranks end writing hours apart
+        patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))    # ranks end hours apart
         index = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
         dataset, encode = CachedClips(meta, config, index), dict
     del text_encoder                                                        # with a cache, it is gone here
@@ -467,7 +469,7 @@ def shared(read, place):
 def note_signals(say):
     """A list that gets the number of a SIGTERM or SIGINT (Ctrl-C) when one comes; a second one acts as ever.
 
-    The step is ended first: within one, a rank that stopped would leave the others waiting in a collective."""
+    The step is ended first: a rank that stopped within one would leave the others waiting in a collective."""
     numbers, usual = [], {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
     def note(number, _):
@@ -534,6 +536,7 @@ class Checkpoints:
         shutil.rmtree(folder, ignore_errors=True)                           # a checkpoint that `latest` never named
         self.part.replace(folder)
         write_text(self.folder / "latest", name)
+        # `latest` set back by hand leaves checkpoints past this one: they do not count, and are overwritten one by one
         for old in sorted(p for p in self.folder.glob("step-*") if p <= folder)[:-config.keep_last]:
             if not config.keep_every or step_of(old) % config.keep_every:
                 shutil.rmtree(old)
@@ -643,9 +646,6 @@ def fingerprint(meta, vae, text_encoder):
 
 
 # ---------------------------------------------------------------- seeing
-LOG_EVERY = 10                              # steps, as Open-Sora's log_every
-
-
 # What is averaged over clips is first added up in a Counter: ("clips" | "loss" | "mse" | "vb", group) -> sum, a group
 # being "all", a quarter 0 to 3 of t, or a bucket's kind. fp32 losses add up in fp64 without rounding: whichever clips
 # a rank or a part of a batch has, the means are the same.
@@ -742,14 +742,16 @@ class Log:
             if isinstance(value, (int, float)):
                 self.board.add_scalar(name, value, row["step"])
 
-SPIKE_WINDOW = 50                           # lines of the log that a spike is told from
-# Of the median distance from their median: 6.7 standard deviations of normal noise. Chosen by hand: false alarms (none
-# in 500 draws, tests/test_train.py) against small spikes that go unmarked.
-SPIKE = 10
+
+# Lines of the log, and how many times their median distance from their median a spike is off it: 6.7 standard
+# deviations of normal noise. By hand: false alarms (none in 500 draws, tests/test_train.py) against spikes unmarked.
+SPIKE_WINDOW, SPIKE = 50, 10
 
 
 def is_spike(loss, recent):
-    """Whether a loss is far above those before it; not told from fewer than ten."""
+    """Whether a loss is far above those before it; not told from fewer than ten.
+
+    Medians, as an earlier spike among `recent` would drag a mean along and hide the next."""
     recent = [x for x in recent if x is not None]
     if loss is None or len(recent) < 10:
         return False
@@ -807,15 +809,15 @@ class Validation:
             add_clips(sums, terms, t, batch["bucket"][:2])                  # sync
         sums = over_ranks(sums)                                             # collective
         if self.file:
-            by_bucket = {f"{level} x {t}": mean(sums, "loss", (level, t)) for level, t in self.kinds}
+            seen = [kind for kind in self.kinds if sums["clips", kind]]
             row = {"step": step, "loss": mean(sums, "loss"), "loss_by_t": [mean(sums, "loss", i) for i in range(4)],
-                   "loss_by_bucket": {kind: loss for kind, loss in by_bucket.items() if loss is not None}}
+                   "loss_by_bucket": {f"{level} x {t}": mean(sums, "loss", (level, t)) for level, t in seen}}
             with naming(self.file.name):
                 print(json.dumps(row), file=self.file, flush=True)
 
 
 def preview(run, vae, text_encoder, step):
-    """samples/step-0000500.png: one row of frames per prompt, sampled with the EMA."""
+    """samples/step-0000500.png: one row of frames per prompt, sampled with the EMA; 50 steps, half of sample.py's."""
     config, (num_frames, height, width) = run.config, default_bucket(run.config.buckets)
     run.ema.swap()
     videos = generate(run.model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height,
@@ -982,7 +984,8 @@ def main():
     except (ValueError, OSError) as error:
         if args.debug:
             raise
-        time.sleep(10 if rank else 0)       # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
+        # Mostly all ranks fail alike: rank 0 says so, and torchrun ends the others within 10 s (chosen by hand).
+        time.sleep(10 if rank else 0)
         sys.exit(fail(f"rank {rank}: {error}" if rank else error))
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)                        # a third one shows no traceback of the end
