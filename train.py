@@ -366,6 +366,8 @@ def train(config, allow_changes=False, plain=False):
         write_text(folder / "config.py", configs.dump(config))
         write_text(folder / "clips.txt", f"{read}\n{sampler.table()}\n")
 
+    # The frozen networks work at every step, or, with a cache, once and now. Previews ask for their prompts alone: with
+    # these remembered, T5's 9 GiB can go (a default of the lambda holds it no longer than that; a closure would).
     encode = partial(to_latents, vae=vae, text_encoder=text_encoder, group=place.group)
     validation = Validation(config, meta, place, first, encode) if config.validate_every else None
     prompts = remember(lambda encoder=text_encoder: encoder, config.prompts)
@@ -374,7 +376,7 @@ def train(config, allow_changes=False, plain=False):
         patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))    # ranks end hours apart
         index = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
         dataset, encode = CachedClips(meta, config, index), dict
-    del text_encoder                                                        # with a cache, it is gone here
+    del text_encoder
 
     run = make_run(config, place)
     if checkpoint:
