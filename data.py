@@ -1156,6 +1156,7 @@ def one_line_errors(debug, stopped=""):
             raise
         sys.exit(fail(error))
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one shows no traceback of the end
         if not int(os.environ.get("RANK", 0)):
             print(f"\nstopped{stopped}", file=sys.stderr)
         sys.exit(130)

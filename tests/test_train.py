@@ -21,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from einops import rearrange
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import configs
@@ -442,6 +443,34 @@ def test_a_slow_save_is_of_its_step(world, tmp_path, monkeypatch):
     assert rows(config) == world[1]
 
 
+def test_a_run_that_is_done_says_so(world, tmp_path, monkeypatch, capsys):
+    """And reads nothing but its checkpoint, for model.safetensors: it may have been killed before it wrote that."""
+    shutil.copytree(world[0].out, tmp_path / "run")
+    (tmp_path / "run/model.safetensors").write_bytes((tmp_path / "run/clips.txt").read_bytes())
+    for name in ("read_meta", "load_vae", "load_text_encoder", "make_run"):
+        monkeypatch.delattr(train, name)
+    config = replace(world[0], out=str(tmp_path / "run"))
+    for steps in (20, 19):
+        assert train.train(replace(config, steps=steps)) == 0
+        dist.destroy_process_group()
+        assert f"step-0000020: all {steps} steps are done; --steps=N goes on" in capsys.readouterr().out
+    assert rows(config) == world[1]
+    assert all(torch.equal(value, weights(world[0])[name]) for name, value in weights(config).items())
+
+
+@pytest.mark.parametrize("name, old, new, said", [
+    ("log.jsonl", "\n", "\nslower from here\n", "log.jsonl line 2: 'slower from here', expected JSON with a step"),
+    ("log.jsonl", '"step"', '"steps"', "log.jsonl line 1: .*mend or remove the line"),
+    ("latest", "step", "stop", "latest says 'stop-0000020', expected one of step-0000016, step-0000020"),
+    ("latest", "step-0000020", "", "latest says '', expected one of")])
+def test_a_run_that_was_edited_says_where(world, tmp_path, name, old, new, said):
+    file = tmp_path / "run" / name
+    shutil.copytree(world[0].out, file.parent)
+    file.write_text(file.read_text().replace(old, new, 1))
+    with pytest.raises(ValueError, match=said):
+        run(replace(world[0], out=str(file.parent), steps=21))
+
+
 def test_checkpoints_that_stay(world, tmp_path):
     config = replace(world[0], out=str(tmp_path / "run"), steps=10, save_every=1, keep_last=3, keep_every=4)
     run(config)
@@ -732,6 +761,8 @@ def stderr_of(config, capsys, monkeypatch, *args, status=2):
     "--data=nowhere/meta.csv": "no file nowhere/meta.csv - `python data.py shapes DIR`",
     "--buckets={'720p': {16: (1.0, 1)}}": "no clip fits any bucket",
     "--init=nowhere": "init='nowhere' is not there",
+    "--init=README.md": "README.md cannot be read: ",
+    f"--out={ROOT / 'README.md'}": "out='.*README.md' is a file, expected a folder",
     "--vae=/no/such/folder": "AutoencoderKL '/no/such/folder'",
     "--lr=1e30": "the gradient of bucket .* is not finite",
 }.items())
@@ -766,6 +797,34 @@ def test_a_save_that_fails_leaves_the_last_one_whole(world, tmp_path, capsys, mo
     assert sorted(p.name for p in (tmp_path / "run").glob("*s*-*")) == ["step-0000008"]
     run(config)
     assert rows(config) == world[1]
+
+
+@pytest.mark.parametrize("owner, name, error, said, whole", [
+    (WRITER, "write_data", RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 704 vs 598"),
+     "a file came out shorter than what was written to it, ", "none before it"),
+    (train, "save_file", SafetensorError("I/O error: No space left on device (os error 28)"),
+     "model.safetensors cannot be written: I/O error: No space left on device (os error 28), ", "step-0000008")],
+    ids=["torch", "safetensors"])
+def test_a_full_disk_in_other_words(world, tmp_path, capsys, monkeypatch, owner, name, error, said, whole):
+    """At step 8 only: the run goes on, and nothing that is half written takes up the disk."""
+    config, write, left = replace(world[0], out=str(tmp_path / "run")), getattr(owner, name), []
+
+    def full(*args):
+        if left:
+            left.append(sorted(path.name for path in (tmp_path / "run").glob(".*.part")))
+            return write(*args)
+        left.append([])
+        if name == "save_file":
+            args[1].write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(owner, name, full)
+    run(config)
+    message = capsys.readouterr().err
+    assert f"step 8 could not be saved: {tmp_path / 'run' if name == 'save_file' else ''}" in message
+    assert said in message and f"{whole} is whole; the next save is tried at step 16" in message
+    assert left == [[]] * 3 and rows(config) == world[1]
+    assert all(torch.equal(value, weights(world[0])[name]) for name, value in weights(config).items())
 
 
 if __name__ == "__main__":                                                  # in a process that `start` started
