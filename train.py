@@ -343,12 +343,6 @@ def train(config, allow_changes=False, plain=False):
         raise ValueError(f"out={config.out!r} is a file, expected a folder, or the name of a new one")
     checkpoint = latest(folder)
     first = step_of(checkpoint) if checkpoint else 0
-    if first >= config.steps:
-        place.say(f"{checkpoint}: all {config.steps} steps are done; --steps=N goes on to N, another --out starts over")
-        if place.rank == 0:                                                 # it may have been killed just before this
-            export(checkpoint, folder / "model.safetensors")
-        return 0
-
     place.say(use(place.device, plain))
     meta = rank0_first(lambda: read_meta(config.data))                      # which builds the index
     sampler = BucketSampler(meta, config)
@@ -360,6 +354,11 @@ def train(config, allow_changes=False, plain=False):
     read = fingerprint(meta, vae, text_encoder)
     if checkpoint:
         check_changes(config, read, allow_changes, place.say)
+    if first >= config.steps:
+        place.say(f"{checkpoint}: all {config.steps} steps are done; --steps=N goes on to N, another --out starts over")
+        if place.rank == 0:                                                 # it may have been killed just before this
+            export(checkpoint, folder / "model.safetensors")
+        return 0
     if place.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         write_text(folder / "config.py", configs.dump(config))

@@ -444,11 +444,10 @@ def test_a_slow_save_is_of_its_step(world, tmp_path, monkeypatch):
 
 
 def test_a_run_that_is_done_says_so(world, tmp_path, monkeypatch, capsys):
-    """And reads nothing but its checkpoint, for model.safetensors: it may have been killed before it wrote that."""
+    """And writes model.safetensors: it may have been killed before it did."""
     shutil.copytree(world[0].out, tmp_path / "run")
     (tmp_path / "run/model.safetensors").write_bytes((tmp_path / "run/clips.txt").read_bytes())
-    for name in ("read_meta", "load_vae", "load_text_encoder", "make_run"):
-        monkeypatch.delattr(train, name)
+    monkeypatch.delattr(train, "make_run")
     config = replace(world[0], out=str(tmp_path / "run"))
     for steps in (20, 19):
         assert train.train(replace(config, steps=steps)) == 0
