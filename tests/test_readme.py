@@ -318,9 +318,11 @@ def test_both_languages_say_the_same():
 SMALL = {
     r"sample\.py --prompt \"a red circle moves right\"": "--steps 3",
     r"sample\.py --ckpt runs/\w+ --prompt .*": "--steps 3",
-    r"data\.py shapes data/shapes": "--num-clips=60",
+    r"sample\.py --prompt .* data/shapes/.*": "--steps 3",                  # frames that are given
+    r"data\.py shapes data/shapes": "--num-clips=300",
     r"data\.py data/shapes/meta\.csv configs/tiny\.py": "--buckets={'32':{8:(1.0,2)}}",
     r"train\.py configs/tiny\.py": "--steps=2 --sample_every=0 --buckets={'32':{8:(1.0,2)}}",
+    r"train\.py configs/tiny\.py --data=data/mine/meta\.csv .*": "--steps=1 --buckets={'32':{8:(1.0,1)}}",
     r"train\.py configs/stage\d\w*\.py --print": "",
     r"train\.py configs/finetune\.py --plan .*": "",
     r"vae\.py data/shapes/000000\.mp4 .*": "",
