@@ -3,8 +3,8 @@
     python assets/draw.py                    lists the pictures: name, what it shows, SOURCE
     python assets/draw.py NAME [SOURCE]      writes assets/NAME.svg (training: .png); --out FOLDER: elsewhere
     python assets/draw.py all                those that take seconds and need no SOURCE
-Nothing is drawn from memory: masks.py, data.py, sample.py and model.py are asked, or a log, a table, previews are read.
-step-time reads {"of": what was timed, "on": the hardware, "plain": {category: ms, ...}, "fast": {category: ms, ...}}.
+Nothing is drawn from memory: masks.py, data.py, sample.py and model.py are asked, or a log, a table, profiles, previews
+are read.
 """
 import argparse
 import base64
@@ -14,21 +14,14 @@ import json
 import re
 import sys
 import tempfile
-import time
-from collections import Counter
-from dataclasses import replace
 from functools import partial
 from html import escape
 from itertools import groupby
 from pathlib import Path
-from unittest import mock
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer, timer
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 840                                                             # GitHub shows a README about so wide
@@ -301,58 +294,17 @@ def draw_curation(source="data/mine"):
 
 
 # ---------------------------------------------------------------- the time of a step
-OPS = {"modulate": "norm, modulate", "qk_norm_rope": "QK-norm, RoPE", "gated_residual": "gates", "gelu_linear": "GELU",
-       "attention": "attention", "cross_attention": "attention"}        # of model.py
-LINEAR = "matrix products"
-
-
-def milliseconds(op, *args):
-    """The fastest of a second's runs of an op, forward and backward to each tensor."""
-    args = [z.detach().requires_grad_() if torch.is_tensor(z) else z for z in args]
-    inputs, outputs = [z for z in args if torch.is_tensor(z)], lambda: tree_leaves(op(*args))
-    ones = [torch.ones_like(z) for z in outputs()] if inputs else []
-    run = lambda: torch.autograd.grad(outputs(), inputs, ones) if inputs else op()
-    clock = timer if torch.cuda.is_available() else time.process_time   # waits for a GPU; own time on a shared CPU
-    runs = Timer("run()", globals={"run": run}, timer=clock, num_threads=torch.get_num_threads())
-    return 1e3 * min(runs.blocked_autorange(min_run_time=1).times)
-
-
-def measured():
-    """The table of a block of XL/2, each op alone on what the block hands to it: fp32 on a CPU, bf16 on a GPU."""
-    import kernels
-    import model
-    device, dtype, B, clock = ("cpu", torch.float32, 1, "CPU time") if not torch.cuda.is_available() else (
-        "cuda", torch.bfloat16, 8, torch.cuda.get_device_name())
-    C, forms = model.XL_2.hidden_size, {"plain": Counter(), "fast": Counter()}
-    block = model.STDiT(replace(model.XL_2, depth=1)).blocks[0].to(device, dtype)
-    optimizer = torch.optim.AdamW(block.parameters(), fused=True)
-    for weight in block.parameters():
-        weight.grad = torch.ones_like(weight)
-    new, calls = (lambda *shape: torch.randn(*shape, device=device, dtype=dtype)), [("AdamW", optimizer.step, ())]
-    note = lambda name, op, *args: calls.append((name, op, args)) or op(*args)
-    spies, linear = {op: partial(note, OPS[op], getattr(model, op)) for op in OPS}, partial(note, LINEAR, F.linear)
-    with mock.patch.multiple(model, **spies), mock.patch.object(F, "linear", linear):
-        block(new(B, 16, 144, C), new(B, 16, 6 * C), new(B, 16, 3 * C), new(100 * B, C), [100] * B,
-              model.rotary_table(16, model.XL_2.head_dim, device))
-    for name, op, args in calls:
-        args = (args[0], args[1][:1], args[2][:1]) if name == "GELU" else args                  # but for its product
-        for form, took in forms.items():                                # in turns: a machine is not alike all the time
-            kernels.use(device, plain=form == "plain")
-            took[name] += milliseconds(op, *args)
-    return {"of": f"a block of XL/2, {B} x 16 x 144 tokens, forward and backward, each op timed alone",
-            "on": f"{clock}, {str(dtype)[6:]}, torch {torch.__version__}", **forms}
-
-
-def draw_step_time(source=""):
-    """What the time of a step goes to: two bars for each kind of work, plain and fast; SOURCE: .json, else measured."""
-    table = json.loads(Path(source).read_text()) if source else measured()
-    if not source:
-        (ROOT / "assets" / "step-time.json").write_text(json.dumps(table, indent=1) + "\n")
-    plain, fast = (Counter(table[form]) for form in ("plain", "fast"))  # 0 where one lacks a category
-    both = [(GREY, f"plain: {plain.total():,.1f} ms"), (BLUE, f"fast: {fast.total():,.1f} ms")]
-    parts, unit = [text(0, 14, table["of"], "head"), text(0, 32, table["on"])], 570 / max((plain | fast).values())
+def draw_step_time(source=ROOT / "assets" / "results"):
+    """What the GPU time of a block goes to: each kind of kernel, plain and fast; SOURCE: folder of two profiles."""
+    from assets.results import gpu_time
+    plain, fast = (Path(source, f"h100-profile-{form}.txt") for form in ("plain", "fast"))
+    of, on, plain = gpu_time(plain.read_text(encoding="utf-8"))
+    *where, fast = gpu_time(fast.read_text(encoding="utf-8"))
+    assert where == [of, on], f"{source}: the profiles are of {of}, {on}, and of {', '.join(where)}"
+    both = [(GREY, f"plain: {sum(plain.values()):,.1f} ms"), (BLUE, f"fast: {sum(fast.values()):,.1f} ms")]
+    parts, unit = [text(0, 14, of, "head"), text(0, 32, on)], 570 / max(plain.values())
     parts += legend(520, 32, 160, both)
-    for y, name in zip(range(50, 9999, 38), sorted(plain | fast, key=lambda name: -plain[name])):
+    for y, name in zip(range(50, 9999, 38), sorted(plain, key=plain.get, reverse=True)):
         parts.append(text(0, y + 19, name))
         for at, colour, ms in ((y, GREY, plain[name]), (y + 14, BLUE, fast[name])):
             parts += [rect(140, at, unit * ms + 1, 13, colour), text(147 + unit * ms, at + 11, f"{ms:,.1f} ms")]
@@ -361,7 +313,7 @@ def draw_step_time(source=""):
 
 # ---------------------------------------------------------------- the command line
 PICTURES = {name[5:].replace("_", "-"): draw for name, draw in globals().items() if name.startswith("draw_")}
-CHEAP = "masks", "buckets", "noise", "attention"
+CHEAP = "masks", "buckets", "noise", "attention", "step-time"
 
 
 def write(name, folder, *source):

@@ -28,6 +28,9 @@ COMMANDS = {
 # qk_norm_rope attention in space.  time_attention is not one: its arithmetic takes longer than its 4 and 7 passes.
 PASSES = {"modulate_forward<bf16, 1152>": 2, "modulate_backward<bf16, 1152>": 3, "gated_residual<bf16, 1152, 0>": 3,
           "gated_residual<bf16, 1152, 1>": 3, "qk_norm_rope<bf16, 72, 0, 0>": 4, "qk_norm_rope<bf16, 72, 0, 1>": 8}
+# The kernels of two kinds of work in a profile, by name: NVIDIA's products; PyTorch's attention by cuDNN, and our own.
+KINDS = {"matrix products": r"nvjet_|void cublasLt::", "attention": r"cudnn_|void cudnn::|void time_attention<"}
+REST = "what lies between"
 
 
 def said(*command):
@@ -97,6 +100,19 @@ def bandwidth(profile, copied):
         rate = passes * tokens * 1152 * 2 / (took / launches) / 1e6                             # bf16: 2 bytes
         rows.append([f"`{name}`", f"{took / launches:.3f}", f"{passes}", f"{rate:,.0f}", f"{rate / copied:.0%}"])
     return table(rows)
+
+
+def gpu_time(stored):
+    """(what was profiled, on what, {kind of work: ms a block}) of a stored profile, its header and output.
+
+    Kernels too short for a row of their own are in the total alone, so the rest is what KINDS leave of that."""
+    torch_and_card = re.search(r"^machine: \d+ x (.+?),.*; (torch \S+)$", stored, re.M).groups()
+    clips, frames, tokens = re.search(r"^block (\d+)x(\d+)x(\d+)", stored, re.M).groups()
+    total = float(re.search(r"^ *total GPU ([\d.]+) ms$", stored, re.M)[1])
+    rows = re.findall(r"^ *([\d.]+) ms +\d+x (.+)$", stored, re.M)
+    took = {kind: sum(float(ms) for ms, name in rows if re.match(names, name)) for kind, names in KINDS.items()}
+    return (f"a block of XL/2, {clips} clips of {frames} frames of {tokens} tokens, forward and backward",
+            f"GPU time of its kernels, bf16, {', '.join(torch_and_card)}", took | {REST: total - sum(took.values())})
 
 
 def main():

@@ -4,6 +4,7 @@
 """
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))                                           # as a script it finds data.py, too
 
 from assets import draw                                                 # noqa: E402
+from assets.results import gpu_time                                     # noqa: E402
 from data import write_video                                            # noqa: E402
 
 ASSETS = ROOT / "assets"
@@ -140,25 +142,28 @@ def test_a_run_is_drawn_from_its_log_and_previews(tmp_path):
     assert sheet.getpixel((100, 120)) == (250, 250, 250, 255) and sheet.getpixel((0, 0))[3] == 0
 
 
-def test_step_time_is_drawn_from_its_table(tmp_path):
-    table = {"of": "a <block>", "on": "a GPU", "plain": {"attention": 2, "gates": 1}, "fast": {"attention": 2.5}}
-    (tmp_path / "table.json").write_text(json.dumps(table))
-    words = check(draw.write("step-time", tmp_path, tmp_path / "table.json"))
-    assert {"a <block>", "plain: 3.0 ms", "fast: 2.5 ms", "attention", "gates"} <= {*words}
-    drawn = draw.write("step-time", tmp_path, ASSETS / "step-time.json").read_text(encoding="utf-8")
-    assert drawn == (ASSETS / "step-time.svg").read_text(encoding="utf-8")
-
-
-def test_the_ops_are_timed_each(monkeypatch):
-    """On a small block: each category has its time in both forms, and the ops are those of model.py again."""
-    import model
-    monkeypatch.setattr(model, "XL_2", model.STDiTConfig(hidden_size=24, num_heads=2))
-    monkeypatch.setattr(draw.Timer, "blocked_autorange", lambda self, min_run_time: self.timeit(1))
-    before = {op: getattr(model, op) for op in draw.OPS}
-    table = draw.measured()
+def test_step_time_is_drawn_from_the_profiles(tmp_path):
+    words = check(ASSETS / "step-time.svg")
     for form in ("plain", "fast"):
-        assert table[form].keys() == {*draw.OPS.values(), draw.LINEAR, "AdamW"} and min(table[form].values()) > 0
-    assert before == {op: getattr(model, op) for op in draw.OPS}
+        stored = (ASSETS / "results" / f"h100-profile-{form}.txt").read_text(encoding="utf-8")
+        total = float(stored.split("total GPU ")[1].split()[0])
+        of, on, took = gpu_time(stored)
+        assert {of, on, f"{form}: {total:.1f} ms", *took, *(f"{ms:.1f} ms" for ms in took.values())} <= {*words}
+        short, _, _ = stored.replace(" x NVIDIA H100", " x NVIDIA H200").partition("   2x ")  # loses rows
+        (tmp_path / f"h100-profile-{form}.txt").write_text(short)
+    others = check(draw.write("step-time", tmp_path, tmp_path))
+    assert {*others} & {of, on} == {of} and any("H200" in word for word in others)
+    totals = lambda words: [word for word in words if re.match("(plain|fast): ", word)]
+    assert {*words} != {*others} and totals(words) == totals(others), "what no row tells is what lies between"
+
+
+def test_the_readmes_tell_the_step_times_that_are_drawn():
+    words = check(ASSETS / "step-time.svg")
+    for readme in (ROOT / "README.md", ASSETS / "README.zh-CN.md"):
+        alt = re.search(r"!\[(.*?)\]\((?:assets/)?step-time\.svg", readme.read_text(encoding="utf-8"))[1]
+        fine, whole = re.findall(r"\d+\.\d", alt), re.findall(r"(?<![\d.])\d+(?![\d.])", alt)
+        assert len(fine) == 2 and all(f"{ms} ms" in words for ms in fine), alt
+        assert whole and all(sum(w.startswith(f"{ms}.") for w in words) == 2 for ms in whole), alt
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,14 @@
 """The frame: who imports whom (DESIGN.md), how each file ends, and that a file called kernels.py disturbs nobody."""
 import ast
 import importlib
+import io
 import os
+import re
 import signal
 import statistics
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -65,6 +68,45 @@ def test_a_file_is_read_in_an_evening(name):
     assert statistics.median(lengths) <= 12 and max(lengths) <= 80
     assert not [i for i, line in enumerate(lines, 1) if len(line) > 120]
     assert ast.get_docstring(tree), f"{name}.py begins without what it does"
+
+
+def share_of_words(source):
+    """Lines with a comment or in a docstring, over the lines that are not blank; C++'s // in strings counts, too."""
+    lines, found = source.splitlines(), set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            found.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            found.add(token.start[0])
+        elif token.type == tokenize.STRING and '"""' in token.string:
+            code = enumerate(token.string.splitlines(), token.start[0])
+            found.update(i for i, line in code if re.search("(?<!:)//", line))
+    return len(found) / sum(bool(line.strip()) for line in lines)
+
+
+@pytest.mark.parametrize("name", MAY_IMPORT)
+def test_a_third_to_a_fifth_is_words(name):
+    """What the code we admire has (nanoGPT, DiT, gpt-fast): less leaves a stranger alone, more hides the code."""
+    share = share_of_words((ROOT / f"{name}.py").read_text(encoding="utf-8"))
+    assert 1 / 5 <= share <= 1 / 3, f"{share:.1%} of {name}.py are comments and docstrings"
+
+
+def test_words_are_counted():
+    source = '''"""Of a file,
+
+    in two lines and a blank one."""
+CODE = """#include <x>  // C++
+int a;  // too
+"""
+URL = "http://x"   # after code
+
+
+def f():
+    "of a function"
+    return "#"
+'''
+    assert share_of_words(source) == 7 / 9
 
 
 SCRIPTS = ["data", "vae", "masks", "kernels", "model", "sample", "train", "curate"]

@@ -1,7 +1,8 @@
 """README.md tells the truth: links, line numbers, commands; assets/README.zh-CN.md says the same in Chinese.
 
-`python tests/test_readme.py fix` writes the line ranges of links that name a function, [`loss_of`](train.py#L1-L2), and
-the column `lines` of tables anew.
+`python tests/test_readme.py fix` writes anew the line ranges of links that name a function,
+[`loss_of`](train.py#L1-L2), the column `lines` of tables, and how many of these lines such links quote in all:
+[2 of their 26 lines](#the-tour).
 """
 import ast
 import contextlib
@@ -29,6 +30,7 @@ LINK = re.compile(r"\[((?:[^\[\]]|\[[^\[\]]*\])*)\]\(([^)\s]+)[^)\n]*\)")
 TAG = re.compile(r"""\b(src|srcset|href)\s*=\s*["']([^"']+)["']""")
 LINES = re.compile(r"L(\d*)(?:-L(\d*))?$")                              # as in train.py#L10-L30; fix fills in a bare #L
 LINES_COLUMN = {"lines", "行数"}
+QUOTED = re.compile(r"(\[[^][\d]*)(\d[\d,]*)([^][\d]+)(\d[\d,]*)([^][\d]*\]\(#)")     # [2 of their 26 lines](#the-tour)
 NUMBER = re.compile(r"\d+(?:,\d{3}(?!\d))*(?:\.\d+)?")
 
 
@@ -166,6 +168,17 @@ def lines_columns(text):
                     yield i, column[0], row[column[0]], ", ".join(f"{n:,}" for n in counts or [total])
 
 
+def quoted(readme, text):
+    """What QUOTED should say: the lines of .py in the ranges of links, each counted once; all lines of the tables."""
+    found = set()
+    for _, target in links(text):
+        path, anchor = place(readme, target)
+        if ":" not in target and path.suffix == ".py" and (numbers := LINES.fullmatch(anchor)) and numbers[1]:
+            found |= {(path, i) for i in range(int(numbers[1]), int(numbers[2] or numbers[1]) + 1)}
+    counted = [rows for _, (heading, _, *rows) in tables(text) if LINES_COLUMN & {cell.lower() for cell in heading}]
+    return len(found), sum(n for rows in counted for row in rows for n in count_lines(row[0]))
+
+
 def fixed(readme, text):
     """text with true line ranges and line counts.  A range that begins and ends within its function stays."""
     def range_of(link):
@@ -183,7 +196,9 @@ def fixed(readme, text):
         cells = lines[i].strip().strip("|").split("|")
         cells[column] = f" {should} "
         lines[i] = f"|{'|'.join(cells)}|"
-    return "\n".join(lines) + "\n" * text.endswith("\n")
+    text = "\n".join(lines) + "\n" * text.endswith("\n")
+    few, all_of_them = quoted(readme, text)
+    return QUOTED.sub(rf"\g<1>{few:,}\g<3>{all_of_them:,}\g<5>", text)
 
 
 def figures(text):
@@ -276,6 +291,15 @@ def test_line_counts_are_true(readme):
     assert not [f"line {i + 1}: {said} instead of {should}" for i, _, said, should in rows if said != should]
 
 
+def test_an_evening_is_what_the_tour_quotes(readme):
+    """The first paragraph says how many lines that is: some hundreds."""
+    path, text = readme
+    (found,) = QUOTED.finditer(text)
+    few, all_of_them = quoted(path, text)
+    assert (found[2], found[4]) == (f"{few:,}", f"{all_of_them:,}"), "run python tests/test_readme.py fix"
+    assert found.start() < text.index("![") and 400 < few < 800 and few < all_of_them
+
+
 def test_commands_name_what_is_there(readme):
     found = [*commands(readme[1], inline=True)]
     assert len(found) > 5 and not [*filter(None, map(wrong_command, found))]
@@ -294,9 +318,11 @@ def test_both_languages_say_the_same():
 SMALL = {
     r"sample\.py --prompt \"a red circle moves right\"": "--steps 3",
     r"sample\.py --ckpt runs/\w+ --prompt .*": "--steps 3",
-    r"data\.py shapes data/shapes": "--num-clips=60",
+    r"sample\.py --prompt .* data/shapes/.*": "--steps 3",                  # frames that are given
+    r"data\.py shapes data/shapes": "--num-clips=300",
     r"data\.py data/shapes/meta\.csv configs/tiny\.py": "--buckets={'32':{8:(1.0,2)}}",
     r"train\.py configs/tiny\.py": "--steps=2 --sample_every=0 --buckets={'32':{8:(1.0,2)}}",
+    r"train\.py configs/tiny\.py --data=data/mine/meta\.csv .*": "--steps=1 --buckets={'32':{8:(1.0,1)}}",
     r"train\.py configs/stage\d\w*\.py --print": "",
     r"train\.py configs/finetune\.py --plan .*": "",
     r"vae\.py data/shapes/000000\.mp4 .*": "",
@@ -433,6 +459,13 @@ def test_ranges_are_fixed(project):
     text = ("[`loss_of`](train.py#L) [`loss_of`](train.py#L10-L11) [`Trainer.step`](train.py#L99-L120) "
             "[words](train.py#L2) [`gone`](train.py#L3)\n```\n[`loss_of`](train.py#L1)\n```\n")
     assert fixed(project, text) == text.replace("py#L)", "py#L10-L12)", 1).replace("L99-L120", "L6-L7")
+
+
+def test_quoted_lines_are_counted_once_and_fixed(project):
+    text = ("[9 of {} lines](#the-tour) [`loss_of`](train.py#L) [its end](train.py#L11-L12) [`step`](train.py#L6-L7) "
+            "[train.py](train.py) [an address](https://x.org/y.py#L1-L9)\n\n") + TABLE.format(12, "2, 12", 26)
+    assert fixed(project, text.format("1,000")).startswith("[5 of 26 lines](#the-tour) [`loss_of`](train.py#L10-L12)")
+    assert fixed(project, fixed(project, text)) == fixed(project, text)
 
 
 def test_commands_are_checked():
