@@ -243,7 +243,7 @@ class Cuts:
         frames = frames[:, ::step, ::step]  # at most 80 pixels a side
         self.changes += change(frames if self.last is None else np.concatenate([self.last, frames])).tolist()
         self.last = frames[-1:].copy()
-        for axis in (1, 2):
+        for axis in (1, 2):  # of one row or column there is no mean of two
             frames = frames.repeat(2, axis) if frames.shape[axis] == 1 else frames
         x = frames[:, :frames.shape[1] // 2 * 2, :frames.shape[2] // 2 * 2].astype(np.uint16)
         x = (x[:, ::2, ::2] + x[:, 1::2, 1::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2]) // 4
@@ -469,11 +469,11 @@ def refine(a, b, u):
 GAP_SECONDS, PAIRS_PER_SECOND = 1 / 12, 4
 STATIC = 3.0      # rms over the frame, pixels per second: a walker before a plain wall gives up to 2.5
 # Pixels, and share of the local camera motion, by which a pixel may differ and still follow it; by hand: flow errs by
-# 0.1 to 0.2 pixel, and half or twice of either names 1 to 6 of the clips' 49 shots otherwise
+# 0.1 to 0.2 pixel; 0.25 pixel names 10 of the clips' 49 shots otherwise, twice of either one or two
 AGAINST = 0.5, 0.15
 CAUCHY = 0.1      # pixels; at 0.5 a walker before a plain wall drags the camera along three times as much
 GUESSES = 96      # pairs of points: 48 name one of 49 shots otherwise, 192 none, in twice the time
-REFITS = 8        # 4 name one shot otherwise, 2 two; 16 move a pair in a hundred
+REFITS = 8        # 2 name two shots otherwise, 4 and 16 one
 MOTIONS = (("pan right", "pan left"), ("tilt down", "tilt up"), ("zoom in", "zoom out"), ("roll", "roll"))
 
 
@@ -486,7 +486,7 @@ def similarity(field):
     make it exact: a person who fills a third of the frame changes neither.
     """
     h, w = field.shape[-2:]
-    # One pixel of 36: flow itself has one unknown for 16
+    # One pixel of 36, since flow has one unknown for 16; every fourth row and column take twice the time
     y, x = torch.meshgrid(torch.arange(2, h, 6) - (h - 1) / 2, torch.arange(2, w, 6) - (w - 1) / 2, indexing="ij")
     z = torch.complex(x, y).flatten()  # [P]
     f = rearrange(torch.complex(field[:, 0], field[:, 1])[:, 2::6, 2::6], "n h w -> n (h w)")
@@ -556,10 +556,10 @@ def camera(rows) -> dict:
 
 # ---- checks: grey frames [T h w] in 0..255, longer side 320 ----
 
-REPEAT = 0.6      # grey levels, mean over any 16 x 16 block: a held picture has under 0.2, film that moves over 2
-UNIFORM = 4.0     # grey levels, standard deviation of a frame: one colour all over, such as black; others 19 and more
+REPEAT = 0.6      # grey levels, mean over any 16 x 16 block: a held picture has 0.2, one of 300 film frames 0.6
+UNIFORM = 4.0     # grey levels, standard deviation of a frame: one colour all over, such as black; shots 19 and more
 BAR = 24.0        # grey levels that black bars stay under; black is 0, or 16 where the range is mistaken
-COMB = 12.0       # grey levels by which a row sticks out from both neighbours; by hand, grain is 2 to 5
+COMB = 12.0       # grey levels by which a row sticks out from both neighbours; by hand, 6 and 24 see no more in what is not woven
 
 
 def looks(g):
@@ -696,8 +696,9 @@ def describe(m: Measured, first: int, end: int) -> dict:
 
 # ---- writing clips ----
 
-GOP = 16  # frames between key frames: what training has to decode beyond its window; at crf 18 a clip stays as it looks
-MAX_SIDE = 720  # of the short side; the recipe's largest bucket is 720p
+# By hand.  crf 18 is what FFmpeg's guide to H.264 calls visually lossless or nearly so
+GOP = 16  # frames between key frames: what training has to decode beyond its window
+MAX_SIDE = 720  # pixels of the short side; the recipe's largest bucket is 720p
 
 
 def write_clips(path, clips, times):
@@ -891,7 +892,7 @@ def match(clip, tokenizer, rows, prepared):
 
 OCR_SIDE = 960    # of PP-OCR's own preprocessing
 OCR_SMALL = 480   # pixels of the longer side, by hand; up to it a frame is looked at enlarged as well, others shrunk
-OCR_AT_ONCE = 8   # frames, by hand; what takes the memory is the enlarged look
+OCR_AT_ONCE = 8   # frames, by hand
 OCR_MEAN, OCR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # in this order for B G R, as it was trained
 TEXT, BOX, UNCLIP, MIN_SIDE = 0.3, 0.6, 1.5, 3  # DB's thresholds of pixel and box, its growth; PP-OCR's least side
 
@@ -982,7 +983,7 @@ def components(mask):
 
 # ---- captions ----
 
-CAPTION_SIDE = 640  # more than most captioners look at; bounds the tokens of those that take any size
+CAPTION_SIDE = 640  # by hand: more than most captioners look at; bounds the tokens of those that take any size
 # Each the middle of its part: of 2 to 16 s one every 0.5 to 4 s; four of LLaVA-1.5's 576 tokens leave room for the
 # answer in its 4,096; upstream shows three
 CAPTION_FRAMES = 4
@@ -1069,7 +1070,7 @@ class Step(NamedTuple):
     prepare: Callable
     load: Callable | None = None
     writes: tuple = ()  # columns
-    batch: int = 1      # rows that work sees at once
+    batch: int = 1      # rows that work sees at once; by hand
 
 
 TOO_SHORT = "too short a shot"
@@ -1136,7 +1137,7 @@ NETWORKS = "aesthetic", "ocr", "caption", "match"  # in this order: a match need
 
 # ---- work: items spread over ranks and processes, results that outlive them ----
 
-RESULTS_VERSION = 2  # to be raised when a step is to give other results
+RESULTS_VERSION = 3  # to be raised when a step is to give other results
 
 
 class Results:
@@ -1200,8 +1201,9 @@ def attempt(prepare, row, options):
 def in_parallel(prepare, rows, options, ahead: int):
     """Yields (row, prepare(row, options), "") or (row, None, the reason why not) in the order in which they get done.
 
-    `ahead` rows are under way in options.workers processes.  When one of these dies, its pool does, too: then what was
-    under way is tried one by one, and what kills its process again is told.
+    `ahead` rows are under way in options.workers processes.  When one of these dies (a decoder that crashes, memory
+    that runs out), its pool does, too, and does not say whose fault it was: then what was under way is tried one by
+    one, and what kills its process again is told.
     """
     rows, suspects = deque(rows), deque()
     while queue := suspects or rows:
@@ -1232,6 +1234,7 @@ def do(name: str, rows, options) -> Results:
     step, results, failed = STEPS[name], Results(name, options), []
     todo = [row for row in rows if is_mine(row) and can_be_read(row) and "columns" not in results.get(row)]
     work = step.load(options, options.device) if todo and step.load else None
+    # The workers decode the next batch while the device works on one; results come a batch at a time
     made = in_parallel(step.prepare, todo, options, 2 * (options.workers + step.batch))
     with tqdm(desc=name, total=len(todo), smoothing=0.05, disable=RANK > 0 or not todo) as bar:
         while batch := list(itertools.islice(made, step.batch)):
@@ -1636,7 +1639,7 @@ def choose(rows, columns, options):
     silent = sum(not row.get("text") for row in read_table(meta))
     print(f"{meta}: {tally.kept} clips" + f", {silent} of them without a caption" * (silent > 0))
     if not (first := options.folder / next(read_table(meta))["path"]).is_file():
-        print(f"{meta}: there is no {first}; after --dry-run, run it without", file=sys.stderr)
+        print(f"{meta}: there is no {first} - after --dry-run, run without it", file=sys.stderr)
     if options.config:
         meta = read_meta(str(meta))
         print(bucket_table(meta, options.config, assign(meta, options.config, 0)))

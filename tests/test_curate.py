@@ -1127,7 +1127,7 @@ def test_a_table_of_ones_own(tmp_path):
 def test_clips_that_a_dry_run_has_not_written_are_told(tmp_path):
     Image.fromarray(shot(1, 1, soft=6)[0]).save(tmp_path / "a.png")
     assert run("run", tmp_path, "--out", tmp_path / "out", "--dry-run")[0] == 0
-    assert "a.png; after --dry-run, run without it" in run("filter", tmp_path / "out")[2]
+    assert "a.png - after --dry-run, run without it" in run("filter", tmp_path / "out")[2]
 
 
 def test_a_second_ctrl_c_shows_no_traceback(tmp_path):

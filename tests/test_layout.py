@@ -16,7 +16,7 @@ MAY_IMPORT = {
     "sample": {"kernels", "masks", "data", "model", "vae", "configs"},
     "train": {"kernels", "masks", "data", "model", "vae", "configs", "sample"},
 }
-MOST_LINES = {"curate": 1675, "kernels": 1140, "data": 1095, "train": 875, "sample": 835, "model": 785, "vae": 720,
+MOST_LINES = {"curate": 1742, "kernels": 1140, "data": 1095, "train": 875, "sample": 835, "model": 785, "vae": 720,
               "configs/__init__": 385, "masks": 280}
 OURS = {"kernels", "masks", "data", "model", "vae", "configs", "sample", "train", "curate"}
 PACKAGES = {"torch", "numpy", "einops", "av", "transformers", "diffusers", "tqdm", "pytest",
