@@ -559,7 +559,7 @@ def camera(rows) -> dict:
 REPEAT = 0.6      # grey levels, mean over any 16 x 16 block: a held picture has 0.2, one of 300 film frames 0.6
 UNIFORM = 4.0     # grey levels, standard deviation of a frame: one colour all over, such as black; shots 19 and more
 BAR = 24.0        # grey levels that black bars stay under; black is 0, or 16 where the range is mistaken
-COMB = 12.0       # grey levels by which a row sticks out from both neighbours; by hand: 6 sees no more in clips not woven
+COMB = 12.0       # grey levels by which a row sticks out from both neighbours; by hand: 6 sees no more where nothing is
 
 
 def looks(g):
