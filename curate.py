@@ -12,6 +12,11 @@ out   DIR/files.csv (every file found), DIR/clips/, DIR/clips.csv (every clip: n
 Killed at any moment, the same command goes on and does nothing twice.  The steps and their order are those of Open-Sora
 1.1 (docs/data_processing.md there), after Stable Video Diffusion (arXiv 2311.15127).
 """
+# The file goes as a video does: files found and decoded small, where the cuts are, optical flow and the camera's motion
+# from it, checks of single frames; `measure`, all of these in one decode; clips written.  Then the networks that look
+# at clips: CLIP, text on screen, captions.  Then the steps: what each reads and writes (`STEPS`), how processes and
+# ranks share them (`do`), tables, duplicates, rules, the report, the command line.  In a hurry: `cut_file` is what
+# becomes of one video, `start` is a whole run.
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
@@ -61,23 +66,26 @@ from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetecti
                           CLIPConfig, CLIPModel)
 
 
-# ---- probe ----
+# ---- files ----
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".mpg", ".mpeg", ".ts", ".m2ts", ".mts", ".wmv", ".flv",
           ".3gp", ".ogv", ".gif")
 
 
 def find_files(folder, out=None) -> tuple[list[Path], list[Path]]:
-    """(videos and images, all other files) in and under folder, sorted; hidden ones and those in `out` are left out.
-    A file: itself."""
-    folder = Path(folder)
+    """(videos and images, all else: other files, folders that are links) in and under folder, sorted; hidden ones and
+    those in `out` are left out.  A file: itself."""
+    folder, out = Path(folder), out and Path(out).resolve()
     if not folder.exists():
         raise FileNotFoundError(f"{folder}: no such file or folder - give one with videos or images")
     found, other = [], []
-    for place, folders, names in os.walk(folder) if folder.is_dir() else [(folder.parent, [], [folder.name])]:
-        folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name).absolute() != out]
+    tell = lambda error: print(f"a folder is left out: {error}", file=sys.stderr)
+    places = os.walk(folder, onerror=tell) if folder.is_dir() else [(folder.parent, [], [folder.name])]
+    for place, folders, names in places:
+        folders[:] = [name for name in folders if not name.startswith(".") and Path(place, name).resolve() != out]
+        other += [path for name in folders if (path := Path(place, name)).is_symlink()]  # walk does not go into these
         for path in (Path(place, name) for name in names if not name.startswith(".")):
-            is_utf8 = str(path).encode(errors="ignore").decode() == str(path)
+            is_utf8 = str(path).encode(errors="ignore").decode() == str(path)  # as the tables are
             (found if is_utf8 and path.name.lower().endswith(VIDEOS + IMAGES) else other).append(path)
     return sorted(found), sorted(other)
 
@@ -85,8 +93,8 @@ def find_files(folder, out=None) -> tuple[list[Path], list[Path]]:
 def probe(path) -> dict:
     """The columns that opening a file tells; height and width as displayed, rotation counter-clockwise in degrees.
 
-    num_frames is the number of packets with different times, after the container's edit list, without decoding
-    them (counted = "packets"), or 1 for an image; cutting decodes and corrects it.  Raises UnreadableClip or OSError.
+    num_frames is the number of packets with different times, after the container's edit list, or 1 for an image: of
+    them only one is decoded.  Raises UnreadableClip or OSError.
     """
     with open(path, "rb") as f:  # the hash is of the size and the first and last 64 KiB: a millisecond for any size
         size, head = os.fstat(f.fileno()).st_size, f.read(1 << 16)
@@ -94,13 +102,13 @@ def probe(path) -> dict:
         columns = {"hash": hashlib.sha256(b"%d " % size + head + f.read(1 << 16)).hexdigest()[:16]}
     if str(path).lower().endswith(IMAGES):
         height, width, _ = read_image(str(path)).shape
-        return columns | {"kind": "image", "num_frames": 1, "counted": "decoded", "fps": "", "height": height,
-                          "width": width, "rotation": 0, "seconds": 0.0, "codec": Path(path).suffix[1:].lower()}
+        return columns | {"kind": "image", "num_frames": 1, "fps": "", "height": height, "width": width, "rotation": 0,
+                          "seconds": 0.0, "codec": Path(path).suffix[1:].lower()}
     times, packets = set(), 0
     try:
         with av.open(str(path), options={"max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
-            expected = len(stream.index_entries) if stream and "mp4" in container.format.name else 0
+            expected = len(stream.index_entries) if stream and "mp4" in container.format.name else 0  # by its header
             for packet in container.demux(stream) if stream else ():
                 packets += packet.size > 0
                 if packet.size and not packet.is_discard:
@@ -109,14 +117,14 @@ def probe(path) -> dict:
                 raise UnreadableClip(f"{path}: is cut off, has {packets} of {expected} frames")
     except av.FFmpegError as error:
         raise UnreadableClip(f"{path}: {error.strerror}, {packets} frames found") from error
-    frames = decoded(path)  # held: without it the container closes, and asking its stream crashes
+    frames = decoded(path)  # opened anew, at its begin; held: without it the container closes, and its stream crashes
     _, frame, stream = next(frames)
     width, height, turns = displayed(path, frame, stream)
     rate = constant_rate(np.array(sorted(map(float, times))), stream.guessed_rate)
     seconds = float(max(times) - min(times)) if times else 0.0
     fps = float(rate or max(1, len(times) - 1) / max(seconds, 0.001))
-    return columns | {"kind": "video", "num_frames": len(times), "counted": "packets", "fps": round(fps, 4),
-                      "height": height, "width": width, "rotation": 90 * turns, "seconds": round(seconds + 1 / fps, 3),
+    return columns | {"kind": "video", "num_frames": len(times), "fps": round(fps, 4), "height": height, "width": width,
+                      "rotation": 90 * turns, "seconds": round(seconds + 1 / fps, 3),
                       "codec": stream.codec_context.name}
 
 
@@ -131,7 +139,8 @@ def displayed(path, frame, stream) -> tuple[int, int, int]:
 
 def constant_rate(times: np.ndarray, guess=None) -> Fraction | None:
     """Frames a second of ascending times [T] in seconds, None when they vary; up to 2% of the gaps may be odd, as
-    where stream copies were joined.  A guess, of the container, is taken if it fits."""
+    where stream copies were joined.  A guess, of the container, is taken if it fits to 1%: it knows 30000/1001 where
+    the times are rounded.  Both shares are chosen by hand; a rate that is off by 1% is a frame in 4 s at 24."""
     gaps = np.diff(times)
     gap = np.median(gaps) if len(gaps) else 0.0
     if gap <= 0:
@@ -149,6 +158,7 @@ def decoded(path, fast=False):
     """Yields (seconds, av.VideoFrame, its stream) of every frame, as the decoder gives them.
 
     fast leaves out H.264's deblocking: a third of the time, and nothing that is seen at a quarter of the size.
+    A frame that is damaged, or is due before the one in front of it, ends it with UnreadableClip.
     """
     count, seconds, last = 0, 0.0, -math.inf
     limit = {"max_pixels": str(MAX_PIXELS)}
@@ -176,7 +186,8 @@ def decoded(path, fast=False):
 
 def small_frames(path, side=320, chunk=24):
     """Yields (seconds [T], uint8 [T h w 3], grey [1 H w]) of all frames as displayed, `chunk` at a time, no side over
-    `side`; the last is the first of them with all the rows that were coded, not turned.  An image is one frame."""
+    `side`; the last is the first of them with all the rows that were coded, not turned: `combs` looks at rows.  An
+    image is one frame.  320 is what flow is tuned at (`flow`); 24 frames of that are 4 MB."""
     if str(path).lower().endswith(IMAGES):
         image = Image.fromarray(read_image(str(path)))
         rows = np.array(image.resize((min(side, image.width), image.height), Image.Resampling.BOX).convert("L"))
@@ -204,12 +215,21 @@ def small_frames(path, side=320, chunk=24):
 
 # ---- cut ----
 
+# The numbers of this part are chosen by hand on 44 known transitions of 11 clips, and on made ones (the tests).  In
+# brackets how far a number can go, alone, before one of them is lost or another found, as far as was tried.
 RATIO, WINDOW = 3.0, 2  # threshold and frames to each side of PySceneDetect's AdaptiveDetector, which upstream runs
-MIN_CHANGE = 8.0  # of `change`, the original's 15; the clips' cuts have 13.5 or more and RATIO 4.1 or more, others 2.3
-FLASH = 6  # frames: what looks as before after so many was a flash
-DISSOLVES = (12, 16, 24, 32, 48)  # frames over which a mixture is looked for; a longer one looks as linear within
-MIN_MIXED = 0.25  # of `mixing`: the clips' one dissolve has 0.32, motion up to 0.16
-BLOCK, HALO = 2048, 160  # frames searched at once, and those beside them that are looked at, too
+MIN_CHANGE = 8.0  # of `change`, the original's 15 [6..12]; the clips' cuts have 13.5 or more, others 2.3 at RATIO 3
+HELD = 0.3  # of `change`: less is a drawing shown again, as animation does twice or thrice [0.05..0.5; 1: two lost]
+FLASH = 6  # frames: what looks as before after so many was a flash [5..12]
+BACK = 0.3  # of the change over a cut: frames this near show what was before [0.2: a flash cuts, 0.4: cuts are lost]
+SWEEP = 12  # frames, half a second: cuts that near with no quiet frame between are one, an object that sweeps by [8..]
+# Frames over which a mixture is looked for; a longer one looks as linear within.  Of 15 dissolves of 72 and more frames
+# made of real shots 48 finds four that 24 does not, and 16 and 32 find no other
+DISSOLVES = (12, 24, 48)
+MIN_MIXED = 0.25  # of `mixing` [0.15..0.3]: the clips' one dissolve has 0.32, motion up to 0.16
+OVERLAY = 12.0  # grey levels, mean: less is no other picture, but a title that fades in over a plain sky [0..24]
+REACH = 64  # frames that a dissolve may begin before, and end after, a window [32: some ends are missed]
+AT_ONCE = 256  # windows: some 20 MB
 
 
 class Cuts:
@@ -223,32 +243,26 @@ class Cuts:
         frames = frames[:, ::step, ::step]  # at most 80 pixels a side
         self.changes += change(frames if self.last is None else np.concatenate([self.last, frames])).tolist()
         self.last = frames[-1:].copy()
-        x = frames[:, :frames.shape[1] // 2 * 2 or None, :frames.shape[2] // 2 * 2 or None].astype(np.uint16)
+        for axis in (1, 2):  # of one row or column there is no mean of two
+            frames = frames.repeat(2, axis) if frames.shape[axis] == 1 else frames
+        x = frames[:, :frames.shape[1] // 2 * 2, :frames.shape[2] // 2 * 2].astype(np.uint16)
         x = (x[:, ::2, ::2] + x[:, 1::2, 1::2] + x[:, ::2, 1::2] + x[:, 1::2, ::2]) // 4
         self.thumbs += x.astype(np.uint8).tobytes()
 
     def end(self) -> list[tuple[int, int]]:
         """Transitions (end of a shot, begin of the next), ascending: the same frame for a hard cut.
 
-        Those that overlap, or hard cuts within half a second with no quiet frame between, are one: an object that
-        sweeps over the picture.
+        Those that overlap are one, and so are those that a sweep (SWEEP) makes.
         """
-        changes, found = np.array(self.changes), []
-        thumbs = np.frombuffer(self.thumbs, np.uint8).reshape(len(changes), -1)
-        starts = range(0, max(1, len(changes) - 2 * HALO + 1), BLOCK)
-        for start in starts:
-            part = slice(start, None if start == starts[-1] else start + BLOCK + 2 * HALO)
-            near, x = changes[part], thumbs[part].astype(np.float32)
-            lead, upto = HALO if start else 0, len(near) if start == starts[-1] else BLOCK + HALO
-            events = [(t, t) for t in hard_cuts(near, x)] + mixed(x, near)
-            found += [(start + a, start + b) for a, b in events if lead <= a < upto]
+        changes = np.array(self.changes)  # [T], the first 0
+        thumbs = np.frombuffer(self.thumbs, np.uint8).reshape(len(changes), -1)  # [T P]
         transitions, busy = [], changes >= MIN_CHANGE
-        for a, b in sorted(found):
-            end = transitions[-1][1] if transitions else -math.inf
-            if a <= end or a - end < 12 and busy[end:a].all():
-                transitions[-1] = transitions[-1][0], max(b, end)
+        for first, end in sorted([(t, t) for t in hard_cuts(changes, thumbs)] + mixed(changes, thumbs)):
+            before = transitions[-1][1] if transitions else -math.inf
+            if first <= before or first - before < SWEEP and busy[before:first].all():
+                transitions[-1] = transitions[-1][0], max(end, before)
             else:
-                transitions.append((a, b))
+                transitions.append((first, end))
         return transitions
 
 
@@ -272,56 +286,63 @@ def change(frames):
 def hard_cuts(changes, thumbs) -> list[int]:
     """First frames of new shots: where the change is RATIO times the median of those around it, and lasts.  The
     original's mean is drawn up by fast motion right after a cut.  changes [T]: changes[t] between frame t - 1 and t;
-    thumbs float32 [T P]: about 40 x 22 pixels of each."""
+    thumbs uint8 [T P]: about 40 x 22 pixels of each."""
     cuts = []
     for t in np.flatnonzero(changes >= MIN_CHANGE):
-        before, after = changes[max(1, t - 6):t], changes[t + 1:t + 7]
-        near = [*before[before > 0.3][-WINDOW:], *after[after > 0.3][:WINDOW]]  # animation shows frames twice or thrice
+        before, after = changes[max(1, t - 6):t], changes[t + 1:t + 7]  # WINDOW drawings, each shown thrice
+        near = [*before[before > HELD][-WINDOW:], *after[after > HELD][:WINDOW]]
         if changes[t] < RATIO * np.median(near or [0]):
             continue
-        apart = np.abs(thumbs[max(0, t - FLASH):t, None] - thumbs[t:t + FLASH]).mean(-1)  # [FLASH FLASH]
-        if apart.min() > 0.3 * apart[-1, 0]:  # no frame before looks like one after
+        old, new = (thumbs[max(0, a):a + FLASH].astype(np.float32) for a in (t - FLASH, t))
+        apart = np.abs(old[:, None] - new).mean(-1)  # [FLASH FLASH]
+        if apart.min() > BACK * apart[-1, 0]:  # no frame before looks like one after
             cuts.append(int(t))
     return cuts
 
 
-def mixing(thumbs, length: int):
-    """How much frames s .. s + length look like a mixture of the first and the last: (s [n], score [n], sure [n]).
+def mixing(thumbs, starts, length: int):
+    """How much frames s .. s + length, s in starts [n], look like a mixture of the first and the last: (score [n], sure
+    [n]).
 
     In a dissolve every pixel goes straight from one picture to another that is unlike it; where things move, pixels go
     elsewhere in between.  score: the share of the changed pixels that are on the way at 1/4, 1/2, 3/4, less half the
     correlation of both pictures; a plain picture, as in a fade, has none.  sure: the middle has lost the contrast that
     a mixture loses (Alattar 1993), which a pan over something out of focus, else as straight, does not.
     """
-    starts = np.arange(0, len(thumbs) - length, length // 3)
-    starts = starts[np.abs(thumbs[starts + length] - thumbs[starts]).mean(1) > 12]
-    s, e = thumbs[starts], thumbs[starts + length]
+    s, e = (thumbs[i].astype(np.float32) for i in (starts, starts + length))
     way = e - s
     apart, norm, linear = np.abs(way), np.einsum("tp,tp->t", way, way) + 1e-6, np.ones(len(s), bool)
-    changed = apart > 10
+    changed = apart > 10  # grey levels [5; 15 puts the ends of a dissolve over a pan 5 frames off]
     straight = changed.copy()
     for quarter in (1, 2, 3):
         middle = thumbs[starts + quarter * length // 4] - s
-        alpha = np.einsum("tp,tp->t", middle, way) / norm
-        straight &= np.abs(middle - alpha[:, None] * way) < 0.35 * apart
-        linear &= np.abs(alpha - quarter / 4) < 0.13
-    a, b, m, d = (x.var(1) for x in (s, e, thumbs[starts + length // 2], way))
-    alike = np.where(np.minimum(a, b) < 64, 0, (a + b - d) / 2 / np.sqrt(np.maximum(a * b, 1)))
+        alpha = np.einsum("tp,tp->t", middle, way) / norm  # how far the whole picture is
+        straight &= np.abs(middle - alpha[:, None] * way) < 0.35 * apart  # [0.3, 0.4: ends 4 frames off; 0.5: false]
+        linear &= np.abs(alpha - quarter / 4) < 0.13  # [0.1 loses the clips' dissolve, 0.2 finds a false one]
+    a, b, m, d = (x.var(1) for x in (s, e, thumbs[starts + length // 2].astype(np.float32), way))
+    plain = np.minimum(a, b) < 64  # a standard deviation of 8 grey levels [16..256]
+    alike = np.where(plain, 0, (a + b - d) / 2 / np.sqrt(np.maximum(a * b, 1)))  # correlation
+    # Less half of it [all loses the clips' dissolve, a quarter finds a false one]; none at 0.8 [0.4; 0.9: titles]
     score = straight.sum(1) / np.maximum(changed.sum(1), 1) - np.maximum(alike, 0) / 2
-    sure = ((a + b) / 2 - m > d / 8) | (d < 64)
-    return starts, np.where(linear & (alike < 0.8), score, -1), sure
+    # The mean of two pictures has d / 4 less variance than they: half of that is asked [/ 6; / 4: lost, / 12: light]
+    sure = (a + b) / 2 - m > d / 8
+    return np.where(linear & (alike < 0.8), score, -1), sure
 
 
-def mixed(thumbs, changes) -> list[tuple[int, int]]:
-    """(first mixed frame, first clean frame) of dissolves and fades; thumbs float32 [T P], changes [T] as above."""
+def mixed(changes, thumbs) -> list[tuple[int, int]]:
+    """(first mixed frame, first clean frame) of dissolves and fades; changes [T], thumbs uint8 [T P] as above."""
     windows, found = [], []
     for length in DISSOLVES:
-        windows += [(score, s, length, sure) for s, score, sure in zip(*mixing(thumbs, length)) if score > MIN_MIXED]
-    for _, s, length, sure in sorted(windows, reverse=True):
-        way = thumbs[s + length] - thumbs[s]
-        low, high = max(0, s - 64), min(len(thumbs), s + length + 65)
-        step = np.diff(thumbs[low:high] @ way) / (way @ way) * length  # about 1 within, 0 outside
-        moves = np.pad(step > 0.3, 1)
+        starts = np.arange(0, len(thumbs) - length, length // 3)
+        for part in np.array_split(starts, len(starts) // AT_ONCE + 1):
+            part = part[np.abs(thumbs[part + length].astype(np.float32) - thumbs[part]).mean(1) > OVERLAY]
+            scores = zip(*mixing(thumbs, part, length))
+            windows += [(score, s, length, sure) for s, (score, sure) in zip(part, scores) if score > MIN_MIXED]
+    for _, s, length, sure in sorted(windows, reverse=True):  # the surest first, those that overlap it fall
+        way = thumbs[s + length].astype(np.float32) - thumbs[s]
+        low, high = max(0, s - REACH), min(len(thumbs), s + length + REACH + 1)
+        step = np.diff(thumbs[low:high] @ way) / (way @ way) * length  # along the way: about 1 within, 0 outside
+        moves = np.pad(step > 0.3, 1)  # [0.2, 0.4: an end 6 or 2 frames off]
         moves = moves[1:-1] | moves[:-2] & moves[2:]  # a frame shown twice is no end
         still, middle = np.flatnonzero(~moves), s - low + length // 2
         first = int(low + max(still[still < middle], default=-1) + 2)
@@ -329,7 +350,8 @@ def mixed(thumbs, changes) -> list[tuple[int, int]]:
         if first >= end or any(first <= b and a <= end for a, b in found):
             continue
         around = [x.mean() for x in (changes[max(1, first - 8):first], changes[end + 1:end + 9]) if len(x)]
-        if sure or around and min(around) < 0.4 * changes[first:end].mean():  # else it goes on as it was: a pan
+        # Else it goes on as it was: a pan [0.2; 0 loses the clips' dissolve, 0.6 finds flashes]
+        if sure or around and min(around) < 0.4 * changes[first:end].mean():
             found.append((first, end))
     return found
 
@@ -356,11 +378,12 @@ def split(transitions, times, min_seconds=2.0, max_seconds=16.0):
 # Per level, finest first; each halves: 20 pixels are 1.25 at the coarsest, where the first linear step still holds.  A
 # second one at full size wins 0.01 pixel and takes a third more time
 WARPS = 1, 2, 2, 2, 3
-CELL = 4          # pixels per unknown
-SWEEPS = 15       # 8: a tenth worse, 30: nothing better
-SMOOTH = 0.1      # weight of the neighbours' mean against one fully textured cell
-GRADIENT = 3.0    # grey levels per pixel: below it an edge is no better than grain
-OUTLIER = 10.0    # grey levels: a pixel that stays this different counts half
+# By hand on known moves of real frames, without noise and with 2 grey levels of it: mean error 0.13 and 0.20 pixel
+CELL = 4          # pixels per unknown: 2 errs by 0.22 and 0.37, 8 by 0.16 and 0.20
+SWEEPS = 15       # 8: a tenth worse, 30: a tenth better without noise, nothing with it
+SMOOTH = 0.1      # weight of the neighbours' mean against one fully textured cell; 0.3: 0.18 and 0.22
+GRADIENT = 3.0    # grey levels per pixel: below it an edge is no better than grain; 1: 0.11 and 0.25, 6: 0.19 and 0.23
+OUTLIER = 10.0    # grey levels: a pixel that stays this different counts half; 5 and 20 err no more
 
 
 def grey(frames) -> torch.Tensor:
@@ -402,6 +425,7 @@ def flow(a, b) -> torch.Tensor:
     u = torch.zeros(len(a), 2, *pyramid[-1][0].shape[-2:])  # as from a coarser level; cut to size below
     for pair, warps in reversed(list(zip(pyramid, WARPS))):
         h, w = pair[0].shape[-2:]
+        # Less the mean of 7 x 7: without it the error is half, until the light changes (by hand, as above)
         a, b = (x - F.avg_pool2d(F.avg_pool2d(padded(x, 3), (1, 7), 1), (7, 1), 1) for x in pair)
         u = 2 * F.interpolate(u, scale_factor=2, mode="bilinear")[..., :-(-h // CELL), :-(-w // CELL)]
         for _ in range(warps):
@@ -440,10 +464,16 @@ def refine(a, b, u):
 
 # ---- camera motion ----
 
-GAP_SECONDS, PAIRS_PER_SECOND = 1 / 12, 4  # between the two frames of a pair; of one clip
+# Between the two frames of a pair, and pairs of a clip, by hand: flow reaches 20 pixels (`flow`), in 1/12 s a camera
+# that crosses the frame in 1.3 s; more pairs a second cost in proportion, and flow is half of the time
+GAP_SECONDS, PAIRS_PER_SECOND = 1 / 12, 4
 STATIC = 3.0      # rms over the frame, pixels per second: a walker before a plain wall gives up to 2.5
-AGAINST = 0.5, 0.15  # pixels, and share of the local camera motion, by which a pixel may differ and still follow it
+# Pixels, and share of the local camera motion, by which a pixel may differ and still follow it; by hand: flow errs by
+# 0.1 to 0.2 pixel; 0.25 pixel names 10 of the clips' 49 shots otherwise, twice of either one or two
+AGAINST = 0.5, 0.15
 CAUCHY = 0.1      # pixels; at 0.5 a walker before a plain wall drags the camera along three times as much
+GUESSES = 96      # pairs of points: 48 name one of 49 shots otherwise, 192 none, in twice the time
+REFITS = 8        # 2 name two shots otherwise, 4 and 16 one
 MOTIONS = (("pan right", "pan left"), ("tilt down", "tilt up"), ("zoom in", "zoom out"), ("roll", "roll"))
 
 
@@ -451,11 +481,12 @@ def similarity(field):
     """The camera's part of flow [N 2 h w]: about the frame's middle, f(z) = shift + turn z with z = x + iy.
 
     Returns shift [N] and turn [N], complex, real(turn) growth and imag(turn) turning per pair, and the share of
-    pixels [N] that move otherwise.  RANSAC (Fischler and Bolles, CACM 24(6), 1981) over 96 fixed pairs of points
+    pixels [N] that move otherwise.  RANSAC (Fischler and Bolles, CACM 24(6), 1981) over GUESSES fixed pairs of points
     finds the motion that most pixels share, Cauchy-weighted least squares (Huber, Robust Statistics, 1981, ch. 7)
     make it exact: a person who fills a third of the frame changes neither.
     """
     h, w = field.shape[-2:]
+    # One pixel of 36, since flow has one unknown for 16; every fourth row and column take twice the time
     y, x = torch.meshgrid(torch.arange(2, h, 6) - (h - 1) / 2, torch.arange(2, w, 6) - (w - 1) / 2, indexing="ij")
     z = torch.complex(x, y).flatten()  # [P]
     f = rearrange(torch.complex(field[:, 0], field[:, 1])[:, 2::6, 2::6], "n h w -> n (h w)")
@@ -464,15 +495,15 @@ def similarity(field):
         motion = shift + turn * z
         return ((f - motion).abs() < AGAINST[0] + AGAINST[1] * motion.abs()).float().mean(1)
 
-    i, j = torch.randint(len(z), (2, 400), generator=torch.Generator().manual_seed(0))
-    far = ((z[i] - z[j]).abs() > min(h, w) / 3).nonzero()[:96, 0]  # close points would tell growth from noise
+    i, j = torch.randint(len(z), (2, 400), generator=torch.Generator().manual_seed(0))  # over half are far enough
+    far = ((z[i] - z[j]).abs() > min(h, w) / 3).nonzero()[:GUESSES, 0]  # close points would tell growth from noise
     i, j = i[far], j[far]
     turn = (f[:, i] - f[:, j]) / (z[i] - z[j])  # [N K]
     shift = f[:, i] - turn * z[i]
     count = torch.stack([following(s[:, None], t[:, None]) for s, t in zip(shift.T, turn.T)])
     best = count.argmax(0)[:, None]  # [N 1]
     shift, turn = shift.gather(1, best), turn.gather(1, best)
-    for _ in range(8):
+    for _ in range(REFITS):
         weight = 1 / (1 + ((f - shift - turn * z).abs() / CAUCHY) ** 2)
         weight = weight / weight.sum(1, keepdim=True)
         zm, fm = (weight * z).sum(1, keepdim=True), (weight * f).sum(1, keepdim=True)
@@ -507,7 +538,7 @@ def camera(rows) -> dict:
     """
     if len(rows) == 0:
         return {"flow": math.nan, "against": math.nan, "cmotion": ""}
-    sure = rows[rows[:, 5] <= 0.5, 1:5]  # [M 4]
+    sure = rows[rows[:, 5] <= 0.5, 1:5]  # [M 4]; most pixels follow: 0.7 names the clips' shots the same, 0.3 loses 14
     middle, length = np.median(sure, 0) if len(sure) else np.zeros(4), lambda x: np.median(np.linalg.norm(x, axis=1))
     k = int(np.abs(middle).argmax())
     if 2 * len(sure) < len(rows):
@@ -516,17 +547,19 @@ def camera(rows) -> dict:
         cmotion = "static"
     elif len(sure) > 2 and length(np.diff(sure, axis=0)) > length(sure):  # sqrt(2) of it where pairs are unrelated
         cmotion = "shake"
+    elif np.linalg.norm(middle) > length(sure) / 2:  # by hand: directions that take turns leave next to nothing
+        cmotion = MOTIONS[k][int(middle[k] < 0)]
     else:
-        cmotion = MOTIONS[k][int(middle[k] < 0)] if np.linalg.norm(middle) > length(sure) / 2 else ""
+        cmotion = ""
     return {"flow": float(rows[:, 0].mean()), "against": float(rows[:, 5].mean()), "cmotion": cmotion}
 
 
 # ---- checks: grey frames [T h w] in 0..255, longer side 320 ----
 
-REPEAT = 0.6      # grey levels, mean over any 16 x 16 block
-UNIFORM = 4.0     # grey levels, standard deviation of a frame: one colour all over, such as black
+REPEAT = 0.6      # grey levels, mean over any 16 x 16 block: a held picture has 0.2, one of 300 film frames 0.6
+UNIFORM = 4.0     # grey levels, standard deviation of a frame: one colour all over, such as black; shots 19 and more
 BAR = 24.0        # grey levels that black bars stay under; black is 0, or 16 where the range is mistaken
-COMB = 12.0       # grey levels by which a row sticks out from both neighbours
+COMB = 12.0       # grey levels by which a row sticks out from both neighbours; by hand: 6 sees no more where nothing is
 
 
 def looks(g):
@@ -573,12 +606,14 @@ def bars(lit) -> np.ndarray:
     """Black rows above and below, columns left and right, that hold over frames of `lit_share`: [4].
 
     A bar ends in a straight edge: most of the first line after it is lit in some frame, which titles on black and night
-    skies are not; frames too dark for that give 0, and so do those of which it would be over a third.
+    skies are not; frames too dark for that give 0, and so do those of which it would be over a third (2.39:1 in 4:3
+    leaves 22%).  The numbers are by hand; of the clips' letterboxed one 0.05 for 0.02 takes a row of the picture along.
     """
     def edge(lines):
         spots = np.quantile(lines, 0.98, 0) / 255  # share of the line in a bright frame; one in fifty may be broken
-        dark = int((spots < 0.02).cumprod().sum())
-        return dark if 0 < dark <= lines.shape[1] // 3 and lines[:, dark:dark + 3].max() > 127 else 0
+        dark = int((spots < 0.02).cumprod().sum())  # lines from the side on with under 2% lit
+        most_lit = lines[:, dark:dark + 3].max(initial=0) > 127  # over half of 255; the edge is soft: in three lines
+        return dark if 0 < dark <= lines.shape[1] // 3 and most_lit else 0
     rows, columns = (np.frombuffer(b"".join(lines), np.uint8).reshape(len(lines), -1) for lines in zip(*lit))
     return np.array([edge(rows), edge(rows[:, ::-1]), edge(columns), edge(columns[:, ::-1])])
 
@@ -621,13 +656,13 @@ def measure(path) -> Measured:
         seen += torch.cat((looks(g), same[:, None].float()), 1).tolist()
         woven.append((count, combs(torch.from_numpy(coded).float()).item()))
         quarters = np.floor((seconds - (times or seconds)[0]) * PAIRS_PER_SECOND + 1e-3)
-        for i in np.flatnonzero(np.diff(quarters, prepend=quarter)):
+        for i in np.flatnonzero(np.diff(quarters, prepend=quarter)):  # the first frame of each: a sample, and a pair's
             samples.append((count + int(i), lit_share(g[i]), perceptual_hash(g[i])))
             starts.append((count + int(i), seconds[i], g[i]))
         while starts and (j := np.searchsorted(seconds, starts[0][1] + GAP_SECONDS - 0.001)) < len(seconds):
-            first, since, a = starts.pop(0)
+            first, since, a = starts.pop(0)  # the pair's second frame may come with a later run of frames
             pairs.append((first, count + j, a, g[j], seconds[j] - since))
-        if len(pairs) >= 8:
+        if len(pairs) >= 8:  # at once they cost less (tests/bench_curate.py flow)
             moves += moves_of(pairs)
             pairs = []
         count, last, quarter = count + len(g), g[-1:], quarters[-1]
@@ -661,8 +696,9 @@ def describe(m: Measured, first: int, end: int) -> dict:
 
 # ---- writing clips ----
 
+# By hand.  crf 18 is what FFmpeg's guide to H.264 calls visually lossless or nearly so
 GOP = 16  # frames between key frames: what training has to decode beyond its window
-MAX_SIDE = 720  # of the short side
+MAX_SIDE = 720  # pixels of the short side; the recipe's largest bucket is 720p
 
 
 def write_clips(path, clips, times):
@@ -733,7 +769,14 @@ def as_displayed(path, frame, source, box=None) -> av.filter.Graph:
     return graph
 
 
-# ---- networks: frames by workers, numbers by a device ----
+# ---- networks: frames by workers, numbers by a device; prepare_X, load_X, X of a step are told at `Step` ----
+
+def num_frames(row) -> int:
+    count = number(row.get("num_frames"))
+    if not 1 <= count < math.inf:
+        raise ValueError(f"{row['path']}: its num_frames is {row.get('num_frames', '')!r}, expected how many it has")
+    return int(count)
+
 
 def read_frames(row, places) -> list[np.ndarray]:
     """Frames [H W 3] of a clip by number, each decoded from the key frame before it, at most 15 frames back."""
@@ -742,7 +785,7 @@ def read_frames(row, places) -> list[np.ndarray]:
 
 def ends_and_middle(row) -> list[np.ndarray]:
     """The first, middle and last frame; an image's only frame is all three."""
-    last = int(row["num_frames"]) - 1
+    last = num_frames(row) - 1
     return read_frames(row, sorted({0, last // 2, last}))
 
 
@@ -765,8 +808,9 @@ def net_of(cls, name, device, half=torch.float16):
 
 # ---- CLIP: aesthetic score, match of text and picture ----
 
+# Of openai/clip-vit-large-patch14's preprocessor_config.json
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-HEAD_LAYERS = 0, 2, 4, 6, 7  # linear; between them dropout, and no activation: "linearMSE"
+HEAD_LAYERS = 0, 2, 4, 6, 7  # of LAION's file: linear; between them dropout, and no activation: "linearMSE"
 
 
 @lru_cache
@@ -824,7 +868,7 @@ def aesthetic(clip, head, rows, prepared):
 
 def prepare_match(row, options):
     """uint8 [size size 3] of the middle frame; of one colour where there is no text to match."""
-    places = [(int(row["num_frames"]) - 1) // 2]
+    places = [(num_frames(row) - 1) // 2]
     frame, = read_frames(row, places) if row["text"] else np.zeros((1, 8, 8, 3), np.uint8)
     return clip_pixels(frame, options.clip_model)
 
@@ -847,8 +891,8 @@ def match(clip, tokenizer, rows, prepared):
 # ---- text detection ----
 
 OCR_SIDE = 960    # of PP-OCR's own preprocessing
-OCR_SMALL = 480   # pixels of the longer side; a smaller frame is looked at enlarged as well, a larger one shrunk
-OCR_AT_ONCE = 8   # frames
+OCR_SMALL = 480   # pixels of the longer side, by hand; up to it a frame is looked at enlarged as well, others shrunk
+OCR_AT_ONCE = 8   # frames, by hand
 OCR_MEAN, OCR_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # in this order for B G R, as it was trained
 TEXT, BOX, UNCLIP, MIN_SIDE = 0.3, 0.6, 1.5, 3  # DB's thresholds of pixel and box, its growth; PP-OCR's least side
 
@@ -939,7 +983,7 @@ def components(mask):
 
 # ---- captions ----
 
-CAPTION_SIDE = 640  # more than most captioners look at; bounds the tokens of those that take any size
+CAPTION_SIDE = 640  # by hand: more than most captioners look at; bounds the tokens of those that take any size
 # Each the middle of its part: of 2 to 16 s one every 0.5 to 4 s; four of LLaVA-1.5's 576 tokens leave room for the
 # answer in its 4,096; upstream shows three
 CAPTION_FRAMES = 4
@@ -956,7 +1000,7 @@ SENTENCE = re.compile(r"[.!?][\"'”’)]*(?=\s|$)")  # its end
 
 
 def prepare_caption(row, options):
-    count = int(row["num_frames"])
+    count = num_frames(row)
     places = {(2 * k + 1) * count // (2 * CAPTION_FRAMES) for k in range(CAPTION_FRAMES)}
     return fitted(read_frames(row, sorted(places)), CAPTION_SIDE)
 
@@ -1026,7 +1070,7 @@ class Step(NamedTuple):
     prepare: Callable
     load: Callable | None = None
     writes: tuple = ()  # columns
-    batch: int = 1      # rows that work sees at once
+    batch: int = 1      # rows that work sees at once; by hand
 
 
 TOO_SHORT = "too short a shot"
@@ -1036,12 +1080,13 @@ CHECKS = "brightness", "contrast", "sharpness", "uniform", "repeats", "held", "c
 
 def cut_file(row: dict, options) -> dict:
     """Probes, measures and cuts a file, writes its clips: the columns of the file, and "clips", the rows of these."""
-    path, source, file = row["path"], Path(row["source"]), probe(row["path"])
+    path, file = row["path"], probe(row["path"])
     m, still, (height, width) = measure(path), file["kind"] == "image", (file["height"], file["width"])
     clips, short = ([(0, 1)], []) if still else split(m.transitions, m.times, options.min_seconds, options.max_seconds)
-    place = Path("clips", *(part for part in source.parts if part not in ("..", source.anchor)))
+    # Counted from what holds the videos and the folder, so that no two have one place
+    place = Path("clips", os.path.relpath(path, os.path.commonpath([os.path.abspath(options.what), options.folder])))
     rows, wanted, small = [], [], [len(lit) for lit in m.samples[0][1]]
-    for a, b in clips:
+    for a, b in clips:  # in frames
         clip, name = describe(m, a, b), place if still else place / f"{a:06d}-{b:06d}.mp4"
         bar = clip.pop("bars")
         box = (0, 0, height, width) if still else crop(bar, small, height, width)
@@ -1058,13 +1103,16 @@ def cut_file(row: dict, options) -> dict:
     ends = np.append(m.times, m.times[-1] + file["seconds"] / max(1, file["num_frames"])) - m.times[0]
     for clip, (a, b) in zip(rows, clips + short):
         clip |= {"source": row["source"], "num_frames": b - a, "start_seconds": ends[a], "seconds": ends[b] - ends[a]}
-    return file | {"num_frames": len(m.times), "counted": "decoded", "clips": [rounded(clip) for clip in rows]}
+    return file | {"num_frames": len(m.times), "clips": [rounded(clip) for clip in rows]}
 
 
 def rounded(columns: dict) -> dict:
     """Floats to 4 digits after the point, nan to "", as they go into a csv."""
-    return {name: value if not isinstance(value, (float, np.floating)) else
-            "" if math.isnan(value) else round(float(value), 4) for name, value in columns.items()}
+    def cell(value):
+        if not isinstance(value, (float, np.floating)):
+            return value
+        return "" if math.isnan(value) else round(float(value), 4)
+    return {name: cell(value) for name, value in columns.items()}
 
 
 def measure_clip(columns, row: dict, options) -> dict:
@@ -1089,7 +1137,7 @@ NETWORKS = "aesthetic", "ocr", "caption", "match"  # in this order: a match need
 
 # ---- work: items spread over ranks and processes, results that outlive them ----
 
-RESULTS_VERSION = 2  # to be raised when a step is to give other results
+RESULTS_VERSION = 3  # to be raised when a step is to give other results
 
 
 class Results:
@@ -1153,8 +1201,9 @@ def attempt(prepare, row, options):
 def in_parallel(prepare, rows, options, ahead: int):
     """Yields (row, prepare(row, options), "") or (row, None, the reason why not) in the order in which they get done.
 
-    `ahead` rows are under way in options.workers processes.  When one of these dies, its pool does, too: then what was
-    under way is tried one by one, and what kills its process again is told.
+    `ahead` rows are under way in options.workers processes.  When one of these dies (a decoder that crashes, memory
+    that runs out), its pool does, too, and does not say whose fault it was: then what was under way is tried one by
+    one, and what kills its process again is told.
     """
     rows, suspects = deque(rows), deque()
     while queue := suspects or rows:
@@ -1185,6 +1234,7 @@ def do(name: str, rows, options) -> Results:
     step, results, failed = STEPS[name], Results(name, options), []
     todo = [row for row in rows if is_mine(row) and can_be_read(row) and "columns" not in results.get(row)]
     work = step.load(options, options.device) if todo and step.load else None
+    # The workers decode the next batch while the device works on one; results come a batch at a time
     made = in_parallel(step.prepare, todo, options, 2 * (options.workers + step.batch))
     with tqdm(desc=name, total=len(todo), smoothing=0.05, disable=RANK > 0 or not todo) as bar:
         while batch := list(itertools.islice(made, step.batch)):
@@ -1194,7 +1244,7 @@ def do(name: str, rows, options) -> Results:
                 results.add(row, {"error": error} if error else {"columns": rounded(next(columns))})
                 failed += [error] * bool(error)
             bar.update(len(batch))
-    if failed and RANK == 0 and step.load:
+    if failed and RANK == 0 and name != "cut":  # of which files.csv tells
         print(f"{name}: {len(failed)} clips could not be read, such as {failed[0]}")
     results.patient = True
     return results
@@ -1204,22 +1254,23 @@ def do(name: str, rows, options) -> Results:
 
 TABLE = (*COLUMNS, *SCORES, "cmotion", "against", "text_area", *CHECKS, "source", "start_seconds", "seconds", "error",
          "duplicate_of", "dropped")  # the columns of clips.csv and meta.csv, in this order, as far as there are
-FILES = ("path", "kind", "error", *COLUMNS[2:], "counted", "rotation", "seconds", "codec", "hash", "bytes", "clips")
+FILES = ("path", "kind", "error", *COLUMNS[2:], "rotation", "seconds", "codec", "hash", "bytes", "clips")
 
 
-def read_table(path):
+def read_table(path, needed=("path",)):
     """Yields the rows of a csv."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such table - `python curate.py run VIDEOS --out DIR` makes one")
     with open(path, newline="", encoding="utf-8-sig") as f:
         reader = csv.DictReader(f, restval="")
-        if "path" not in (reader.fieldnames or ()):
-            raise ValueError(f"{path}: has columns {','.join(reader.fieldnames or ())}, expected one called path")
+        header = reader.fieldnames or ()
+        if missing := [name for name in needed if name not in header]:
+            raise ValueError(f"{path}: has columns {','.join(header) or 'none'}, expected also {','.join(missing)}")
         yield from reader
 
 
-def header_of(table) -> list[str]:
-    for row in read_table(table):
+def header_of(table, needed=("path",)) -> list[str]:
+    for row in read_table(table, needed):
         return list(row)
     raise ValueError(f"{table}: has no rows, expected one per clip")
 
@@ -1240,9 +1291,10 @@ def listed(options) -> list[dict]:
         raise ValueError(f"{options.what}: has no video or image among {len(other)} files, expected "
                          f"{' '.join(VIDEOS + IMAGES)}")
     if RANK == 0 and (other := [path for path in other if path.suffix != ".txt"]):
-        print(f"{len(other)} files are left alone, no video, no image or no name in UTF-8, such as {str(other[0])!a}")
-    captions = {row["path"]: row["text"] for row in read_table(options.captions)} if options.captions else {}
-    rows = []
+        print(f"{len(other)} files are left alone, no video, no image, a link to a folder or no name in UTF-8, such as "
+              f"{str(other[0])!a}")
+    told = read_table(options.captions, ("path", "text")) if options.captions else ()
+    captions, rows = {row["path"]: row["text"] for row in told}, []
     for path in found:
         name, beside = os.path.relpath(path, options.folder), path.with_suffix(".txt")
         with suppress(FileNotFoundError):  # one may vanish
@@ -1306,18 +1358,20 @@ def joint_hash(hashes: list[str]) -> str:
 
 
 def hash_vectors(hashes: list[str]) -> np.ndarray:
-    """Of `joint_hash`, to float16 [N 192] of length 1: their product is 1 - 2 (bits that differ) / 192.  "": 0."""
+    """Of `joint_hash`, to float16 [N 192] of length 1: their product is 1 - 2 (bits that differ) / 192."""
     packed = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, HASH_BITS // 8)
-    vectors = np.zeros((len(hashes), HASH_BITS), np.float16)
-    vectors[[bool(text) for text in hashes]] = np.unpackbits(packed, axis=1) * np.float16(2) - 1
-    return vectors / np.float16(math.sqrt(HASH_BITS))
+    return spread(hashes, (np.unpackbits(packed, axis=1) * np.float16(2) - 1) / np.float16(math.sqrt(HASH_BITS)))
 
 
 def feature_vectors(texts: list[str]) -> np.ndarray:
-    """The column `features`, base64 of float16, to [N D].  "": 0, which is like nothing."""
-    rows = [np.frombuffer(base64.b64decode(text), np.float16) for text in texts if text]
-    vectors = np.zeros((len(texts), len(rows[0]) if rows else 1), np.float16)
-    vectors[[bool(text) for text in texts]] = rows or 0
+    """The column `features`, base64 of float16 of length 1, to [N D]."""
+    return spread(texts, np.stack([np.frombuffer(base64.b64decode(text), np.float16) for text in texts if text]))
+
+
+def spread(texts, known) -> np.ndarray:
+    """Vectors of the texts that are not "", [M D], to float16 [N D] of all; "" has 0, which is like nothing."""
+    vectors = np.zeros((len(texts), known.shape[1]), np.float16)
+    vectors[[bool(text) for text in texts]] = known
     return vectors
 
 
@@ -1327,7 +1381,8 @@ def duplicates(vectors, threshold: float, order, device="cpu", block=4096, wide=
     In `order` [N], the best first, each is kept unless its product with one kept before reaches the threshold; it then
     repeats the first of those.  So no two kept are alike, and a chain of small changes does not become one clip.
     All pairs are looked at: 10 million x 192 are 2e16 operations, about 2 minutes on an H100 by its bandwidth (not
-    measured), which then holds N x D in fp16, 4 GB, and block x wide products.  2 cores: 40,000 in 6 s.
+    measured), which then holds N x D in fp16, 4 GB, and block x wide products, 0.5 GB.  2 cores, in fp32: 40,000 in
+    6 s.  block and wide are by hand: of a block all products of its own are looked at, on the CPU.
     """
     order, kind = np.asarray(order), torch.float32 if torch.device(device).type == "cpu" else torch.float16
     x = torch.as_tensor(vectors)[order].to(device, kind)  # one that repeats another becomes 0, which is like nothing
@@ -1376,8 +1431,10 @@ class Rule(NamedTuple):
     def __str__(self):
         return f"{self.name} {self.limit:g}"
 
+    sign = property(lambda self: "<" if self.name.startswith("min") else ">")  # value to limit where it is broken
+
     def breaks(self, value):
-        return value < self.limit if self.name.startswith("min") else value > self.limit
+        return value < self.limit if self.sign == "<" else value > self.limit
 
 
 # Upstream names one threshold, of aes (docs/data_processing.md); its tools/datasets/datautil.py has --matchmin and
@@ -1432,8 +1489,8 @@ def faults(row, rules):
             if math.isnan(value):
                 yield rule, f"no {rule.column}"
             elif rule.breaks(value):
-                shown = f"{value:.4g}" if rule.breaks(float(f"{value:.4g}")) else repr(value)
-                yield rule, f"{rule.column} {shown} {'<' if rule.name[:3] == 'min' else '>'} {rule}"
+                shown = f"{value:.4g}" if rule.breaks(float(f"{value:.4g}")) else repr(value)  # else it says "5 < 5"
+                yield rule, f"{rule.column} {shown} {rule.sign} {rule}"
 
 
 def verdict(row, rules) -> str:
@@ -1453,11 +1510,12 @@ class Tally:
         self.total, self.kept = self.total + 1, self.kept + (not found)
         self.measured.update(row)
         self.alone.update(what for what, _ in found)
-        for what, why in found[:1]:
-            self.dropped[what] += 1
-            self.example.setdefault(what, " ".join(f"{row['path'] or row['source']}: {why}".split()))
-            return why
-        return ""
+        if not found:
+            return ""
+        what, why = found[0]
+        self.dropped[what] += 1
+        self.example.setdefault(what, " ".join(f"{row['path'] or row.get('source', '?')}: {why}".split()))
+        return why
 
     def __str__(self):
         left, lines = self.total, [("rule", "kept", "dropped", "alone", "example")]
@@ -1481,7 +1539,7 @@ figure{margin:0;max-width:352px;overflow-wrap:anywhere}img{max-width:100%}.drop{
 def picks(values, rule: Rule) -> dict[str, list[int]]:
     """Rows to look at, none twice: the worst, those nearest to the limit on both sides, the best."""
     known = np.flatnonzero(np.isfinite(values))
-    sign = 1 if rule.name.startswith("min") else -1
+    sign = 1 if rule.sign == "<" else -1
     order = known[np.argsort(sign * values[known], kind="stable")]  # worst first
     edge = int(rule.breaks(values[order]).sum())
     rows = {"worst": order[:max(0, edge - 3)][:3], "just dropped": order[max(0, edge - 3):edge][::-1],
@@ -1498,17 +1556,18 @@ def figure(row, why: str, frames_of) -> str:
         Image.fromarray(frames).save(buffer := io.BytesIO(), "JPEG", quality=70)
         picture = (f'<img alt="frames of {name}" width="{frames.shape[1]}" height="64" src="data:image/jpeg;base64,'
                    f'{base64.b64encode(buffer.getvalue()).decode()}">')
-    except (UnreadableClip, OSError) as error:
+    except (ValueError, OSError) as error:
         picture = html.escape(str(error))
     return f'<figure>{picture}<br>{name}<br><span class="drop">{html.escape(why)}</span></figure>'
 
 
 def write_report(rows, rules, path: Path, frames_of):
     """Writes one .html file that needs nothing else: what is dropped and why, then of each rule the values and clips
-    to look at.  rows() is gone through twice; a row takes 4 bytes of memory a rule."""
+    to look at.  rows() is gone through twice, as the clips to show are known after all; a row takes 4 bytes a rule."""
     tally, hours, values = Tally(rules), 0.0, {rule: array("f") for rule in rules}
     for row in rows():
-        hours += 0 if tally.add(row) else (number(row.get("seconds")) or 0) / 3600
+        seconds = number(row.get("seconds"))
+        hours += 0 if tally.add(row) or math.isnan(seconds) else seconds / 3600
         for rule, column in values.items():
             column.append(number(row.get(rule.column)))
     values = {rule: np.frombuffer(column, np.float32) for rule, column in values.items()}
@@ -1517,7 +1576,8 @@ def write_report(rows, rules, path: Path, frames_of):
     shown = {i: figure(row, verdict(row, rules), frames_of) for i, row in enumerate(rows()) if i in wanted}
     with whole(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Clips</title><style>{STYLE}</style>'
-                f"</head><body><h1>{tally.kept:,} of {tally.total:,} clips kept, {hours:,.2f} hours</h1>"
+                f"</head><body><h1>{tally.kept:,} of {tally.total:,} clips kept"
+                f"{f', {hours:,.2f} hours' if hours else ''}</h1>"
                 f"<pre>{html.escape(str(tally))}</pre>")
         for rule, titles in chosen.items():
             known = values[rule][np.isfinite(values[rule])]
@@ -1535,9 +1595,9 @@ def write_report(rows, rules, path: Path, frames_of):
 def start(options):
     """run and cut: a folder of videos to files.csv, clips.csv and meta.csv."""
     files = listed(options)
-    mine = [row for row in files if is_mine(row)]
+    mine = [row for row in files if is_mine(row)]  # another rank's clips are not known yet: asking for them would wait
     cut, done = do("cut", mine, options), []
-    rows = lambda files=files: with_results(clip_rows(files, cut), done)
+    rows = lambda files=files: with_results(clip_rows(files, cut), done)  # of the clips, by all steps done so far
     for name in NETWORKS:
         found = Results(name, options)  # also of an earlier run
         if name in options.also:
@@ -1563,7 +1623,7 @@ def choose(rows, columns, options):
     """Finds duplicates, applies the rules; writes clips.csv and meta.csv, says what is kept and why the rest is not.
     rows() gives all rows, again and again."""
     tally, table = Tally(rules_of(options)), options.table
-    meta = table.with_name("meta.csv" if table.name == "clips.csv" else f"{table.stem}-kept.csv")
+    meta = table.with_name("meta.csv" if table.name == "clips.csv" else f"{table.stem}-kept.csv")  # of one's own
     if not options.no_dedup:
         found = find_duplicates(rows(), tally.rules, options.device)
         rows = lambda rows=rows: (row | {"duplicate_of": of} for row, of in zip(rows(), found))
@@ -1578,6 +1638,8 @@ def choose(rows, columns, options):
     write_table(meta, (row for row in read_table(table) if not row["dropped"]), kept)
     silent = sum(not row.get("text") for row in read_table(meta))
     print(f"{meta}: {tally.kept} clips" + f", {silent} of them without a caption" * (silent > 0))
+    if not (first := options.folder / next(read_table(meta))["path"]).is_file():
+        print(f"{meta}: there is no {first} - after --dry-run, run without it", file=sys.stderr)
     if options.config:
         meta = read_meta(str(meta))
         print(bucket_table(meta, options.config, assign(meta, options.config, 0)))
@@ -1586,9 +1648,7 @@ def choose(rows, columns, options):
 def add_columns(options):
     """A step on a table: adds its columns."""
     table, step = options.table, STEPS[options.command]
-    header = header_of(table)
-    if missing := {"num_frames", "text"} & set(step.reads) - set(header):
-        raise ValueError(f"{table}: has no column {' or '.join(missing)}, which {options.command} reads")
+    header = header_of(table, [name for name in ("path", "num_frames", "text") if name in step.reads])
     results = do(options.command, read_table(table), options)
     if RANK == 0:
         write_table(table, with_results(read_table(table), [results]), (*header, *step.writes, "error"))
@@ -1636,8 +1696,14 @@ def resolve(options):
         raise ValueError(f"--with {','.join(wrong)}: expected some of {','.join(NETWORKS)}")
     if options.starts and not options.out:
         raise ValueError(f"{options.command}: expected --out DIR, where clips and tables are written")
+    if options.starts and what.resolve() in (options.out.resolve(), options.out.resolve() / "clips"):
+        raise ValueError(f"--out {options.out}: is where the videos are, and the next run would cut its clips - "
+                         f"give another folder, such as {what / 'curated'}")
+    if not 0 <= options.min_seconds <= options.max_seconds or not options.max_seconds:
+        raise ValueError(f"--min-seconds {options.min_seconds:g} --max-seconds {options.max_seconds:g}: expected the "
+                         "shortest clip and the longest, over 0")
     options.table = what if what.suffix == ".csv" else (options.out if options.starts else what) / "clips.csv"
-    options.folder = options.table.parent.absolute()
+    options.folder = Path(os.path.abspath(options.table.parent))
     options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 

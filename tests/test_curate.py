@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -26,7 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import curate
-from curate import (FEATURE_ALIKE, HASH_ALIKE, HASH_BITS, RULES, TOO_SHORT, UNIFORM, Cuts, Rule, Tally, bars,
+from curate import (HASH_ALIKE, HASH_BITS, RULES, TOO_SHORT, UNIFORM, Cuts, Rule, Tally, bars,
                     camera, combs, crop, duplicates, feature_vectors, find_files, flow, grey, hash_vectors, joint_hash,
                     lit_share, longest, looks, motion, perceptual_hash, picks, probe, repeats, rules_of, similarity,
                     small_frames, split, verdict, write_clips, write_report)
@@ -190,24 +191,58 @@ def test_a_hard_cut_is_found_to_the_frame(at, tmp_path):
     assert cut(path)[0] == [(at, at)]
 
 
-def test_cuts_do_not_depend_on_the_runs_or_blocks(monkeypatch):
+def test_cuts_do_not_depend_on_the_runs():
     frames = np.concatenate([shot(seed, 30 + 11 * seed) for seed in range(12)])
-    whole = found(frames)
-    assert whole == [(t, t) for t in np.cumsum([30 + 11 * seed for seed in range(11)])]
-    monkeypatch.setattr(curate, "BLOCK", 100)
-    assert found(frames) == found(frames, 7) == found(frames, 1) == whole
+    assert found(frames) == found(frames, 7) == found(frames, 1) == [
+        (t, t) for t in np.cumsum([30 + 11 * seed for seed in range(11)])]
+
+
+def dissolve(length, pan):
+    """60 frames of a shot, `length` of a mixture, 60 of another shot."""
+    one, two = (shot(seed, 60 + length, pan, (180, 320), 40) for seed in (3, 4))
+    alpha = np.clip((np.arange(120 + length) - 59) / (length + 1), 0, 1)[:, None, None, None]
+    pad = lambda x, before: np.pad(x, ((before, 60 - before), (0, 0), (0, 0), (0, 0)), "edge")
+    return ((1 - alpha) * pad(one, 0) + alpha * pad(two, 60)).astype(np.uint8)
 
 
 @pytest.mark.parametrize("length, pan", [(12, 0), (20, 0), (40, 0), (60, 0), (12, 1), (20, 1), (40, 1)])
 def test_a_dissolve_is_found(length, pan, monkeypatch):
-    one, two = (shot(seed, 60 + length, pan, (180, 320), 40) for seed in (3, 4))
-    alpha = np.clip((np.arange(120 + length) - 59) / (length + 1), 0, 1)[:, None, None, None]
-    pad = lambda x, before: np.pad(x, ((before, 60 - before), (0, 0), (0, 0), (0, 0)), "edge")
-    frames = ((1 - alpha) * pad(one, 0) + alpha * pad(two, 60)).astype(np.uint8)
-    for block in (2048, 90):
-        monkeypatch.setattr(curate, "BLOCK", block)
+    frames = dissolve(length, pan)
+    for at_once in (256, 3):
+        monkeypatch.setattr(curate, "AT_ONCE", at_once)
         (first, end), = found(frames)
         assert abs(first - 60) <= 1 + 2 * pan and abs(end - 60 - length) <= 1 + 2 * pan, (first, end)
+
+
+def test_transitions_are_where_they_are_alone():
+    """Far into a long video, too."""
+    one = np.concatenate([dissolve(20, 1), dissolve(12, 0)[::-1]])[:, ::4, ::4]  # with a hard cut between
+    alone = found(one)
+    assert len(alone) == 3
+    assert found(np.concatenate([shot(9, 3000, size=(45, 80)), one])) == [(3000, 3000)] + [
+        (3000 + a, 3000 + b) for a, b in alone]
+
+
+@pytest.mark.parametrize("length", [12, 20, 40])
+def test_a_dissolve_of_frames_that_are_shown_twice_is_found(length):
+    assert found(np.repeat(dissolve(length, 0), 2, axis=0)) == [(120, 120 + 2 * length)]
+
+
+def test_a_title_that_fades_in_over_a_plain_sky_is_no_dissolve():
+    sky = np.full((100, 96, 128, 3), 200.0)
+    alpha = np.clip((np.arange(100) - 40) / 25, 0, 1)
+    sky[:, 80:88, 20:108:2] -= 180 * alpha[:, None, None, None]
+    assert found(sky.astype(np.uint8)) == []
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [(1, 1), (1, 64), (64, 1), (3, 2)])
+def test_pictures_of_a_pixel_or_a_row(size, tmp_path):
+    for frames in (1, 60):
+        assert found(np.full((frames, *size, 3), 99, np.uint8)) == []
+    Image.new("RGB", size).save(tmp_path / "a.png")
+    m = curate.measure(tmp_path / "a.png")
+    assert curate.describe(m, 0, 1)["uniform"] == 1 and m.transitions == []
 
 
 @pytest.mark.parametrize("level", [0, 255])
@@ -666,7 +701,9 @@ def test_feature_vectors():
     x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float16)
     texts = [base64.b64encode(row.tobytes()).decode() for row in x]
     assert (feature_vectors([texts[0], "", *texts[1:]]) == np.insert(x, 1, 0, axis=0)).all()
-    assert duplicates(feature_vectors(["", ""]), FEATURE_ALIKE, [0, 1]).tolist() == [-1, -1]
+    assert duplicates(feature_vectors([texts[0], "", "", texts[0]]), 0.9 * x[0] @ x[0], range(4)).tolist() == [
+        -1, -1, -1, 0], "without features like nothing"
+    assert curate.find_duplicates([{"path": "a"}, {"path": "b"}], DEFAULT, "cpu") == ["", ""]
 
 
 def plain_duplicates(vectors, threshold, order):
@@ -965,7 +1002,7 @@ def test_a_run_from_videos_to_a_training_set(curated, videos):
     files = {Path(row["path"]).name: row for row in rows_of(out / "files.csv")}
     assert files.keys() == {path.name for path in videos.rglob("*.*")} - {"letterbox.txt", "notes.pdf"}
     assert {name for name, row in files.items() if row["error"]} == {"empty.mp4", "cut off.mp4"}
-    assert files["two 'shots'.mp4"]["num_frames"] == "110" and files["two 'shots'.mp4"]["counted"] == "decoded"
+    assert files["two 'shots'.mp4"]["num_frames"] == "110"
     clips = rows_of(out / "clips.csv")
     dropped = {Path(row["source"]).name: row["dropped"] for row in clips}
     assert dropped["three.mp4"] == TOO_SHORT and "< min_flow 0.5" in dropped["held.mp4"], dropped
@@ -1019,12 +1056,90 @@ def test_filter_and_steps_on_the_table(curated, videos, tmp_path):
     (["run", "EMPTY", "--out", "OUT", "--with", "aesthetics"], "--with aesthetics: expected some of"),
     (["filter", "EMPTY", "--min-flow=fast"], "expected a number, or none to switch the rule off, got 'fast'"),
     (["filter", "EMPTY", "--config=configs/no.py"], "configs/no.py"),
+    (["report", "EMPTY"], "no such table - `python curate.py run"),
+    (["run", "IMAGES", "--out", "IMAGES"], "is where the videos are, and the next run would cut its clips - give"),
+    (["run", "IMAGES", "--out", "IMAGES/out", "--captions", "ROWS"], "has columns path,aes, expected also text"),
+    (["run", "IMAGES", "--out", "IMAGES/out", "--max-seconds", "0"], "--min-seconds 2 --max-seconds 0: expected"),
+    (["run", "IMAGES", "--out", "IMAGES/out", "--min-seconds", "9", "--max-seconds", "8"], "expected the shortest"),
+    (["caption", "ROWS"], "has columns path,aes, expected also num_frames"),
 ])
 def test_mistakes_are_one_line(args, says, tmp_path):
-    (tmp_path / "empty").mkdir()
-    args = [{"OUT": tmp_path / "out", "EMPTY": tmp_path / "empty"}.get(arg, arg) for arg in args]
-    status, _, error = run(*args)
+    for name in ("empty", "images"):
+        (tmp_path / name).mkdir()
+    Image.new("RGB", (1, 1)).save(tmp_path / "images" / "one.png")
+    (tmp_path / "rows").write_text("path,aes\none.png,5\n")
+    (tmp_path / "rows").rename(tmp_path / "rows.csv")
+    names = {"OUT": "out", "EMPTY": "empty", "IMAGES": "images", "IMAGES/out": "images/out", "ROWS": "rows.csv"}
+    status, _, error = run(*[tmp_path / names[arg] if arg in names else arg for arg in args])
     assert status == 2 and says in error and "Traceback" not in error, error
+
+
+def test_no_two_videos_have_one_place(tmp_path):
+    """Where the folder to write to lies deep in that of the videos."""
+    (tmp_path / "sub").mkdir()
+    for seed, place in enumerate(("", "sub")):
+        Image.fromarray(shot(seed, 1, soft=6)[0]).save(tmp_path / place / "a.png")
+    out = tmp_path / "sub" / "out"
+    for _ in range(2):  # again: its own clips are no videos
+        assert run("run", tmp_path, "--out", out)[0] == 0
+        rows = rows_of(out / "meta.csv")
+        assert [row["path"] for row in rows] == ["clips/a.png", "clips/sub/a.png"]
+        assert all((out / row["path"]).read_bytes() == (out / row["source"]).read_bytes() for row in rows)
+
+
+def test_a_linked_folder_is_left_alone(tmp_path):
+    Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "videos" / "one.png").symlink_to(tmp_path / "one.png")
+    found, other = find_files(tmp_path / "videos")
+    assert [path.name for path in found] == ["one.png"] and [path.name for path in other] == ["link"]
+
+
+@pytest.mark.parametrize("name", ["a, b", "line\nbreak", "\N{GRINNING FACE}", "-dash", "100%d", "a:b"])
+def test_odd_names_go_from_video_to_clip_and_back(name, tmp_path):
+    (tmp_path / "videos").mkdir()
+    write(tmp_path / "videos" / f"{name}.mp4", shot(1, 60, pan=2, soft=6))
+    row = {"path": f"videos/{name}.mp4", "source": f"videos/{name}.mp4", "text": ""}
+    options = SimpleNamespace(folder=tmp_path, what=tmp_path / "videos", min_seconds=2, max_seconds=16, dry_run=False)
+    data, error = curate.attempt(curate.cut_file, row, options)
+    assert not error and data["clips"][0]["path"] == f"clips/videos/{name}.mp4/000000-000060.mp4"
+    curate.write_table(tmp_path / "clips.csv", data["clips"], curate.TABLE)
+    row, = rows_of(tmp_path / "clips.csv")
+    assert len(curate.ends_and_middle(row | {"path": str(tmp_path / row["path"])})) == 3
+
+
+def test_a_table_of_ones_own(tmp_path):
+    """With the columns it has, upstream's floats, a row without a path, a clip that is not there."""
+    write(tmp_path / "a.mp4", shot(1, 60, pan=2, soft=6))
+    (tmp_path / "t.csv").write_text("path,aes,num_frames,error\na.mp4,6,60.0,\nb.mp4,6,,\n,,,broken\ngone.mp4,7,9,\n")
+    status, said, error = run("filter", tmp_path / "t.csv")
+    assert status == 0 and "?: broken" in said and "there is no" not in error, error
+    assert run("report", tmp_path / "t.csv")[0] == 0
+    words = "".join(Page((tmp_path / "report.html").read_text("utf-8")).text)
+    assert "3 of 4 clips kept" in words and "hours" not in words and "b.mp4: its num_frames is ''" in words
+    status, said, error = run("checks", tmp_path / "t.csv")
+    assert status == 0 and "checks: 2 clips could not be read, such as" in said, said + error
+    assert [bool(row["error"]) for row in rows_of(tmp_path / "t.csv")] == [False, True, True, True]
+
+
+def test_clips_that_a_dry_run_has_not_written_are_told(tmp_path):
+    Image.fromarray(shot(1, 1, soft=6)[0]).save(tmp_path / "a.png")
+    assert run("run", tmp_path, "--out", tmp_path / "out", "--dry-run")[0] == 0
+    assert "a.png - after --dry-run, run without it" in run("filter", tmp_path / "out")[2]
+
+
+def test_a_second_ctrl_c_shows_no_traceback(tmp_path):
+    write(tmp_path / "a.mp4", shot(1, 600, pan=2, soft=6))
+    process = run("run", tmp_path, "--out", tmp_path / "out", wait=False)
+    while "0/1" not in process.stderr.readline():  # the bar
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    lines = iter(process.stderr.readline, "")
+    assert any("stopped; the same command goes on" in line for line in lines)
+    process.send_signal(signal.SIGINT)
+    assert "Traceback" not in process.stderr.read() and process.wait(60) in (130, -signal.SIGINT)
 
 
 def test_a_network_that_cannot_be_had_leaves_the_rest(videos, curated, tmp_path):
