@@ -17,9 +17,11 @@ Killed at any moment, the same command goes on and does nothing twice.  The step
 # at clips: CLIP, text on screen, captions.  Then the steps: what each reads and writes (`STEPS`), how processes and
 # ranks share them (`do`), tables, duplicates, rules, the report, the command line.  In a hurry: `cut_file` is what
 # becomes of one video, `start` is a whole run.
+import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
 import argparse
 import base64
 import csv
@@ -31,7 +33,6 @@ import itertools
 import json
 import math
 import multiprocessing
-import os
 import pickle
 import re
 import shutil
@@ -58,8 +59,8 @@ from einops import rearrange, reduce
 from PIL import Image
 from tqdm import tqdm
 
-from data import (COLUMNS, IMAGES, MAX_PIXELS, SCORES, Parser, UnreadableClip, assign, bucket_table, end_with_parent,
-                  one_line_errors, read_image, read_meta, read_number, read_window, whole)
+from data import (COLUMNS, IMAGES, SCORES, Parser, UnreadableClip, assign, bucket_table, displayed, end_with_parent,
+                  one_line_errors, opened, read_image, read_meta, read_number, read_window, whole)
 from vae import from_pretrained  # before transformers, which it tells that our kernels.py is not the package
 
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
@@ -104,37 +105,26 @@ def probe(path) -> dict:
         height, width, _ = read_image(str(path)).shape
         return columns | {"kind": "image", "num_frames": 1, "fps": "", "height": height, "width": width, "rotation": 0,
                           "seconds": 0.0, "codec": Path(path).suffix[1:].lower()}
-    times, packets = set(), 0
-    try:
-        with av.open(str(path), options={"max_pixels": str(MAX_PIXELS)}, metadata_errors="ignore") as container:
-            stream = container.streams.best("video")
-            expected = len(stream.index_entries) if stream and "mp4" in container.format.name else 0  # by its header
-            for packet in container.demux(stream) if stream else ():
-                packets += packet.size > 0
-                if packet.size and not packet.is_discard:
-                    times.add(packets if packet.pts is None else packet.pts * stream.time_base)
-            if packets < expected:
-                raise UnreadableClip(f"{path}: is cut off, has {packets} of {expected} frames")
-    except av.FFmpegError as error:
-        raise UnreadableClip(f"{path}: {error.strerror}, {packets} frames found") from error
+    packets, times = [], set()
+    with opened(path, packets) as stream:
+        expected = len(stream.index_entries) if "mp4" in stream.container.format.name else 0  # by its header
+        for packet in stream.container.demux(stream):
+            if packet.size:
+                packets.append(packet.pts)
+                if not packet.is_discard:
+                    times.add(len(packets) if packet.pts is None else packet.pts * stream.time_base)
+        if len(packets) < expected:
+            raise UnreadableClip(f"{path}: is cut off, has {len(packets)} of {expected} frames")
     frames = decoded(path)  # opened anew, at its begin; held: without it the container closes, and its stream crashes
     _, frame, stream = next(frames)
-    width, height, turns = displayed(path, frame, stream)
+    width, turns = displayed(path, frame, stream)
+    height, width = (frame.height, width) if turns % 2 == 0 else (width, frame.height)
     rate = constant_rate(np.array(sorted(map(float, times))), stream.guessed_rate)
     seconds = float(max(times) - min(times)) if times else 0.0
     fps = float(rate or max(1, len(times) - 1) / max(seconds, 0.001))
     return columns | {"kind": "video", "num_frames": len(times), "fps": round(fps, 4), "height": height, "width": width,
                       "rotation": 90 * turns, "seconds": round(seconds + 1 / fps, 3),
                       "codec": stream.codec_context.name}
-
-
-def displayed(path, frame, stream) -> tuple[int, int, int]:
-    """(width, height in square pixels and turned, quarter turns counter-clockwise that the frame needs)."""
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1
-    width, height, turns = round(frame.width * aspect), frame.height, round(frame.rotation / 90) % 4
-    if not 0 < width * height <= MAX_PIXELS:
-        raise UnreadableClip(f"{path}: its pixels are {aspect} times as wide as high")
-    return (height, width, turns) if turns % 2 else (width, height, turns)
 
 
 def constant_rate(times: np.ndarray, guess=None) -> Fraction | None:
@@ -160,27 +150,21 @@ def decoded(path, fast=False):
     fast leaves out H.264's deblocking: a third of the time, and nothing that is seen at a quarter of the size.
     A frame that is damaged, or is due before the one in front of it, ends it with UnreadableClip.
     """
-    count, seconds, last = 0, 0.0, -math.inf
-    limit = {"max_pixels": str(MAX_PIXELS)}
-    try:
-        with av.open(str(path), options=limit, metadata_errors="ignore") as container:
-            stream = container.streams.best("video")
-            if stream is None or stream.codec_context is None:
-                raise UnreadableClip(f"{path}: has no video stream of a known codec")
-            stream.codec_context.options = limit | ({"skip_loop_filter": "all"} if fast else {})
-            stream.codec_context.thread_count = 1  # workers are the parallelism
-            gap = float(1 / (stream.guessed_rate or 24))
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise UnreadableClip(f"{path}: frame {count} is damaged")
-                seconds = seconds + gap if frame.pts is None else float(frame.pts * stream.time_base)
-                if seconds <= last:
-                    raise UnreadableClip(f"{path}: frame {count} is due at {seconds:g} s, the one before at {last:g}")
-                yield seconds, frame, stream
-                count, last = count + 1, seconds
-    except (av.FFmpegError, OSError) as error:
-        raise UnreadableClip(f"{path}: {error.strerror} after {count} frames") from error
-    if not count:
+    times, seconds = [], 0.0
+    with opened(path, times) as stream:
+        if fast:
+            stream.codec_context.options |= {"skip_loop_filter": "all"}
+        gap = float(1 / (stream.guessed_rate or 24))
+        for frame in stream.container.decode(stream):
+            if frame.is_corrupt:
+                raise UnreadableClip(f"{path}: frame {len(times)} is damaged")
+            seconds = seconds + gap if frame.pts is None else float(frame.pts * stream.time_base)
+            if times and seconds <= times[-1]:
+                raise UnreadableClip(f"{path}: frame {len(times)} is due at {seconds:g} s, the one before at "
+                                     f"{times[-1]:g}")
+            times.append(seconds)
+            yield seconds, frame, stream
+    if not times:
         raise UnreadableClip(f"{path}: has no frames")
 
 
@@ -197,9 +181,9 @@ def small_frames(path, side=320, chunk=24):
     shrink, recolor, frames, times, size = VideoReformatter(), VideoReformatter(), [], [], None
     for seconds, frame, stream in decoded(path, fast=True):
         if size is None:
-            width, height, turns = displayed(path, frame, stream)
-            scale = min(1, side / max(width, height))
-            size = [max(1, round(scale * n)) for n in ((height, width) if turns % 2 else (width, height))]
+            width, turns = displayed(path, frame, stream)
+            scale = min(1, side / max(width, frame.height))
+            size = [max(1, round(scale * n)) for n in (width, frame.height)]
         if not frames:
             rows = shrink.reformat(frame, min(side, frame.width), frame.height, "gray", interpolation="AREA", threads=1)
             rows = rows.to_ndarray()[None]
@@ -754,10 +738,10 @@ def write_clip(out, frames, times, box=None) -> dict:
 
 def as_displayed(path, frame, source, box=None) -> av.filter.Graph:
     """A filter to 4:2:0 with square pixels, turned, cut to box, its short side at most MAX_SIDE, both sides even."""
-    width, height, turns = displayed(path, frame, source)
-    box = box or (0, 0, height, width)
+    width, turns = displayed(path, frame, source)
+    box = box or (0, 0, *((width, frame.height) if turns % 2 else (frame.height, width)))
     scale = min(1, MAX_SIDE / min(box[2:]))
-    size = [round(n * scale) for n in ((height, width) if turns % 2 else (width, height))]
+    size = [round(n * scale) for n in (width, frame.height)]
     top, left, height, width = (round(n * scale) for n in box)
     turn = [("transpose", "cclock")] * (turns % 2) + [("hflip", None), ("vflip", None)] * (turns > 1)
     steps = [("scale", "{}:{}:flags=area".format(*size)), *turn, ("format", "yuv420p"),
@@ -1633,6 +1617,7 @@ def choose(rows, columns, options):
     if not tally.kept:
         raise ValueError("no clip is kept: the table says by which rule; --min-... or --max-...=none switches one off")
     if options.dry_run:
+        print(f"{table}: where each clip begins (start_seconds) and what it measures; no clip is written")
         return
     kept = [name for name in columns if name not in ("error", "duplicate_of", "dropped")]
     write_table(meta, (row for row in read_table(table) if not row["dropped"]), kept)

@@ -11,9 +11,11 @@ In an epoch a clip belongs to at most one bucket (resolution, frames, aspect rat
 Clips, windows and, by slot_generator, noise, t and masks are pure functions of seed and step.  Sizes and the bucket
 rule are those of Open-Sora 1.1 (arXiv 2412.20404).
 """
+import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
 import argparse
 import csv
 import difflib
@@ -22,7 +24,6 @@ import hashlib
 import itertools
 import math
 import multiprocessing
-import os
 import re
 import shutil
 import struct

@@ -10,14 +10,18 @@ holds 28 elements per token and unit of width (on a GPU 26), not 47 (bf16).
 Run: `python kernels.py` checks each op in each dtype against fp64, forward and backward, and times both forms.
 Papers: RMSNorm 1910.07467, RoPE 2104.09864, QK-norm 2302.05442, DSP 2403.10266. Letters are explained in model.py.
 """
+import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it without a traceback
+    # OpenMP's threads wait for each other by spinning, libgomp's 300,000 rounds before they sleep: where somebody else
+    # wants the cores, too, they keep those that they wait for from working, and a sample took 88 seconds. With 5,000
+    # rounds it takes 4; on idle cores 1.3, as before.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import argparse
 import contextlib
 import ctypes
 import hashlib
-import os
 import shutil
 import subprocess
 import time
@@ -51,6 +55,7 @@ def paired(plain):
 
 
 def _wide(x):
+    """To fp32 where x is narrower; fp64 stays, so that tests can ask for exact results."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -129,7 +134,7 @@ def time_attention(qkv, q_weight, k_weight, rotary, rope_first, num_heads):
 
 def cross_attention(q, k, v, lengths):
     """Each clip sees its own caption, without padding.  q [B heads N D]; k, v [sum(lengths) heads D], end to end."""
-    if len(set(lengths)) == 1:
+    if len(set(lengths)) == 1:                              # one batch, as guidance's null captions are
         k, v = (rearrange(z, "(b l) heads d -> b heads l d", l=lengths[0]) for z in (k, v))
         return attention(q, k, v)
     if takes_varlen(q):
@@ -137,6 +142,7 @@ def cross_attention(q, k, v, lengths):
         out = varlen_attn(rearrange(q, "b heads n d -> (b n) heads d"), k, v, offsets((N,) * B, q.device),
                           offsets(tuple(lengths), q.device), N, max(lengths))
         return rearrange(out, "(b n) heads d -> b heads n d", b=B)
+    # On a CPU, and in fp32: a mask over padded text took twice the time there.
     k, v = (rearrange(z, "l heads d -> heads l d").split(lengths, dim=1) for z in (k, v))
     outs, order = [], []
     for length in sorted(set(lengths)):     # captions of equal length share one call
@@ -294,6 +300,7 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def gelu_backward(grad, x):
+    """(the gradient by x, written over grad, and GELU(x)): PyTorch's own, two passes where C++ takes one."""
     torch.ops.aten.gelu_backward.grad_input(grad, x, approximate="tanh", grad_input=grad)
     return grad, F.gelu(x, approximate="tanh")
 
@@ -310,6 +317,7 @@ def fast_qk_norm_rope(qkv, q_weight, k_weight, rotary, *how):
 
 def fast_time_attention(qkv, q_weight, k_weight, rotary, rope_first, num_heads):
     T, D = qkv.shape[1], qkv.shape[3] // 3 // num_heads
+    # Without QK-norm or rotation, as in no config of ours, the two steps apart will do.
     kernels = compiled("time_attention", qkv, q_weight, k_weight) if q_weight is not None and rotary else None
     if kernels and T <= 32 and D % 8 == 0 and D <= 72:      # longer, tensor cores win; wider, shared memory ends
         return _FromQKV.apply(kernels, qkv, q_weight, k_weight, *rotary, rope_first, num_heads)
@@ -353,6 +361,7 @@ static inline void put(float& y, float x) { y = x; }
 static inline void put(bf16& y, float x) {   // to the nearest, ties to even
   unsigned u = __builtin_bit_cast(unsigned, x);
   y.bits = x != x ? 0x7fc0 : (u + 0x7fff + (u >> 16 & 1)) >> 16; }
+// EACH and SUM are loops over a row that the compiler may turn into vector instructions, sums in any order.
 #define SIMD(...) _Pragma(#__VA_ARGS__)
 #define EACH(i, n) SIMD(omp simd) for (I i = 0; i < (n); i++)
 #define SUM(i, n, ...) SIMD(omp simd reduction(+ : __VA_ARGS__)) for (I i = 0; i < (n); i++)
@@ -462,6 +471,7 @@ def cpp():
     compiler = next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
     if compiler is None:
         raise OSError("found no c++, g++ or clang++")
+    # Not -ffast-math: it takes x != x, by which `put` tells a NaN, for false. The last two free loops to be vectors.
     flags = ["-x", "c++", "-std=c++17", "-O3", "-march=native", "-fopenmp-simd", "-fno-math-errno",
              "-fno-trapping-math"]
     told = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=True, timeout=120)
@@ -471,7 +481,7 @@ def cpp():
     file = cache_folder() / f"ops-{hashlib.sha256((CPP + macros + str(flags)).encode()).hexdigest()[:16]}.so"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        part = file.with_suffix(f".{os.getpid()}")
+        part = file.with_suffix(f".{os.getpid()}")          # two processes may compile it: each sees a whole file
         subprocess.run([compiler, *flags, "-shared", "-fPIC", "-pthread", "-o", str(part), "-"], input=CPP, **told)
         part.replace(file)
     return cpp_ops(ctypes.CDLL(str(file))), f"{Path(compiler).name} {version}"
@@ -491,7 +501,7 @@ def cpp_ops(library):
     def frames(op, x, per_frame, more, sums, *tensors):
         """Calls op on x [B T S C]; sums: how many [C] of each 16 rows.  Returns their sums, each like per_frame."""
         B, T, S, C = x.shape
-        parts = x.new_zeros(B, T, -(-S // 16), sums, C, dtype=torch.float32)
+        parts = x.new_zeros(B, T, -(-S // 16), sums, C, dtype=torch.float32)        # a job each, see ROWS
         call(op, parts[..., 0, 0].numel() if sums else B * T * -(-S // 16),
              (C, S * T // per_frame.shape[1], S, *more), *tensors, parts)
         sums = parts.sum(2).sum_to_size(B, per_frame.shape[1], sums, C).to(x.dtype)
@@ -888,7 +898,10 @@ def cuda_ops():
         return part.sum(2).to(gate.dtype), dupdate
 
     def qk(qkv, q_weight, k_weight, cos, sin, rope_first, heads, axis, q, k, v, dqkv=None):
-        """qkv -> q, k and v (None: not copied), or with dqkv their gradients -> dqkv; returns sums for the weights."""
+        """qkv -> q, k and v (None: not copied), or with dqkv their gradients -> dqkv; returns sums for the weights.
+
+        A block of 128 threads has 32 heads of tokens at once; backward's 1,024 blocks go on to further ones, as each
+        leaves a row of sums."""
         (_, T, S), D, items = qkv.shape[:3], q.shape[3], qkv[..., 0].numel() * heads
         cos, sin = (None, None) if cos is None else (cos.float(), sin.float())
         blocks = -(-items // 32) if dqkv is None else min(-(-items // 32), 1024)
@@ -901,6 +914,7 @@ def cuda_ops():
     def qk_norm_rope(qkv, *how):
         (B, T, S, C), (heads, axis) = qkv.shape, how[-2:]
         N, n = (B * T, S) if axis == "space" else (B * S, T)
+        # Over time v's sequences of one clip are a matter of strides; those of several are not.
         copies = axis == "time" and B > 1       # else v is a view of qkv, which backward keeps in any case
         q, k, *v = [qkv.new_empty(N, n, heads, C // 3 // heads).transpose(1, 2) for _ in range(2 + copies)]
         v = v or [by_sequence(qkv[..., C // 3 * 2:], heads, axis).transpose(1, 2)]
@@ -912,6 +926,7 @@ def cuda_ops():
         return dqkv, *part.sum(1).to(qkv.dtype)
 
     def over_time(qkv, q_weight, k_weight, cos, sin, rope_first, heads, dout, out, part, blocks):
+        """A warp, which is a block, for a position and head; its tables are for the next multiple of 8 frames."""
         (B, T, S, C), cos, sin = qkv.shape, cos.float(), sin.float()
         widths = C // 3 // heads, 2 if rope_first else 1, dout is not None, -(-T // 8) * 8
         launch("time_attention", widths, blocks, qkv, q_weight, k_weight, cos, sin, dout, out, part, B * S * heads,
@@ -1004,7 +1019,7 @@ def start_processes(shard=0, sp=1, device=None):
     share each clip.  device: "cpu" where there is a GPU that is not to be used."""
     number = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", number) if torch.cuda.is_available() and device != "cpu" else torch.device("cpu")
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"     # gloo: counts and objects from the CPU
     if device.type == "cuda":
         torch.cuda.set_device(device)
     # HashStore: the addresses of one process, in its own memory; torchrun's store is on the network.
@@ -1012,6 +1027,7 @@ def start_processes(shard=0, sp=1, device=None):
     if os.environ.get("GROUP_WORLD_SIZE") == "1":   # restarted by torchrun, it finds the addresses of the dead in there
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world)
+    # Neighbours, mostly of one machine: weights and frames travel inside it, only replicas' gradients between.
     for name, n in {"shard": shard or world, "sp": sp}.items():
         if world % n:
             raise ValueError(f"{name}={n} in a world of {world} process{'es' * (world > 1)}: expected a divisor of it; "
@@ -1061,7 +1077,9 @@ def _padded(x, dim, n):
 
 
 class _Exchange(torch.autograd.Function):
-    """One all-to-all: each rank cuts x along `cut` into a part for each, and joins what it gets along `join`."""
+    """One all-to-all: each rank cuts x along `cut` into a part for each, and joins what it gets along `join`.
+
+    It moves values and changes none: its gradient is the exchange back."""
     @staticmethod
     def forward(ctx, x, group, cut, join):
         ctx.back = group, join, cut
@@ -1101,6 +1119,8 @@ def cases(B=2, T=8, S=144, heads=16, D=72, L=100):
     }
 
 
+# Arguments are drawn in fp64 once and rounded: what is exact is computed from the rounded ones, so that an error is the
+# op's own.
 def cast(value, dtype, device):
     """Tensors, and those in tuples, to dtype; all else as it is."""
     if isinstance(value, tuple):
@@ -1122,12 +1142,14 @@ def forward_backward(op, args, dtype=None):
 
 
 def error(got, want):
-    """Relative, in the L2 norm."""
+    """Of got, relative in the L2 norm."""
     return ((got.double().cpu() - want.cpu()).norm() / want.cpu().norm()).item()
 
 
 def milliseconds(run, device, repeat=9):
-    """On a CPU the median of its own time, all threads together; on a GPU the mean of what its kernels take."""
+    """On a CPU the median of its own time, all threads together; on a GPU the mean of what its kernels take.
+
+    So neither waiting for other programs counts nor, on a GPU, the launches, which a whole block hides."""
     run()                                       # pays for start-up
     if device == "cuda":
         torch.cuda.synchronize()
@@ -1165,6 +1187,7 @@ def main():
             runs = [forward_backward(form, args) for form in (getattr(op, "plain", op), op)]
             wrong = [max(map(error, run(), exact)) for run in runs]
             both, copied = [milliseconds(run, device) for run in runs], milliseconds(lambda x=x: x.clone(), device)
+            # Arguments are read twice, their gradients written; outputs are written, their gradients read.
             moved = sum(z.nbytes for z in args if torch.is_tensor(z)) + sum(z.nbytes for z in exact) * x.itemsize / 4
             rate, most = moved / both[1] / 1e6, 2 * x.nbytes / copied / 1e6
             print(f"{name:<25}{str(dtype)[6:]:<10}{'x'.join(map(str, x.shape)):<18}{wrong[0]:14.1e}{wrong[1]:9.1e}"

@@ -12,9 +12,11 @@ Quirks that the published weights were trained with are fields of STDiTConfig, o
   Q3 final_twice        the final layer modulates given frames twice: by time t as if noised, then by time 0 + size
 Kept in every model: positions are scaled by clip 0's size (a batch shares one); the final layer sees time but not size.
 """
+import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it without a traceback
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
 import argparse
 import json
 import math

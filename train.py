@@ -15,13 +15,14 @@ ZeRO (1910.02054), activation checkpointing (1604.06174), sequence parallelism i
 # The first half of this file is the recipe, in the order of a step: the loss, one batch, the model with its optimizer
 # and average, the loop. The second half is what a long run needs: checkpoints, the log, timing, the command line.
 # Upstream is Open-Sora 1.1, whose weights and recipe this trains on.
+import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
 import gc
 import json
 import math
-import os
 import shutil
 import sys
 import time
@@ -894,6 +895,7 @@ def bench(config, trace=None, plain=False):
         with torch.profiler.profile() as profile:
             measure((level, t), clips, steps=3)
         if place.rank == 0:
+            Path(trace).parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(trace)
         place.say(profile.key_averages().table(sort_by=f"self_{place.device.type}_time_total", row_limit=12,
                                                max_name_column_width=40))

@@ -10,15 +10,16 @@ out   z [B C T h w], h = H // 8, scaled to about unit variance; y [B L C], y_mas
 
 Papers: latent diffusion (arXiv 2112.10752) for the autoencoder, T5 (arXiv 1910.10683) for the text encoder.
 """
+import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
 import csv
 import hashlib
 import io
 import json
 import math
-import os
 import re
 import shutil
 import struct

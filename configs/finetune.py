@@ -2,7 +2,7 @@
 
 data      data/mine/meta.csv, some 300 clips of 1 to 10 s with captions, a tenth of them held out (each bucket needs a
           whole batch of one aspect ratio; `python data.py data/mine/meta.csv configs/finetune.py` tells)
-hardware  one RTX 4090: --plan says 19.5 of 23.6 GiB, 14.3 of them fp32 weights, gradients, Adam and EMA of 767 M
+hardware  one RTX 4090: --plan says 18.6 of 23.6 GiB, 14.3 of them fp32 weights, gradients, Adam and EMA of 767 M
           parameters.  T5-XXL, 8.9 GiB, has no room beside those: latents and captions are cached before
 disk      12.3 GB a checkpoint and 3.1 GB of averaged weights; twice that while a new one is written, which takes as
           much main memory meanwhile
@@ -13,7 +13,7 @@ expect    the look and the motion of your clips; the loss on those held out, in 
           rises they are being learnt by heart: take the checkpoint before, keep_every=250 keeps all
 From Open-Sora 1.1: sizes, interval, masks, no weight decay, gradient clip 1.0; its users met noise after fine-tuning
 on a few clips.  Ours: lr, half of its 2e-5, with a warm-up, as Adam starts with no memory; EMA over some 1,000 steps
-instead of 10,000; batches of about equal time by --plan, which leave 2 GiB; steps; all others.
+instead of 10,000; batches of about equal time by --plan, which leave 3 of what --plan counts on; steps; all others.
 """
 from configs import RECIPE, Config, STDiTConfig
 

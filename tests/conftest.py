@@ -1,9 +1,13 @@
 """The form of the ops that a test runs with: PyTorch's with recomputation; with the fixture `ops` each on a CPU, with
 `all_ops` also that of a GPU, which is then the device where tensors are made."""
-import pytest
-import torch
+import os
 
-import kernels
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # as the scripts: see kernels.py; before torch is imported
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+import kernels  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
