@@ -15,8 +15,8 @@ import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # Ctrl-C ends it without a traceback
     # OpenMP's threads wait for each other by spinning, libgomp's 300,000 rounds before they sleep: where somebody else
-    # wants the cores, too, they keep those that they wait for from working, and a sample took 88 seconds. With 5,000
-    # rounds it takes 4; on idle cores 1.3, as before.
+    # wants the cores, too, they keep those that they wait for from working. Beside two busy programs a sample took 13
+    # seconds on two cores, with 5,000 rounds it takes 5; on idle ones 1.4 with either (assets/results/cpu-waiting.txt).
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 import argparse
 import contextlib
