@@ -890,12 +890,16 @@ class BadClips:
 
 @contextmanager
 def whole(path):
-    """A path to write to; then on the disk before it has its name, so that what has it is whole after a power cut."""
+    """A path to write to; then on the disk before it has its name, so that what has it is whole after a power cut.
+    What fails, or is stopped, leaves nothing."""
     part = path.with_name(f".{path.name}.part")
-    yield part
-    with open(part, "rb+") as f:
-        os.fsync(f.fileno())
-    part.replace(path)
+    try:
+        yield part
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def write_video(path, frames, fps=24):

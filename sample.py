@@ -433,7 +433,8 @@ def read_weights(file):
             return load_file(file)
         weights = torch.load(file, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{file} cannot be read: {str(error).splitlines()[0]} - is it whole?") from error
+        said = (str(error) or repr(error)).splitlines()[0]
+        raise ValueError(f"{file} cannot be read: {said} - is it whole?") from error
     weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
     return {name: value for name, value in weights.items() if torch.is_tensor(value)}
 

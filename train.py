@@ -526,7 +526,6 @@ class Checkpoints:
             failed = f"step {step} could not be saved: {cause(error)}, {free:.1f} GiB of the disk are free"
             if leads:
                 shutil.rmtree(self.part, ignore_errors=True)                # makes room
-                (self.folder / ".model.safetensors.part").unlink(missing_ok=True)       # as data.whole calls it
                 again = min((step // config.save_every + 1) * config.save_every, config.steps)
                 print(f"\n{failed} - {latest(self.folder) or 'none before it'} is whole"
                       + f"; the next save is tried at step {again}" * (step < config.steps), file=sys.stderr)
@@ -969,7 +968,7 @@ def main():
     args, overrides = parse_args()
     with one_line_errors(args.debug, "; the same command goes on from the last checkpoint, if there is one"):
         config = configs.load(args.config, overrides)
-        gpus = args.gpus or config.world
+        gpus = config.world if args.gpus is None else args.gpus
         if args.print:
             print(configs.dump(config), end="")
         elif args.plan:

@@ -194,6 +194,9 @@ def load(path: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
         raise FileNotFoundError(f"no config file {path}, there are: {known}")
     try:
         config = runpy.run_path(str(file)).get("config")
+    except (SyntaxError, NameError, ImportError) as error:
+        kind = type(error).__name__
+        raise ValueError(f"{file}: {kind}: {error} - expected Python that ends in `config = Config(...)`") from error
     except (TypeError, ValueError) as error:  # TypeError: Config(...) got an unknown or lacks an argument
         unknown = re.search(r"(\w+)\.__init__\(\) got an unexpected keyword argument '(\w+)'", str(error))
         known = get_type_hints(STDiTConfig if unknown and unknown[1] == "STDiTConfig" else Config)

@@ -166,3 +166,10 @@ def test_missing_file_names_those_there_are():
 def test_config_is_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Config(**GOOD).lr = 1.0
+
+
+@pytest.mark.parametrize("text", ["# A heading\n```", "config = Confg()", "import no_such_module"])
+def test_a_file_that_is_no_config_is_one_line(text, tmp_path):
+    (tmp_path / "notes.md").write_text(text)
+    with pytest.raises(ValueError, match=r"notes\.md: \w+Error: .* expected Python that ends in `config = Config"):
+        load(str(tmp_path / "notes.md"))

@@ -1288,6 +1288,14 @@ def test_stopped_while_rendering_another_world(tmp_path, monkeypatch):
     assert len(read_meta(str(tmp_path / "meta.csv"))) == 4
 
 
+def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
+    (tmp_path / "note.txt").write_text("before")
+    with pytest.raises(KeyboardInterrupt), data.whole(tmp_path / "note.txt") as part:
+        part.write_text("half")
+        raise KeyboardInterrupt
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("note.txt", "before")]
+
+
 def test_rendering_imports_no_extension(tmp_path):
     """A module of Cython swallows a Ctrl-C that comes while it is imported, and the rendering would go on."""
     script = ("import data, sys; before = set(sys.modules); data.write_shapes(sys.argv[1], num_clips=6)\n"

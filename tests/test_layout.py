@@ -22,8 +22,8 @@ MAY_IMPORT = {
     "sample": {"kernels", "masks", "data", "model", "vae", "configs"},
     "train": {"kernels", "masks", "data", "model", "vae", "configs", "sample"},
 }
-MOST_LINES = {"curate": 1717, "kernels": 1198, "data": 1178, "train": 986, "sample": 855, "model": 790, "vae": 721,
-              "configs/__init__": 398, "masks": 279}
+MOST_LINES = {"curate": 1717, "kernels": 1198, "data": 1182, "train": 985, "sample": 856, "model": 790, "vae": 721,
+              "configs/__init__": 401, "masks": 279}
 OURS = {"kernels", "masks", "data", "model", "vae", "configs", "sample", "train", "curate"}
 PACKAGES = {"torch", "numpy", "einops", "av", "transformers", "diffusers", "tqdm", "pytest",
             "safetensors", "PIL", "huggingface_hub", "tokenizers"}

@@ -1155,6 +1155,13 @@ class Bomb:
         return os.mkdir, ("exploded",)
 
 
+@pytest.mark.parametrize("name", ["empty.pth", "empty.safetensors"])
+def test_an_empty_file_is_told(name, tmp_path):
+    (tmp_path / name).touch()
+    with pytest.raises(ValueError, match=f"{name} cannot be read: .* - is it whole"):
+        sample.read_weights(tmp_path / name)
+
+
 def test_no_code_in_a_file_is_run(xl, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.json").write_text((xl / "config.json").read_text())
