@@ -342,7 +342,10 @@ def mixed(changes, thumbs) -> list[tuple[int, int]]:
 
 def split(transitions, times, min_seconds=2.0, max_seconds=16.0):
     """(clips, too short): both lists of (first frame, frame after the last), without the frames of transitions; a shot
-    over max_seconds is divided evenly.  times [T] in seconds."""
+    over max_seconds is divided evenly.  times [T] in seconds.
+
+    At 24 frames a second and Open-Sora 1.1's interval of 3, 2 s fill its shortest bucket of videos, 16 frames, and 16 s
+    its longest, 128."""
     clips, short = [], []
     gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
     ends = np.append(times, times[-1] + gap)  # when the frame before is over
@@ -1666,6 +1669,7 @@ def parse_args(args=None):
                           help="(default: %(default)s)")
     networks.add_argument("--captioner", default="llava-hf/llava-v1.6-mistral-7b-hf", help="(default: %(default)s)")
     networks.add_argument("--prompt", default=PROMPT, help="what the captioner is asked")
+    # As many as the model reads (STDiTConfig.model_max_length); T5 counts other pieces, but about as many.
     networks.add_argument("--max-new-tokens", type=int, default=200, help="of a caption (default: %(default)s)")
     limits = parser.add_argument_group("rules: a number, or none to switch one off")
     for rule in RULES:

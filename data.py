@@ -311,7 +311,7 @@ def slot_generator(seed: int, step: int, slot: int, purpose: str) -> torch.Gener
 
 # ---- buckets ----
 
-CHUNK = 1 << 18  # clips looked at together: bounds the memory for 12 million
+CHUNK = 1 << 18  # clips looked at together, by hand: bounds the memory for 12 million
 REASONS = ("too small", "no bucket of its kind", "too short", "keep draw",  # why a clip is left out, least far first
            "its path stands in an earlier row", "held out for validation")
 TOO_SMALL, NO_KIND, TOO_SHORT, KEEP_DRAW, REPEATED, HELD_OUT = range(len(REASONS))
@@ -767,7 +767,8 @@ def batches(sampler: BucketSampler, dataset, first: int, last: int, rank: int = 
 
 
 def read_parallel(dataset, plans, known: dict):
-    """Yields the batches of plans in their order; each reader is given two plans at a time."""
+    """Yields the batches of plans in their order; each reader is given two plans at a time: it never waits for one, and
+    holds one batch that nobody has asked for yet."""
     readers, ahead = [Reader(dataset, known) for _ in range(dataset.config.num_workers)], deque()
     try:
         for i, plan in enumerate(plans):
@@ -881,6 +882,7 @@ class BadClips:
             with open(self.path, "a", newline="", encoding="utf-8") as f:
                 lines = [(*fault[:4], " ".join(fault.reason.split())) for fault in new]
                 csv.writer(f, lineterminator="\n").writerows(lines if f.tell() else [Fault._fields, *lines])
+        # after 200, chosen by hand: of fewer, a handful of bad ones says nothing of all
         if self.tried >= 200 and self.faults > self.max_share * self.tried:
             raise ValueError(f"{self.faults} of {self.tried} clips could not be read, more than max_bad="
                              f"{self.max_share:g} of them: mend or drop those in {self.path}, or raise max_bad")
@@ -947,7 +949,8 @@ def write_mp4(path, frames, fps):
 
 
 def enlarge(frames):
-    """[T H W 3] with pixels repeated up to a short side of at most 128: the shapes world's would be a thumbnail's."""
+    """[T H W 3] with pixels repeated up to a short side of at most 128 (by hand): the shapes world's would be a
+    thumbnail's."""
     k = max(1, 128 // min(frames.shape[1:3]))
     return repeat(frames, "t h w c -> t (h k1) (w k2) c", k1=k, k2=k)
 

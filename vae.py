@@ -429,7 +429,7 @@ class CacheWriter:
         for n, shard in zip(self.missing, shards):
             path = self.folder / self.names[n]
             tensors, note = self.encode_clips(shard) if shard.bucket else self.encode_captions(shard)
-            # after 200, chosen by hand: of fewer, a handful of bad ones says nothing of all
+            # 200: as data.BadClips
             if self.tried >= 200 and len(self.bad) > self.config.max_bad * self.tried:
                 raise ValueError(f"{len(self.bad)} of {self.tried} clips could not be read, more than max_bad="
                                  f"{self.config.max_bad:g} of them, see above: mend or drop them, or raise max_bad")
@@ -455,7 +455,7 @@ class CacheWriter:
 
     def encode_captions(self, shard):
         parts, lengths, cut, texts = [], [0], self.text_encoder.cut, self.texts(shard)
-        for i in range(0, len(texts), 64):
+        for i in range(0, len(texts), 64):          # at once, by hand
             y, y_mask = self.text_encoder(texts[i:i + 64])
             parts.append(y[y_mask].to("cpu", self.dtype))
             lengths += y_mask.sum(1).tolist()

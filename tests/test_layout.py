@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "sample": {"kernels", "masks", "data", "model", "vae", "configs"},
     "train": {"kernels", "masks", "data", "model", "vae", "configs", "sample"},
 }
-MOST_LINES = {"curate": 1717, "kernels": 1198, "data": 1182, "train": 985, "sample": 856, "model": 790, "vae": 721,
+MOST_LINES = {"curate": 1721, "kernels": 1198, "data": 1185, "train": 985, "sample": 856, "model": 790, "vae": 721,
               "configs/__init__": 401, "masks": 279}
 OURS = {"kernels", "masks", "data", "model", "vae", "configs", "sample", "train", "curate"}
 PACKAGES = {"torch", "numpy", "einops", "av", "transformers", "diffusers", "tqdm", "pytest",
