@@ -1643,7 +1643,7 @@ def add_columns(options):
         print(f"{table}: {', '.join(step.writes)}; `python curate.py filter {options.what}` chooses by them")
 
 
-def parse_args(args=None):
+def parse_args(argv=None):
     parser = Parser(usage="python curate.py COMMAND WHAT [--flag=value ...]", description=__doc__)
     parser.add_argument("command", choices=("run", *STEPS, "dedup", "filter", "report"))
     parser.add_argument("what", help="a folder of videos (run, cut), or the DIR or table that they made")
@@ -1675,7 +1675,7 @@ def parse_args(args=None):
     for rule in RULES:
         limits.add_argument("--" + rule.name.replace("_", "-"), type=flag_limit, default=rule.limit, metavar="NUMBER",
                             help=f"{rule.name[:3]}imum of {rule.column} (default: {rule.limit or 'none'})")
-    return parser.parse_args(args)
+    return parser.parse_args(argv)
 
 
 def resolve(options):
@@ -1696,8 +1696,8 @@ def resolve(options):
     options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
 
 
-def main():
-    options = parse_args()
+def main(argv=None):
+    options = parse_args(argv)
     with one_line_errors(options.debug, "; the same command goes on where it was"):
         resolve(options)
         if options.config:

@@ -1,8 +1,6 @@
-"""From meta.csv to batches: the index, buckets, the sampler, decoding, reading ahead; writing video; the shapes world.
+"""From meta.csv to batches: the index, buckets, the sampler, decoding, reading ahead; writing video.
 
-    python data.py shapes data/shapes                      renders clips of moving shapes: *.mp4, *.png and meta.csv
     python data.py meta.csv configs/stage1.py              prints which clips train in which bucket, and why others not
-    python data.py bench meta.csv configs/stage1.py        measures how many clips a second are read
 
 in    meta.csv with columns path,text,num_frames,height,width,fps and the files it names (mp4, mov, webm, png, jpg ...)
 out   per step a dict: video uint8 [B T H W 3], text, and height, width, num_frames, fps, ar [B] as the network is told
@@ -42,9 +40,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import av
-import av.subtitles.stream  # noqa: F401    with numpy.random, what rendering would import in its midst: a module of
-import numpy as np
-import numpy.random  # noqa: F401            Cython swallows a Ctrl-C that comes while it is imported
+import av.subtitles.stream  # noqa: F401    writing video would import it in its midst: a module of Cython swallows a
+import numpy as np             # Ctrl-C that comes while it is imported
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
@@ -92,7 +89,7 @@ def aspect_tables() -> dict[str, dict[str, tuple[int, int]]]:
     tables["4k"] = dict(sorted(tables["4k"].items(), key=lambda item: 0.55 if item[0] == "0.62" else float(item[0])))
     for level, scale in (("256", 1), ("512", 2), ("1024", 4)):
         tables[level] = {str(round(h / w, 2)): (scale * h, scale * w) for h, w in map(size, SQUARE.split())}
-    return tables | {"32": {"1.00": (32, 32), "0.67": (32, 48)}}  # "32": the shapes world
+    return tables | {"32": {"1.00": (32, 32), "0.67": (32, 48)}}  # "32": assets/shapes.py
 
 
 ASPECT = aspect_tables()
@@ -171,7 +168,7 @@ def read_meta(pattern: str | list[str] | tuple[str, ...], key: str | None = None
     files = tuple(found.values())
     for file in files:
         if not Path(file).is_file():
-            raise FileNotFoundError(f"no file {file} - `python data.py shapes DIR` makes one for an example set")
+            raise FileNotFoundError(f"no file {file} - `python -m assets.shapes DIR` makes one for an example set")
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found]
     now = hashlib.sha256(repr((INDEX_VERSION, ROW, stats)).encode()).hexdigest()
     if key not in (None, now):
@@ -211,8 +208,8 @@ def build_index(files: tuple[str, ...], key: str, index: Path) -> Meta:
                         hashes.append(of_paths)
                         bar.update(int(rows["size"].sum()))
             if not hashes:
-                raise ValueError(f"{', '.join(files)} has no rows, expected one per clip - `python data.py shapes DIR` "
-                                 "makes an example")
+                raise ValueError(f"{', '.join(files)} has no rows, expected one per clip - `python -m assets.shapes "
+                                 "DIR` makes an example")
             f.flush()
             hashes = np.concatenate(hashes)  # of 12 M different paths two have the same with a probability of 4e-6
             repeated = np.ones(len(hashes), bool)
@@ -229,7 +226,7 @@ def read_header(file: str) -> list[str]:
     names = next(read_records(file), [[]])[-1]
     if missing := [column for column in COLUMNS if column not in names]:
         raise ValueError(f"{file} lacks column {', '.join(missing)}: expected {','.join(COLUMNS)}, got "
-                         f"{','.join(names) or 'nothing'} - `python data.py shapes DIR` makes one")
+                         f"{','.join(names) or 'nothing'} - `python -m assets.shapes DIR` makes one")
     return names
 
 
@@ -965,164 +962,21 @@ def contact_sheet(frames, per_row=8):
     return rearrange(frames, "(r c) h w ch -> (r h) (c w) ch", c=min(per_row, len(frames)))
 
 
-# ---- the shapes world: one shape goes straight over a plain ground, as the caption says ----
-
-# Colours, sizes, ways and shares are chosen by hand; assets/tiny/README.md says what they were good for
-COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
-          "purple": (160, 50, 200), "cyan": (50, 210, 220)}
-SHAPES = ("circle", "square", "triangle")
-DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (dx, dy): y grows downwards
-BACKGROUNDS = ((16, 16, 20), (105, 105, 105))
-SHAPES_FPS = 8
-
-
-class Thing(NamedTuple):
-    """What moves in a clip: side is the root of its area in pixels, start and end are centres (x, y) in pixels."""
-    color: str
-    shape: str
-    direction: str
-    side: float
-    start: tuple
-    end: tuple
-
-
-def held_out(color, shape, direction):
-    """True for 12 of the 72 combinations, a colour for each shape and direction: for tests, never in the clips."""
-    return (list(COLORS).index(color) + 2 * SHAPES.index(shape) + list(DIRECTIONS).index(direction)) % 6 == 0
-
-
-def extent(shape, side):
-    """(left, right, up, down): how far the shape reaches from its centre of mass, in pixels."""
-    edge = 2 * side / 3 ** 0.25  # of the triangle, equilateral: its area side^2 is sqrt(3)/4 edge^2, its height
-    return {"circle": (side / math.pi ** 0.5,) * 4, "square": (side / 2,) * 4,  # sqrt(3)/2 edge: 2/3 up, 1/3 down
-            "triangle": (edge / 2, edge / 2, edge / 3 ** 0.5, edge / 12 ** 0.5)}[shape]
-
-
-def coverage(shape, side, x, y, height, width):
-    """How much of each pixel the shape centred at (x, y) covers, 0..1 [H W], by its centre's distance to the edge."""
-    dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([y, x])[:, None, None]
-    *_, down = extent(shape, side)  # each edge is as far from the centre as the lowest
-    if shape == "circle":
-        outside = np.hypot(dx, dy) - down  # pixels past the edge, below 0 within
-    elif shape == "square":
-        outside = np.maximum(abs(dx), abs(dy)) - down
-    else:  # a triangle, its point upwards: the base, and the sides, whose normals are (+-sqrt(3), -1) / 2
-        outside = np.maximum(dy, (3 ** 0.5 * abs(dx) - dy) / 2) - down
-    return np.clip(0.5 - outside, 0, 1)
-
-
-def random_thing(rng, color, shape, direction, height, width):
-    """A thing that stays inside the frame and travels 0.55 to 1.0 of the way it has there, so that a direction shows in
-    8 frames."""
-    side = rng.uniform(0.33, 0.42) * min(height, width)
-    left, right, up, down = extent(shape, side)
-    low, high = np.array([left, up]), np.array([width - right, height - down])  # of its centre, (x, y)
-    start = rng.uniform(low, high)
-    end, axis = start.copy(), 0 if direction in ("right", "left") else 1
-    travel = rng.uniform(0.55, 1.0) * (high - low)[axis]
-    first = rng.uniform(low[axis], high[axis] - travel)
-    start[axis], end[axis] = first, first + travel
-    if sum(DIRECTIONS[direction]) < 0:  # to the left, or up
-        start, end = end, start
-    return Thing(color, shape, direction, side, tuple(start), tuple(end))
-
-
-def render(thing, background, num_frames, height, width):
-    """uint8 [T H W 3].  A still (one frame) shows the middle of the way."""
-    shares = np.arange(num_frames) / (num_frames - 1) if num_frames > 1 else np.array([0.5])  # of the way
-    centers = np.outer(1 - shares, thing.start) + np.outer(shares, thing.end)
-    alpha = np.stack([coverage(thing.shape, thing.side, x, y, height, width) for x, y in centers])[..., None]
-    ground, color = np.float64(background), np.float64(COLORS[thing.color])
-    return (ground + alpha * (color - ground) + 0.5).astype(np.uint8)
-
-
-def shapes_clip(seed, index):
-    """Clip `index` of the world `seed`, a pure function: (uint8 [T H W 3], caption, Thing).
-
-    4 of 10 are stills, 4 have 8 frames, 2 have 16; a quarter is wide (32 x 48).  Held-out combinations do not occur.
-    """
-    rng = np.random.default_rng((seed, index))
-    num_frames = int(rng.choice((1, 8, 16), p=(0.4, 0.4, 0.2)))
-    height, width = (32, 48) if rng.random() < 0.25 else (32, 32)
-    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    looks = ()
-    while not looks or held_out(*looks):
-        looks = tuple(str(rng.choice(list(names))) for names in (COLORS, SHAPES, DIRECTIONS))
-    thing = random_thing(rng, *looks, height, width)
-    caption = f"a {thing.color} {thing.shape}" + f" moves {thing.direction}" * (num_frames > 1)
-    return render(thing, background, num_frames, height, width), caption, thing
-
-
-def write_shapes(folder, num_clips=2000, seed=0):
-    """Renders the world into folder/*.mp4 and *.png (stills), and writes folder/meta.csv about them."""
-    if num_clips < 1:
-        raise ValueError(f"--num-clips {num_clips}: expected 1 or more")
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "meta.csv").unlink(missing_ok=True)  # of another world: what is stopped half way has none
-    rows = []
-    for index in tqdm(range(num_clips), desc=f"rendering {folder}", unit="clip"):
-        frames, caption, _ = shapes_clip(seed, index)
-        T, H, W, _ = frames.shape
-        name = f"{index:06d}" + (".mp4" if T > 1 else ".png")
-        if T > 1:
-            write_video(folder / name, frames, SHAPES_FPS)
-        else:
-            Image.fromarray(frames[0]).save(folder / name)
-        rows.append((name, caption, T, H, W, SHAPES_FPS if T > 1 else IMAGE_FPS))
-    with whole(folder / "meta.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
-        csv.writer(f).writerows([COLUMNS, *rows])
-    print(f"{folder / 'meta.csv'}: {num_clips} clips")
-
-
 # ---- the command line ----
 
-def bench(meta, config, seconds: float):
-    """Prints how fast batches are read, with nothing else to do: clips/s, frames/s by bucket and in all."""
-    rows, reasons, start = defaultdict(Counter), {}, time.perf_counter()
-    for batch in batches(BucketSampler(meta, config), ClipDataset(meta, config), 0, config.steps):
-        clips, bucket = len(batch["slots"]), batch["bucket"]
-        rows[bucket[:2]].update(batches=1, clips=clips, frames=clips * bucket.num_frames, decoded=batch["decoded"],
-                                seconds=batch["waited"])
-        reasons |= {fault.path: fault.reason for fault in batch["faults"]}
-        if time.perf_counter() - start > seconds:
-            break
-    print("      bucket  batches  clips  frames  decoded  seconds  clips/s  decoded/s")
-    rows["in", "all"] = sum(rows.values(), Counter())
-    for (level, t), row in rows.items():
-        print(f"{level:>6} x {t:<3} {row['batches']:8} {row['clips']:6} {row['frames']:7} {row['decoded']:8} "
-              f"{row['seconds']:8.1f} {row['clips'] / row['seconds']:8.1f} {row['decoded'] / row['seconds']:10.1f}")
-    print(f"{config.num_workers} reading processes; {len(reasons)} clips could not be read")
-    print("".join(f"  {reason}\n" for reason in reasons.values()), end="")
-
-
-def main():
-    parser = Parser(description=__doc__,
-                    usage="python data.py shapes FOLDER | META CONFIG | bench META CONFIG  [options]")
+def main(argv=None):
+    parser = Parser(description=__doc__, usage="python data.py META CONFIG [--FIELD=VALUE ...]")
     parser.add_argument("what", nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
-    of_shapes = parser.add_argument_group("shapes").add_argument
-    of_shapes("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
-    of_shapes("--seed", type=int, help="another one gives other clips (default: 0); else the config's")
-    of_config = parser.add_argument_group("META CONFIG", "--FIELD=VALUE replaces a field of the config")
-    of_config.add_argument("--seconds", type=float, default=20, help="that bench reads for (default: %(default)s)")
-    args, overrides = parser.parse_known_args()
-
-    def load(meta, config):
-        import configs
-        config = configs.load(config, overrides + [f"--seed={args.seed}"] * (args.seed is not None))
-        return read_meta(meta), config
+    args, overrides = parser.parse_known_args(argv)
     with one_line_errors(args.debug):
-        match args.what:
-            case ["shapes", folder] if not overrides:
-                write_shapes(folder, args.num_clips, args.seed or 0)
-            case ["bench", meta, config]:
-                bench(*load(meta, config), args.seconds)
-            case [meta, config] if meta != "shapes":
-                print(BucketSampler(*load(meta, config)).table())
-            case what:
-                raise ValueError(f"{' '.join(what + overrides)}: expected shapes FOLDER, META CONFIG, or bench META "
-                                 "CONFIG")
+        if len(args.what) != 2:
+            raise ValueError(f"{' '.join(args.what + overrides)}: expected META CONFIG, as in data/shapes/meta.csv "
+                             "configs/tiny.py; `python -m assets.shapes data/shapes` renders an example")
+        import configs
+        meta, config = args.what
+        config = configs.load(config, overrides)
+        print(BucketSampler(read_meta(meta), config).table())
 
 
 class Parser(argparse.ArgumentParser):

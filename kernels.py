@@ -7,7 +7,7 @@ In: tensors of any float dtype. Out: the same dtype; means of squares and rotati
 Passes over [N C] in a block's forward, plain -> fused: modulate 3 x (5 -> 2), QK-norm 12 -> 4, with RoPE 28 -> 4;
 gates 9, GELU 8, a sum 3 stay; attention over time, 12 of a GPU's, -> 4 with its norm and rotation. For backward a block
 holds 28 elements per token and unit of width (on a GPU 26), not 47 (bf16).
-Run: `python kernels.py` checks each op in each dtype against fp64, forward and backward, and times both forms.
+Run: `python kernels.py` checks each op in each dtype against fp64, forward and backward.
 Papers: RMSNorm 1910.07467, RoPE 2104.09864, QK-norm 2302.05442, DSP 2403.10266. Letters are explained in model.py.
 """
 import os
@@ -24,7 +24,6 @@ import ctypes
 import hashlib
 import shutil
 import subprocess
-import time
 import warnings
 from functools import cache, lru_cache, wraps
 from itertools import accumulate
@@ -1146,52 +1145,27 @@ def error(got, want):
     return ((got.double().cpu() - want.cpu()).norm() / want.cpu().norm()).item()
 
 
-def milliseconds(run, device, repeat=9):
-    """On a CPU the median of its own time, all threads together; on a GPU the mean of what its kernels take.
-
-    So neither waiting for other programs counts nor, on a GPU, the launches, which a whole block hides."""
-    run()                                       # pays for start-up
-    if device == "cuda":
-        torch.cuda.synchronize()
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as seen:
-            for _ in range(repeat):
-                run()
-            torch.cuda.synchronize()
-        return sum(event.self_device_time_total for event in seen.key_averages()) / repeat / 1e3
-    took = []
-    for _ in range(repeat):
-        start = time.process_time()
-        run()
-        took.append(1e3 * (time.process_time() - start))
-    return sorted(took)[repeat // 2]
-
-
-EXAMPLES = """Each op in each dtype against fp64, forward and backward; the time of its plain and of its fast form.
+EXAMPLES = """Each op in each dtype against fp64, forward and backward: the errors of its plain and of its fast form.
 
     python kernels.py                           on a GPU if there is one
     CUDA_VISIBLE_DEVICES= python kernels.py     on the CPU all the same
-    OMP_NUM_THREADS=1 python kernels.py         on one thread: steadier on a busy machine
+    python tests/bench_kernels.py               times them
 """
 
 
-def main():
-    argparse.ArgumentParser(description=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+def main(argv=None):
+    argparse.ArgumentParser(description=EXAMPLES,
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     print(use(device))
-    print(f"{'op, forward and backward':<25}{'dtype':<10}{'shape':<18}{'errors: plain':>14}{'fast':>9}{'plain ms':>10}"
-          f"{'fast ms':>9}{'ratio':>7}{'GB/s':>7}{'of copying':>11}")
+    print(f"{'op, forward and backward':<25}{'dtype':<10}{'shape':<18}{'errors: plain':>14}{'fast':>9}")
     for name, (op, fp64_args) in cases(*((4, 16, 390) if device == "cuda" else ())).items():
         for dtype in CUDA_NAMES:
             args = cast(fp64_args, dtype, device)
             exact, x = forward_backward(op, args, torch.float64)(), args[0]     # of the same rounded arguments
             runs = [forward_backward(form, args) for form in (getattr(op, "plain", op), op)]
             wrong = [max(map(error, run(), exact)) for run in runs]
-            both, copied = [milliseconds(run, device) for run in runs], milliseconds(lambda x=x: x.clone(), device)
-            # Arguments are read twice, their gradients written; outputs are written, their gradients read.
-            moved = sum(z.nbytes for z in args if torch.is_tensor(z)) + sum(z.nbytes for z in exact) * x.itemsize / 4
-            rate, most = moved / both[1] / 1e6, 2 * x.nbytes / copied / 1e6
-            print(f"{name:<25}{str(dtype)[6:]:<10}{'x'.join(map(str, x.shape)):<18}{wrong[0]:14.1e}{wrong[1]:9.1e}"
-                  f"{both[0]:10.2f}{both[1]:9.2f}{both[0] / both[1]:7.2f}{rate:7.1f}{rate / most:11.0%}")
+            print(f"{name:<25}{str(dtype)[6:]:<10}{'x'.join(map(str, x.shape)):<18}{wrong[0]:14.1e}{wrong[1]:9.1e}")
 
 
 if __name__ == "__main__":

@@ -249,13 +249,13 @@ def draw_strategy(groups: Sequence[Given], num_frames: int, lengths: Sequence[in
     print("\n".join(lines))
 
 
-def main() -> None:
+def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", default="16", help="T latent frames, or a strategy (default: %(default)s)")
     sampling = parser.add_argument_group("of a strategy")
     sampling.add_argument("--frames", type=int, help="latent frames of the clip (default: 16)")
     sampling.add_argument("--reference-frames", help="of each reference, as in 16,1 (default: all as long as the clip)")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     sys.stdout.reconfigure(encoding="utf-8")                           # Windows consoles default to a code page
     training = args.frames is None and re.fullmatch(r"-?\d+", args.what)
     try:

@@ -841,8 +841,8 @@ def print_plan(ckpt):
               f"{lean / gib:>16.2f}")
 
 
-def main():
-    args = parse_args()
+def main(argv=None):
+    args = parse_args(argv)
     with one_line_errors(args.debug, "; the same command goes on from what is whole"):
         if args.export:
             export(args.ckpt, args.export)

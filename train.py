@@ -20,7 +20,6 @@ import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
-import gc
 import json
 import math
 import shutil
@@ -54,11 +53,11 @@ from tqdm import tqdm
 
 import configs
 from kernels import Place, all_frames, own_frames, start_processes, use
-from data import (BadClips, Bucket, BucketSampler, ClipDataset, Parser, batches, one_line_errors, read_meta,
+from data import (BadClips, BucketSampler, ClipDataset, Parser, batches, one_line_errors, read_meta,
                   slot_generator, stride, to_video, uniform, whole, write_video)
 from masks import draw_mask
-from model import QUIRKS, STDiT, check_weights, example_inputs, from_pixart
-from sample import SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, read_weights, usual_aspect
+from model import QUIRKS, STDiT, check_weights, from_pixart
+from sample import SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, read_weights
 from vae import CachedClips, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
 LOG_EVERY = 10              # steps, as upstream's log_every
@@ -676,7 +675,7 @@ class Log:
 
     def __init__(self, run, first):
         config, self.place, self.cost = run.config, run.place, run.config.cost
-        leads = run.place.rank == 0 and run.folder.is_dir()                 # --bench has no folder
+        leads = run.place.rank == 0 and run.folder.is_dir()                 # tests/bench_train.py has no folder
         self.file, old = open_log(run.folder / "log.jsonl", first) if leads else (None, [])
         self.recent = deque((row.get("loss") for row in old), SPIKE_WINDOW)
         self.bad = BadClips(run.folder / "bad_clips.csv", config.max_bad, writes=leads)
@@ -829,87 +828,7 @@ def preview(run, vae, text_encoder, step):
         write_video(run.folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))
 
 
-# ---------------------------------------------------------------- what a step takes
-def stopwatch(config, plain=False):
-    """(place, measure): measure(kind, clips, steps=10) -> (seconds, GiB) of a step of the loop on random latents of one
-    (resolution, frames), `clips` for each rank or group; (inf, None) where memory does not do."""
-    place = start_processes(config.shard, config.sp)
-    place.say(use(place.device, plain))
-    config = replace(config, out=os.devnull, world=place.share[1])          # no folder, so no log
-    run = make_run(config, place)
-
-    def measure(kind, clips, steps=10):
-        nonlocal run
-        alone = replace(config, buckets={kind[0]: {kind[1]: (1.0, clips)}})
-        try:
-            return time_steps(run._replace(config=alone), Bucket(*kind, usual_aspect(kind[0])), steps)
-        except torch.OutOfMemoryError:
-            run = None                          # what FSDP holds half way is not to be used
-        gc.collect()                            # out here: within, the error's traceback still held it
-        run = make_run(config, place)
-        return math.inf, None
-
-    return place, measure
-
-
-def time_steps(run, bucket, steps):
-    """(seconds, peak GiB or None) of a step of the loop, of so many of them, after two for warming up."""
-    batch = synthetic(run, bucket)
-    for count in (2, steps):
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
-        if take_steps(run, 0, (dict(batch) for _ in range(count)), Log(run, 0)):
-            raise KeyboardInterrupt
-    return (time.perf_counter() - start) / steps, peak_gib()
-
-
-def synthetic(run, bucket):
-    """A rank's batch as from the cache, of random latents and captions of half the tokens; the same for a group."""
-    model, (share, shares) = run.config.model, run.place.share
-    B, L = run.config.buckets[bucket.resolution][bucket.num_frames][1], model.model_max_length
-    torch.manual_seed(share)
-    told = example_inputs(model, B, bucket.num_frames, bucket.height // 8, bucket.width // 8, L)
-    return told | {"mean": told["x"], "std": torch.ones_like(told["x"]),
-                   "y_mask": (torch.arange(L) < L // 2).expand(B, -1), "slots": torch.arange(share, B * shares, shares),
-                   "bucket": bucket, "faults": [], "decoded": 0, "waited": 0}
-
-
-def bench(config, trace=None, plain=False):
-    """Times a step of each bucket.  trace: a file for three steps of the last bucket, as torch's profiler sees them."""
-    place, measure = stopwatch(config, plain)
-    name, peak = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU", peak_flops()
-    place.say(f"{place.world} x {name}, {config.dtype}, checkpointing {config.checkpointing}, compile {config.compile},"
-              f" accumulation {config.accumulation}, sp {config.sp}\n"
-              "      bucket      clips  s/step  tokens/s/GPU  TFLOP/s/GPU    MFU  peak GiB")
-    for (level, t), clips in config.trained.items():
-        seconds, gib = measure((level, t), clips)
-        if seconds == math.inf:
-            place.say(f"{level:>6} x {t:<3} {clips:10}  out of memory")
-            continue
-        tokens, flop = (n * clips / config.sp / seconds for n in config.cost(Bucket(level, t, usual_aspect(level))))
-        place.say(f"{level:>6} x {t:<3} {clips:10} {seconds:7.3f} {tokens:13,.0f} {flop / 1e12:12.2f} "
-                  f"{f'{flop / peak:.1%}' if peak else '-':>6} {f'{gib:.1f}' if gib else '-':>9}")
-    if trace:
-        with torch.profiler.profile() as profile:
-            measure((level, t), clips, steps=3)
-        if place.rank == 0:
-            Path(trace).parent.mkdir(parents=True, exist_ok=True)
-            profile.export_chrome_trace(trace)
-        place.say(profile.key_averages().table(sort_by=f"self_{place.device.type}_time_total", row_limit=12,
-                                               max_name_column_width=40))
-
-
-def search(config, gpus, gpu, plain=False):
-    """Prints the batch sizes that fit: measured on the GPUs at hand, or without one by the plan's model of `gpu`."""
-    if not torch.cuda.is_available():
-        print(configs.search(config, gpus, gpu))
-        return
-    place, measure = stopwatch(config, plain)
-    seconds = lambda kind, clips: highest(measure(kind, clips, 3)[0])       # what one cannot hold, none may
-    place.say(configs.search(config, place.world, gpu, seconds))
-
-
+# ---------------------------------------------------------------- what a run would take
 def shares_of_steps(config):
     """{(resolution, frames): steps of an epoch}, where the clips are at hand; else None."""
     try:
@@ -944,7 +863,7 @@ def rank0_first(make):
 
 
 # ---------------------------------------------------------------- the command line
-def parse_args():
+def parse_args(argv=None):
     parser = Parser(
         usage="python train.py CONFIG [options] [--field=value ...]", description=__doc__,
         epilog="any field of the config is --field=value, as in --lr=1e-5:\n\n" + configs.fields_text())
@@ -952,31 +871,24 @@ def parse_args():
     add = parser.add_argument_group("instead of training").add_argument
     add("--print", action="store_true", help="the config, as a file that can be run")
     add("--plan", action="store_true", help="memory, traffic and time that the run would take; no GPU is needed")
-    add("--search", action="store_true", help="batch sizes that fit, measured on a GPU, without one by the plan")
-    add("--gpu", default="h800", help=f"of --plan and --search: {', '.join(configs.GPUS)} (default: %(default)s)")
+    add("--gpu", default="h800", help=f"of --plan: {', '.join(configs.GPUS)} (default: %(default)s)")
     add("--gpus", type=int, help="how many of them (default: the config's world)")
-    add("--bench", action="store_true", help="time and memory of a step of each bucket, on random latents")
-    add("--profile", metavar="FILE", help="--bench, and a trace for chrome://tracing or Perfetto")
     add = parser.add_argument_group("training").add_argument
     add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     add("--allow-changes", action="store_true", help="go on with another config or other clips")
     add("--debug", action="store_true", help="errors with their traceback")
-    return parser.parse_known_args()
+    return parser.parse_known_args(argv)
 
 
-def main():
-    args, overrides = parse_args()
+def main(argv=None):
+    args, overrides = parse_args(argv)
     with one_line_errors(args.debug, "; the same command goes on from the last checkpoint, if there is one"):
         config = configs.load(args.config, overrides)
-        gpus = config.world if args.gpus is None else args.gpus
         if args.print:
             print(configs.dump(config), end="")
         elif args.plan:
+            gpus = config.world if args.gpus is None else args.gpus
             print(configs.plan(config, gpus, args.gpu, shares_of_steps(config)))
-        elif args.search:
-            search(config, gpus, args.gpu, args.plain)
-        elif args.bench or args.profile:
-            bench(config, args.profile, args.plain)
         elif number := train(config, args.allow_changes, args.plain):
             sys.exit(128 + number)                                          # as a shell tells of a signal
 

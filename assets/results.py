@@ -18,11 +18,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 STORE = ROOT / "assets" / "results"
 COMMANDS = {
-    "kernels": "python kernels.py", "block": "python model.py --bench",
-    "tiny": "python train.py configs/tiny.py --bench",
+    "kernels": "python tests/bench_kernels.py", "block": "python tests/bench_model.py",
+    "tiny": "python tests/bench_train.py configs/tiny.py",
     "sample": 'python sample.py --prompt "a red circle moves right" --out samples/timed --overwrite',
     "samplers": "python tests/bench_sample.py",
-} | {f"stage{n}-{form}": f"python train.py configs/stage{n}.py --bench{flag}"
+} | {f"stage{n}-{form}": f"python tests/bench_train.py configs/stage{n}.py{flag}"
      for n in (1, 2, 3) for form, flag in (("fast", ""), ("plain", " --plain"))}
 # Passes over [N C] of memory-bound kernels, as kernels.py derives them; <.., 1> is a backward, the last 0 but one of
 # qk_norm_rope attention in space.  time_attention is not one: its arithmetic takes longer than its 4 and 7 passes.

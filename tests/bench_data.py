@@ -2,6 +2,7 @@
 
     python tests/bench_data.py index [12300000]     builds and reopens the index, draws two epochs, forks 8 readers
     python tests/bench_data.py decode               windows of a 30 s clip against decoding all of it, and decord's
+    python tests/bench_data.py batches META CONFIG [--FIELD=VALUE ...]     clips and frames read a second
 """
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import av
@@ -23,7 +25,7 @@ except ImportError:
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import configs  # noqa: E402
-from data import BucketSampler, assign, read_meta, read_window  # noqa: E402
+from data import BucketSampler, ClipDataset, assign, batches, one_line_errors, read_meta, read_window  # noqa: E402
 
 WORKERS = 8
 
@@ -182,10 +184,34 @@ def decode():
         compare("bbb_action_720p24.mp4", Path(os.environ["NANOSORA_CLIPS"]) / "bbb_action_720p24.mp4")
 
 
+# ---- whole batches, as training reads them ----
+
+def read_batches(meta, config, seconds=20):
+    """Prints how fast batches are read, with nothing else to do: clips/s, frames/s by bucket and in all."""
+    rows, reasons, start = defaultdict(Counter), {}, time.perf_counter()
+    for batch in batches(BucketSampler(meta, config), ClipDataset(meta, config), 0, config.steps):
+        clips, bucket = len(batch["slots"]), batch["bucket"]
+        rows[bucket[:2]].update(batches=1, clips=clips, frames=clips * bucket.num_frames, decoded=batch["decoded"],
+                                seconds=batch["waited"])
+        reasons |= {fault.path: fault.reason for fault in batch["faults"]}
+        if time.perf_counter() - start > seconds:
+            break
+    print("      bucket  batches  clips  frames  decoded  seconds  clips/s  decoded/s")
+    rows["in", "all"] = sum(rows.values(), Counter())
+    for (level, t), row in rows.items():
+        print(f"{level:>6} x {t:<3} {row['batches']:8} {row['clips']:6} {row['frames']:7} {row['decoded']:8} "
+              f"{row['seconds']:8.1f} {row['clips'] / row['seconds']:8.1f} {row['decoded'] / row['seconds']:10.1f}")
+    print(f"{config.num_workers} reading processes; {len(reasons)} clips could not be read")
+    print("".join(f"  {reason}\n" for reason in reasons.values()), end="")
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["index"]:
         index(int(sys.argv[2]) if len(sys.argv) > 2 else 12_300_000)
     elif sys.argv[1:2] == ["decode"]:
         decode()
+    elif sys.argv[1:2] == ["batches"] and len(sys.argv) > 3:
+        with one_line_errors(debug=False):
+            read_batches(read_meta(sys.argv[2]), configs.load(sys.argv[3], sys.argv[4:]))
     else:
         sys.exit(__doc__)

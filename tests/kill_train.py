@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import configs  # noqa: E402
-from data import write_shapes  # noqa: E402
+from assets.shapes import write_shapes  # noqa: E402
 from test_train import ARGS, ROOT, rows, start, weights  # noqa: E402
 
 

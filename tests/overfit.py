@@ -6,6 +6,7 @@ back at 25 dB and beats the best still image, their mean, by 3 dB.  OUT/sheet.pn
 """
 import argparse
 import csv
+import os
 import subprocess
 import sys
 import time
@@ -30,11 +31,12 @@ OVERRIDES = [f"--buckets={{'144p': {{{T}: (1.0, 1)}}}}", "--model.patch_size=(1,
              "--cfg_scale=1.0", f"--fps={FPS}", "--prompts=()"]
 
 
-def python(folder, script, *args):
+def python(folder, module, *args):
     """One of the repository's command lines, run in `folder`."""
     start = time.monotonic()
-    subprocess.run([sys.executable, ROOT / script, *args], cwd=folder, check=True)
-    print(f"{script} {args[0]}: {time.monotonic() - start:.0f} s", flush=True)
+    command = [sys.executable, "-m", module, *args]
+    subprocess.run(command, cwd=folder, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    print(f"{module} {args[0]}: {time.monotonic() - start:.0f} s", flush=True)
 
 
 def read_sheet(path):
@@ -75,11 +77,11 @@ def main():
     write_video(out / "clip.mp4", frames.numpy(), FPS)
     with open(out / "meta.csv", "w", newline="") as f:
         csv.writer(f).writerows([COLUMNS, ("clip.mp4", args.caption, T, H, W, FPS)])
-    python(out, "vae.py", "train", "meta.csv", "--out", "vae", f"--steps={args.vae_steps}", "--batch=1")
-    python(out, "vae.py", "text", "meta.csv", "--out", "text")
-    python(out, "train.py", "configs/tiny.py", "--data=meta.csv", "--vae=vae", "--text_encoder=text", "--cache=cache",
+    python(out, "assets.tiny.make", "vae", "meta.csv", "--out", "vae", f"--steps={args.vae_steps}", "--batch=1")
+    python(out, "assets.tiny.make", "text", "meta.csv", "--out", "text")
+    python(out, "train", "configs/tiny.py", "--data=meta.csv", "--vae=vae", "--text_encoder=text", "--cache=cache",
            "--out=run", f"--steps={args.steps}", *OVERRIDES)
-    python(out, "sample.py", "--prompt", args.caption, "--ckpt=run", "--out=sample")
+    python(out, "sample", "--prompt", args.caption, "--ckpt=run", "--out=sample")
     made = read_sheet(out / "sample" / f"00-{slug(args.caption)}.png")
     write_video(out / "sheet.png", np.concatenate([frames, made]))
     sys.exit(0 if compare(out, frames, made) else 1)

@@ -1,7 +1,7 @@
 """Reads what the frames of the shapes world show, without a network: background, colour, shape, place, way.
 
 `python tests/reader.py [CKPT] [--prompts 96]` samples prompts from a checkpoint and prints how many of them obey.
-The palette and the outlines are those of data.py's renderer; a sheet is judged as a viewer would, frame by frame.
+The palette and the outlines are those of assets/shapes.py; a sheet is judged as a viewer would, frame by frame.
 """
 import sys
 from collections import Counter
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from data import COLORS, DIRECTIONS, SHAPES, coverage, held_out  # noqa: E402
+from assets.shapes import COLORS, DIRECTIONS, SHAPES, coverage, held_out  # noqa: E402
 from masks import Given  # noqa: E402
 
 
@@ -116,7 +116,8 @@ class Judge:
         centroid: mean distance in pixels between the object and where it is in truth, over the frames to come; still:
         the same for one that stays where it was last seen; lost: share of frames without an object; direction: share
         of clips that move as told; psnr: of the given frames against their own VAE reconstruction."""
-        from data import shapes_clip, to_uint8, to_video
+        from assets.shapes import shapes_clip
+        from data import to_uint8, to_video
         clips = (shapes_clip(77, i) for i in range(10 ** 6))
         square = ((frames, text) for frames, text, _ in clips if frames.shape[:3] == (8, 32, 32))
         truth, texts = zip(*(next(square) for _ in range(count)))

@@ -31,6 +31,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import data
+from assets import shapes
 from data import (
     ASPECT,
     IMAGE_FPS,
@@ -363,7 +364,7 @@ def test_read_meta(tmp_path):
 
 
 @pytest.mark.parametrize("content, message", [
-    ("path,text,num_frames,height,width\n", "meta.csv lacks column fps: expected path,.*got path.*data.py shapes"),
+    ("path,text,num_frames,height,width\n", "meta.csv lacks column fps: expected path,.*got path.*assets.shapes"),
     ("", "lacks column path, text.*got nothing"),
     (HEADER, "meta.csv has no rows"),
     (HEADER + "\n\n", "meta.csv has no rows"),
@@ -400,7 +401,7 @@ def test_a_byte_order_mark_is_no_letter(tmp_path, header):
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "nowhere*.csv"])
 def test_missing_meta(name):
-    with pytest.raises(FileNotFoundError, match=r"no file nowhere\*?.csv - `python data.py shapes"):
+    with pytest.raises(FileNotFoundError, match=r"no file nowhere\*?.csv - `python -m assets.shapes"):
         read_meta(name)
 
 
@@ -1277,14 +1278,14 @@ def alive(pid):
 
 def test_stopped_while_rendering_another_world(tmp_path, monkeypatch):
     """The table of the first does not stay beside clips of the second."""
-    data.write_shapes(tmp_path, 4)
-    clip, ctrl_c = data.shapes_clip, lambda: signal.raise_signal(signal.SIGINT)
-    monkeypatch.setattr(data, "shapes_clip", lambda seed, i: clip(seed, i) if i < 2 else ctrl_c())
+    shapes.write_shapes(tmp_path, 4)
+    clip, ctrl_c = shapes.shapes_clip, lambda: signal.raise_signal(signal.SIGINT)
+    monkeypatch.setattr(shapes, "shapes_clip", lambda seed, i: clip(seed, i) if i < 2 else ctrl_c())
     with pytest.raises(KeyboardInterrupt):
-        data.write_shapes(tmp_path, 4, seed=1)
+        shapes.write_shapes(tmp_path, 4, seed=1)
     assert not (tmp_path / "meta.csv").exists()
     monkeypatch.undo()
-    data.write_shapes(tmp_path, 4, seed=1)
+    shapes.write_shapes(tmp_path, 4, seed=1)
     assert len(read_meta(str(tmp_path / "meta.csv"))) == 4
 
 
@@ -1298,7 +1299,8 @@ def test_what_fails_while_it_is_written_leaves_nothing(tmp_path):
 
 def test_rendering_imports_no_extension(tmp_path):
     """A module of Cython swallows a Ctrl-C that comes while it is imported, and the rendering would go on."""
-    script = ("import data, sys; before = set(sys.modules); data.write_shapes(sys.argv[1], num_clips=6)\n"
+    script = ("import sys; from assets import shapes; before = set(sys.modules)\n"
+              "shapes.write_shapes(sys.argv[1], num_clips=6)\n"
               "late = [sys.modules[name] for name in set(sys.modules) - before]\n"
               "sys.exit([m.__name__ for m in late if (getattr(m, '__file__', '') or '')[-3:] in ('.so', 'pyd')] or 0)")
     command = [sys.executable, "-c", script, str(tmp_path)]
@@ -1307,38 +1309,38 @@ def test_rendering_imports_no_extension(tmp_path):
 
 
 def test_shapes_are_a_pure_function_of_seed_and_index():
-    frames, caption, thing = data.shapes_clip(3, 17)
-    data.shapes_clip(3, 18)
-    again = data.shapes_clip(3, 17)
+    frames, caption, thing = shapes.shapes_clip(3, 17)
+    shapes.shapes_clip(3, 18)
+    again = shapes.shapes_clip(3, 17)
     assert np.array_equal(frames, again[0]) and (caption, thing) == again[1:]
-    assert not np.array_equal(frames, data.shapes_clip(4, 17)[0])
+    assert not np.array_equal(frames, shapes.shapes_clip(4, 17)[0])
 
 
 def test_shapes_are_as_rich_as_promised():
-    clips = [data.shapes_clip(0, i) for i in range(800)]
+    clips = [shapes.shapes_clip(0, i) for i in range(800)]
     assert {frames.shape[0] for frames, *_ in clips} == {1, 8, 16}
     assert {frames.shape[1:3] for frames, *_ in clips} == {(32, 32), (32, 48)}
     names = {(o.color, o.shape, o.direction) for *_, o in clips}
-    assert len(names) == 60 and not any(data.held_out(*name) for name in names)
+    assert len(names) == 60 and not any(shapes.held_out(*name) for name in names)
     for frames, caption, o in clips:
         moves = f" moves {o.direction}" if len(frames) > 1 else ""
         assert caption == f"a {o.color} {o.shape}{moves}"
 
 
 def test_shapes_have_equal_area_and_stay_inside():
-    for shape in data.SHAPES:
-        assert data.coverage(shape, 12, 16, 16, 32, 32).sum() == pytest.approx(144, rel=0.03)
+    for shape in shapes.SHAPES:
+        assert shapes.coverage(shape, 12, 16, 16, 32, 32).sum() == pytest.approx(144, rel=0.03)
     for i in range(300):
-        frames, _, o = data.shapes_clip(1, i)
+        frames, _, o = shapes.shapes_clip(1, i)
         for x, y in (o.start, o.end):
-            area = data.coverage(o.shape, o.side, x, y, *frames.shape[1:3]).sum()
+            area = shapes.coverage(o.shape, o.side, x, y, *frames.shape[1:3]).sum()
             assert area == pytest.approx(o.side ** 2, rel=0.06)
 
 
 def test_the_reader_reads_rendered_clips():
     """tests/reader.py judges the shipped weights: on the truth it must be right in 99%, also after our VAE (below)."""
     from reader import read_clip
-    clips = [data.shapes_clip(5, i) for i in range(700)]
+    clips = [shapes.shapes_clip(5, i) for i in range(700)]
     moving = [(read_clip(frames)[:3], thing[:3]) for frames, _, thing in clips if len(frames) > 1]
     assert len(moving) > 400 and sum(seen == true for seen, true in moving) >= 0.99 * len(moving)
 
@@ -1348,7 +1350,7 @@ def test_the_reader_reads_decoded_latents():
     from vae import load_vae
     vae, right = load_vae(str(ROOT / "assets/tiny/vae")), []
     for i in range(160):
-        frames, _, thing = data.shapes_clip(6, i)
+        frames, _, thing = shapes.shapes_clip(6, i)
         if len(frames) == 8:
             again = data.to_uint8(vae.decode(vae.encode(data.to_video(frames)[None]))[0])
             right.append(read_clip(again)[:3] == thing[:3])
@@ -1357,24 +1359,24 @@ def test_the_reader_reads_decoded_latents():
 
 def test_the_reader_can_fail():
     from reader import read_clip
-    frames, _, o = data.shapes_clip(5, next(i for i in range(99) if len(data.shapes_clip(5, i)[0]) == 8))
+    frames, _, o = shapes.shapes_clip(5, next(i for i in range(99) if len(shapes.shapes_clip(5, i)[0]) == 8))
     assert read_clip(frames[::-1]).direction != o.direction and read_clip(frames[..., [1, 2, 0]]).color != o.color
     assert read_clip(np.zeros_like(frames))[:3] == (None, None, None)
 
 
 def test_rendered_files_are_the_same_each_time(tmp_path):
     for name in ("once", "again"):
-        data.write_shapes(tmp_path / name, 60)
+        shapes.write_shapes(tmp_path / name, 60)
     for once in (tmp_path / "once").iterdir():
         assert once.read_bytes() == (tmp_path / "again" / once.name).read_bytes(), once.name
 
 
 def test_rendered_files_read_back(tmp_path):
-    data.write_shapes(tmp_path, 12)
+    shapes.write_shapes(tmp_path, 12)
     meta = read_meta(str(tmp_path / "meta.csv"))
     assert len(meta) == 12
     for i in range(len(meta)):
-        frames, caption, _ = data.shapes_clip(0, i)
+        frames, caption, _ = shapes.shapes_clip(0, i)
         read = read_window(meta.path(i))[0].numpy()
         assert read.shape == frames.shape == (*(meta[name][i] for name in ("num_frames", "height", "width")), 3)
         assert meta.text(i) == caption
@@ -1383,7 +1385,7 @@ def test_rendered_files_read_back(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".mp4", ".gif", ".png"])
 def test_write_video_keeps_what_it_is_given(tmp_path, suffix):
-    frames = data.shapes_clip(0, 0)[0]
+    frames = shapes.shapes_clip(0, 0)[0]
     data.write_video(tmp_path / f"a{suffix}", frames, 8)
     if suffix == ".png":
         sheet = np.asarray(Image.open(tmp_path / "a.png"))
@@ -1395,7 +1397,7 @@ def test_write_video_keeps_what_it_is_given(tmp_path, suffix):
 
 
 def test_write_video_as_a_folder_of_frames(tmp_path):
-    frames = data.shapes_clip(0, 0)[0]
+    frames = shapes.shapes_clip(0, 0)[0]
     for n in (8, 5):                                                # a second time: nothing of the first stays
         data.write_video(tmp_path / "frames", frames[:n])
         read = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "frames").iterdir())]
@@ -1420,7 +1422,7 @@ def test_data_as_a_script(tmp_path, monkeypatch, capsys):
         return ended.value.code, capsys.readouterr()
     assert run("shapes", tmp_path, "--num-clips", 40)[0] == 0
     assert "32 x 8" in "".join(run(tmp_path / "meta.csv", "configs/tiny.py")[1])
-    for args, said in (((tmp_path / "none.csv", "configs/tiny.py"), "python data.py shapes"),
+    for args, said in (((tmp_path / "none.csv", "configs/tiny.py"), "python -m assets.shapes"),
                        (("shapes", tmp_path, "--num_clip=9"), "--num_clip=9: expected shapes FOLDER"),
                        ((tmp_path / "meta.csv",), "meta.csv: expected shapes FOLDER, META CONFIG"),
                        ((tmp_path / "meta.csv", "configs/stage1.py", "--seed=1", "--holdout=1.0"), "held out"),

@@ -135,7 +135,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def gpu(folder, monkeypatch, as_imported):
+def gpu(folder, monkeypatch, ops_as_imported):
     """CPU tensors go through the ops of a GPU; what these leave unwritten is NaN."""
     if not shutil.which("g++"):
         pytest.skip("needs g++")

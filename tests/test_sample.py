@@ -27,7 +27,8 @@ from model import QUIRKS, STDiT, STDiTConfig, XL_2, example_inputs, from_upstrea
 from sample import (PUBLISHED, RELEASED, Job, SampleQuirks, encode_texts, export, find_checkpoint, generate, guide,
                     load, noise_schedule, sample_latents, step_back, timesteps, visiting)
 from reader import prompts as prompts_of_shapes
-from vae import load_text_encoder, load_vae, make_text_encoder, read_note
+from assets.tiny.make import make_text_encoder
+from vae import load_text_encoder, load_vae, read_note
 
 GOLDEN = Path(__file__).parent / "golden"
 SCHEDULES = load_file(GOLDEN / "b_schedules.safetensors")

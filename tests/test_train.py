@@ -28,7 +28,8 @@ import configs
 import data
 import sample
 import train
-from data import BucketSampler, read_meta, slot_generator, write_shapes
+from assets.shapes import write_shapes
+from data import BucketSampler, read_meta, slot_generator
 from masks import RECIPE
 from model import STDiT
 from sample import noise_schedule
@@ -757,7 +758,7 @@ def stderr_of(config, capsys, monkeypatch, *args, status=2):
 @pytest.mark.parametrize("arg, said", {
     "--learning_rate=1": "there is no learning_rate",
     "--mask_ratios={'mask_non': 1.0}": "did you mean 'mask_no'",
-    "--data=nowhere/meta.csv": "no file nowhere/meta.csv - `python data.py shapes DIR`",
+    "--data=nowhere/meta.csv": "no file nowhere/meta.csv - `python -m assets.shapes DIR`",
     "--buckets={'720p': {16: (1.0, 1)}}": "no clip fits any bucket",
     "--init=nowhere": "init='nowhere' is not there",
     "--init=README.md": "README.md cannot be read: ",

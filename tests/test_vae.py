@@ -25,13 +25,15 @@ from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import data
 import vae as vae_module
+from assets.shapes import shapes_clip, write_shapes
+from assets.tiny.make import fit_vae, make_text_encoder
 from configs import Config, dump
 from data import (BucketSampler, ClipDataset, UnreadableClip, batches, bucket_list, reachable, read_meta, read_window,
-                  shapes_clip, to_video, window_number, write_shapes, write_video)
+                  to_video, window_number, write_video)
 from masks import RECIPE
 from model import TINY, LiveBytes
-from vae import (CachedClips, clean_caption, fit_vae, from_sentencepiece, load_text_encoder, load_tokenizer, load_vae,
-                 make_text_encoder, psnr, remember, write_cache)
+from vae import (CachedClips, clean_caption, from_sentencepiece, load_text_encoder, load_tokenizer, load_vae,
+                 psnr, remember, write_cache)
 
 ROOT = Path(__file__).parents[1]
 TINY_VAE, TINY_TEXT = str(ROOT / "assets/tiny/vae"), str(ROOT / "assets/tiny/text_encoder")

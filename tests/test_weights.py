@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from data import COLORS, DIRECTIONS, shapes_clip, to_uint8, to_video
+from assets.shapes import COLORS, DIRECTIONS, shapes_clip
+from data import to_uint8, to_video
 from masks import connect, edit, extend_after, extend_before
 from reader import Judge, prompts, read_clip
 

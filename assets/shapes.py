@@ -1,0 +1,142 @@
+"""The shapes world: made-up clips of one coloured shape that moves straight over a plain background.
+
+    python -m assets.shapes data/shapes                     renders 2,000 clips: *.mp4, *.png and meta.csv
+    python -m assets.shapes data/many --num-clips 20000     more of them
+
+It is small enough to train on two CPU cores (configs/tiny.py), and what a clip shows can be read without a network
+(tests/reader.py).
+"""
+import argparse
+import csv
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.random  # noqa: F401    a module of Cython swallows a Ctrl-C that comes while it is imported
+from PIL import Image
+from tqdm import tqdm
+
+from data import COLUMNS, IMAGE_FPS, Parser, one_line_errors, whole, write_video
+
+# Colours, sizes, ways and shares are chosen by hand; assets/tiny/README.md says what they were good for
+COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
+          "purple": (160, 50, 200), "cyan": (50, 210, 220)}
+SHAPES = ("circle", "square", "triangle")
+DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (dx, dy): y grows downwards
+BACKGROUNDS = ((16, 16, 20), (105, 105, 105))
+SHAPES_FPS = 8
+
+
+class Thing(NamedTuple):
+    """What moves in a clip: side is the root of its area in pixels, start and end are centres (x, y) in pixels."""
+    color: str
+    shape: str
+    direction: str
+    side: float
+    start: tuple
+    end: tuple
+
+
+def held_out(color, shape, direction):
+    """True for 12 of the 72 combinations, a colour for each shape and direction: for tests, never in the clips."""
+    return (list(COLORS).index(color) + 2 * SHAPES.index(shape) + list(DIRECTIONS).index(direction)) % 6 == 0
+
+
+def extent(shape, side):
+    """(left, right, up, down): how far the shape reaches from its centre of mass, in pixels."""
+    edge = 2 * side / 3 ** 0.25  # of the triangle, equilateral: its area side^2 is sqrt(3)/4 edge^2, its height
+    return {"circle": (side / math.pi ** 0.5,) * 4, "square": (side / 2,) * 4,  # sqrt(3)/2 edge: 2/3 up, 1/3 down
+            "triangle": (edge / 2, edge / 2, edge / 3 ** 0.5, edge / 12 ** 0.5)}[shape]
+
+
+def coverage(shape, side, x, y, height, width):
+    """How much of each pixel the shape centred at (x, y) covers, 0..1 [H W], by its centre's distance to the edge."""
+    dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([y, x])[:, None, None]
+    *_, down = extent(shape, side)  # each edge is as far from the centre as the lowest
+    if shape == "circle":
+        outside = np.hypot(dx, dy) - down  # pixels past the edge, below 0 within
+    elif shape == "square":
+        outside = np.maximum(abs(dx), abs(dy)) - down
+    else:  # a triangle, its point upwards: the base, and the sides, whose normals are (+-sqrt(3), -1) / 2
+        outside = np.maximum(dy, (3 ** 0.5 * abs(dx) - dy) / 2) - down
+    return np.clip(0.5 - outside, 0, 1)
+
+
+def random_thing(rng, color, shape, direction, height, width):
+    """A thing that stays inside the frame and travels 0.55 to 1.0 of the way it has there, so that a direction shows in
+    8 frames."""
+    side = rng.uniform(0.33, 0.42) * min(height, width)
+    left, right, up, down = extent(shape, side)
+    low, high = np.array([left, up]), np.array([width - right, height - down])  # of its centre, (x, y)
+    start = rng.uniform(low, high)
+    end, axis = start.copy(), 0 if direction in ("right", "left") else 1
+    travel = rng.uniform(0.55, 1.0) * (high - low)[axis]
+    first = rng.uniform(low[axis], high[axis] - travel)
+    start[axis], end[axis] = first, first + travel
+    if sum(DIRECTIONS[direction]) < 0:  # to the left, or up
+        start, end = end, start
+    return Thing(color, shape, direction, side, tuple(start), tuple(end))
+
+
+def render(thing, background, num_frames, height, width):
+    """uint8 [T H W 3].  A still (one frame) shows the middle of the way."""
+    shares = np.arange(num_frames) / (num_frames - 1) if num_frames > 1 else np.array([0.5])  # of the way
+    centers = np.outer(1 - shares, thing.start) + np.outer(shares, thing.end)
+    alpha = np.stack([coverage(thing.shape, thing.side, x, y, height, width) for x, y in centers])[..., None]
+    ground, color = np.float64(background), np.float64(COLORS[thing.color])
+    return (ground + alpha * (color - ground) + 0.5).astype(np.uint8)
+
+
+def shapes_clip(seed, index):
+    """Clip `index` of the world `seed`, a pure function: (uint8 [T H W 3], caption, Thing).
+
+    4 of 10 are stills, 4 have 8 frames, 2 have 16; a quarter is wide (32 x 48).  Held-out combinations do not occur.
+    """
+    rng = np.random.default_rng((seed, index))
+    num_frames = int(rng.choice((1, 8, 16), p=(0.4, 0.4, 0.2)))
+    height, width = (32, 48) if rng.random() < 0.25 else (32, 32)
+    background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+    looks = ()
+    while not looks or held_out(*looks):
+        looks = tuple(str(rng.choice(list(names))) for names in (COLORS, SHAPES, DIRECTIONS))
+    thing = random_thing(rng, *looks, height, width)
+    caption = f"a {thing.color} {thing.shape}" + f" moves {thing.direction}" * (num_frames > 1)
+    return render(thing, background, num_frames, height, width), caption, thing
+
+
+def write_shapes(folder, num_clips=2000, seed=0):
+    """Renders the world into folder/*.mp4 and *.png (stills), and writes folder/meta.csv about them."""
+    if num_clips < 1:
+        raise ValueError(f"--num-clips {num_clips}: expected 1 or more")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "meta.csv").unlink(missing_ok=True)  # of another world: what is stopped half way has none
+    rows = []
+    for index in tqdm(range(num_clips), desc=f"rendering {folder}", unit="clip"):
+        frames, caption, _ = shapes_clip(seed, index)
+        T, H, W, _ = frames.shape
+        name = f"{index:06d}" + (".mp4" if T > 1 else ".png")
+        if T > 1:
+            write_video(folder / name, frames, SHAPES_FPS)
+        else:
+            Image.fromarray(frames[0]).save(folder / name)
+        rows.append((name, caption, T, H, W, SHAPES_FPS if T > 1 else IMAGE_FPS))
+    with whole(folder / "meta.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
+        csv.writer(f).writerows([COLUMNS, *rows])
+    print(f"{folder / 'meta.csv'}: {num_clips} clips")
+
+
+def main(argv=None):
+    parser = Parser(description=__doc__, usage="python -m assets.shapes FOLDER [options]")
+    parser.add_argument("folder", help=argparse.SUPPRESS)
+    parser.add_argument("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another one gives other clips (default: %(default)s)")
+    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
+    args = parser.parse_args(argv)
+    with one_line_errors(args.debug):
+        write_shapes(args.folder, args.num_clips, args.seed)
+
+
+if __name__ == "__main__":
+    main()
