@@ -14,6 +14,9 @@ import torch.distributed as dist  # noqa: E402
 import kernels  # noqa: E402
 
 
+signal.signal(signal.SIGINT, signal.default_int_handler)    # a shell starts background jobs with Ctrl-C ignored
+
+
 class Ended(NamedTuple):
     """How a script ended: its exit status, and what it printed."""
     status: int
