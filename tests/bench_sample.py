@@ -1,7 +1,7 @@
-"""Prompts obeyed and seconds per clip of each sampler on the shipped weights, as the README's table.
+"""Measures the prompts obeyed and the seconds per clip of each sampler on the shipped weights, as a table.
 
-`python tests/bench_sample.py [--prompts 48]`: CPU seconds of one core, so that they hold where others compute beside;
-without the loading, with the decoding.  48 prompts take ten minutes."""
+`python tests/bench_sample.py [--prompts 48]` counts CPU seconds of one core, so that other programs do not matter; with
+decoding, without loading.  48 prompts take ten minutes."""
 import argparse
 import sys
 import time

@@ -1,9 +1,11 @@
-"""Reads what the frames of the shapes world show, without a network: background, colour, shape, place, way.
+"""Reads what the frames of the shapes world show, without a network: colour, shape, place and direction.
 
-`python tests/reader.py [CKPT] [--prompts 96]` samples prompts from a checkpoint and prints how many of them obey.
-The palette and the outlines are those of assets/shapes.py; a sheet is judged as a viewer would, frame by frame.
+`python tests/reader.py [CKPT] [--prompts 96]` samples prompts from a checkpoint and prints how many of them it obeys.
+The palette and the outlines are those of assets/shapes.py; a clip is judged as a viewer would, frame by frame.
 """
+import argparse
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets.shapes import COLORS, DIRECTIONS, SHAPES, coverage, held_out  # noqa: E402
+from assets.shapes import COLORS, DIRECTIONS, SHAPES, coverage, held_out, shapes_clip  # noqa: E402
+from data import to_uint8, to_video, write_video  # noqa: E402
 from masks import Given  # noqa: E402
+
+NOTHING = (None, None, (np.nan, np.nan))        # what a frame without an object shows
 
 
 class Seen(NamedTuple):
@@ -25,28 +30,34 @@ class Seen(NamedTuple):
 
 
 def read_clip(frames):
-    """frames uint8 [T H W 3] -> Seen.  Colour and shape by vote of the frames, direction from first to last place."""
-    looks = [read_frame(frame) for frame in frames]
-    centers = np.array([center for _, _, center in looks])
-    color, shape = (Counter(x for x in column if x).most_common(1) for column in list(zip(*looks))[:2])
+    """Returns what frames, uint8 [T H W 3], show: colour and shape by vote, direction from first to last place."""
+    seen = [read_frame(frame) for frame in frames]
+    color, votes = most_common(color for color, _, _ in seen)
+    shape, _ = most_common(shape for _, shape, _ in seen)
+    centers = np.array([center for _, _, center in seen])
     moved = centers[-1] - centers[0]
     direction = None
     if np.isfinite(moved).all() and abs(moved).max() > 2:           # pixels; rendered 8-frame clips move 6 or more
         direction = max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], moved))
-    steady = color[0][1] / len(frames) if color else 0.0
-    return Seen(color[0][0] if color else None, shape[0][0] if shape else None, direction, centers, steady)
+    return Seen(color, shape, direction, centers, votes / len(frames))
+
+
+def most_common(names):
+    """Returns the most common name and how often it occurs; (None, 0) where all are None."""
+    counts = Counter(name for name in names if name)
+    return counts.most_common(1)[0] if counts else (None, 0)
 
 
 def read_frame(frame):
-    """(colour, shape, (x, y)) of one frame [H W 3]; (None, None, nan) where nothing stands out of the background."""
+    """Returns (colour, shape, (x, y)) of one frame [H W 3]; NOTHING where nothing stands out of the background."""
     H, W, _ = frame.shape
     frame = frame.astype(float)
     border = np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]])
     background = np.median(border, axis=0)
     contrast = np.abs(frame - background).max(-1)
     alpha = np.clip(contrast / max(contrast.max() * 0.8, 60), 0, 1) * (contrast > 25)
-    if alpha.sum() < 25:                                            # the smallest thing has 110 pixels
-        return None, None, (np.nan, np.nan)
+    if alpha.sum() < 25:                                            # the smallest object has 110 pixels
+        return NOTHING
     inside = frame[contrast > 0.7 * contrast.max()].mean(0)
     color = min(COLORS, key=lambda name: np.linalg.norm(inside - COLORS[name]))
     y, x = (np.mgrid[:H, :W] + 0.5)
@@ -55,89 +66,123 @@ def read_frame(frame):
 
 
 def nearest_shape(alpha, center):
-    """The shape whose outline, of the same area and about the same centre, overlaps alpha [H W] best."""
-    best, side = {}, alpha.sum() ** 0.5
+    """Returns the shape whose outline, of the same area and about the same centre, overlaps alpha [H W] best."""
+    side = alpha.sum() ** 0.5
+    overlap = {}
     for shape in SHAPES:
-        covers = [coverage(shape, k * side, *center + shift, *alpha.shape)
-                  for k in (0.94, 1.0, 1.06) for shift in np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)])]
-        best[shape] = max(np.minimum(alpha, c).sum() / np.maximum(alpha, c).sum() for c in covers)
-    return max(best, key=best.get)
+        overlap[shape] = 0.0
+        for scale in (0.94, 1.0, 1.06):
+            for shift in np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]):
+                cover = coverage(shape, scale * side, *center + shift, *alpha.shape)
+                share = np.minimum(alpha, cover).sum() / np.maximum(alpha, cover).sum()
+                overlap[shape] = max(overlap[shape], share)
+    return max(overlap, key=overlap.get)
 
 
 def prompts(count, seed=0):
-    """[(colour, shape, direction)] * count: a third of the combinations that training never sees, then the others."""
+    """Returns [(colour, shape, direction)] * count: a third of them combinations that training never sees."""
     rng = np.random.default_rng(seed)
-    names = [(c, s, d) for c in COLORS for s in SHAPES for d in DIRECTIONS]
-    unseen, seen = [n for n in names if held_out(*n)], [n for n in names if not held_out(*n)]
-    def pick(pool, n):          # each once, then each once more ...
-        rounds = -(-n // len(pool))
-        return [pool[i] for _ in range(rounds) for i in rng.permutation(len(pool))][:n]
-    return pick(unseen, count // 3) + pick(seen, count - count // 3)
+    unseen = []
+    seen = []
+    for color in COLORS:
+        for shape in SHAPES:
+            for direction in DIRECTIONS:
+                pool = unseen if held_out(color, shape, direction) else seen
+                pool.append((color, shape, direction))
+    return pick(unseen, count // 3, rng) + pick(seen, count - count // 3, rng)
+
+
+def pick(pool, count, rng):
+    """Returns `count` of the pool in random order: each once, then each once more, and so on."""
+    picked = []
+    while len(picked) < count:
+        picked += [pool[i] for i in rng.permutation(len(pool))]
+    return picked[:count]
 
 
 def obey(names, videos):
-    """Per part of the prompt, the share of videos that show it; "all" at once, and that on unseen combinations;
-    "steady", the share of frames in the colour of their video."""
-    looks = [read_clip(video) for video in videos]
-    right = np.array([[getattr(seen, part) == name for part, name in zip(("color", "shape", "direction"), wanted)]
-                      for wanted, seen in zip(names, looks)])
-    unseen = np.array([held_out(*wanted) for wanted in names])
-    return dict(zip(("color", "shape", "direction"), right.mean(0))) | {
-        "all": right.all(1).mean(),
-        "all, unseen": right[unseen].all(1).mean() if unseen.any() else float("nan"),
-        "steady": np.mean([seen.steady for seen in looks])}
+    """Returns, per part of the prompt, the share of videos that show it, and more:
+
+    all           the share that show all three parts
+    all, unseen   the same, of the combinations that training never sees
+    steady        the mean share of frames in the colour of their video"""
+    seen = [read_clip(video) for video in videos]
+    right = np.array([[clip.color == color, clip.shape == shape, clip.direction == direction]
+                      for (color, shape, direction), clip in zip(names, seen)])
+    unseen = np.array([held_out(*name) for name in names])
+    scores = dict(zip(("color", "shape", "direction"), right.mean(0)))
+    scores["all"] = right.all(1).mean()
+    scores["all, unseen"] = right[unseen].all(1).mean() if unseen.any() else float("nan")
+    scores["steady"] = np.mean([clip.steady for clip in seen])
+    return scores
 
 
 class Judge:
-    """A checkpoint and what it is asked to do; each method samples and returns shares or errors by name."""
+    """A checkpoint and the settings to sample it with; its methods sample and return shares or errors by name."""
 
     def __init__(self, ckpt, **settings):
+        # Imported here, as reading frames needs none of it and diffusers takes seconds.
         from sample import find, generate, load
         from vae import load_text_encoder, load_vae
+        self.generate = generate
         self.model, self.config, _ = load(ckpt)
         self.vae = load_vae(find(self.config.vae))
         self.text_encoder = load_text_encoder(find(self.config.text_encoder), self.config.model.model_max_length)
-        self.settings = dict(height=32, width=32, fps=8, num_frames=8, batch_size=32, cfg_scale=self.config.cfg_scale,
-                             prediction=self.config.prediction) | settings
-        self.generate = generate
+        defaults = dict(height=32, width=32, fps=8, num_frames=8, batch_size=32, cfg_scale=self.config.cfg_scale,
+                        prediction=self.config.prediction)
+        self.settings = defaults | settings
 
-    def sample(self, texts, **asked):
-        return self.generate(self.model, self.vae, self.text_encoder, texts, **self.settings | asked)
+    def sample(self, texts, **changes):
+        return self.generate(self.model, self.vae, self.text_encoder, texts, **self.settings | changes)
 
     def prompts(self, count):
-        """How many of `count` prompts the samples obey, a third of them unseen combinations; and the samples."""
-        names, moving = prompts(count), self.settings["num_frames"] > 1
-        videos = self.sample([f"a {c} {s}" + f" moves {d}" * moving for c, s, d in names])
+        """Returns how many of `count` prompts the samples obey, a third of them unseen; and the samples."""
+        names = prompts(count)
+        texts = []
+        for color, shape, direction in names:
+            moves = f" moves {direction}" if self.settings["num_frames"] > 1 else ""
+            texts.append(f"a {color} {shape}{moves}")
+        videos = self.sample(texts)
         return obey(names, videos), videos
 
     def going_on(self, count, given):
-        """Continues `count` rendered clips from their first `given` frames.
+        """Continues `count` rendered clips from their first `given` frames; returns scores and the samples.
 
-        centroid: mean distance in pixels between the object and where it is in truth, over the frames to come; still:
-        the same for one that stays where it was last seen; lost: share of frames without an object; direction: share
-        of clips that move as told; psnr: of the given frames against their own VAE reconstruction."""
-        from assets.shapes import shapes_clip
-        from data import to_uint8, to_video
-        clips = (shapes_clip(77, i) for i in range(10 ** 6))
-        square = ((frames, text) for frames, text, _ in clips if frames.shape[:3] == (8, 32, 32))
-        truth, texts = zip(*(next(square) for _ in range(count)))
-        videos = self.sample(list(texts), references=[[frames] for frames in truth],
+        centroid    mean distance in pixels between the object and where it truly is, over the generated frames
+        still       the same for an object that stays where it was last seen
+        lost        share of frames without an object
+        direction   share of clips that move as the prompt says
+        psnr        of the given frames against their own reconstruction by the autoencoder"""
+        clips = []
+        texts = []
+        index = 0
+        while len(clips) < count:
+            frames, text, _ = shapes_clip(77, index)
+            index += 1
+            if frames.shape[:3] == (8, 32, 32):
+                clips.append(frames)
+                texts.append(text)
+        videos = self.sample(texts, references=[[frames] for frames in clips],
                              strategies=[[Given(length=given)]] * count)
-        true, seen = (np.array([read_clip(v).centers for v in clips])[:, given - 1:] for clips in (truth, videos))
-        away = lambda x: np.linalg.norm(x[:, 1:] - true[:, 1:], axis=-1)
-        again = (self.vae.decode(self.vae.encode(to_video(frames[:given])[None]))[0] for frames in truth)
-        error = [((to_uint8(a).astype(float) - v[:given]) ** 2).mean() for a, v in zip(again, videos)]
-        on_way = [read_clip(v).direction == text.split()[-1] for v, text in zip(videos, texts)]
-        still = np.repeat(true[:, :1], 9 - given, axis=1)
-        return {"centroid": float(np.nanmean(away(seen))), "still": float(np.nanmean(away(still))),
-                "lost": float(np.isnan(seen).any(2).mean()), "direction": float(np.mean(on_way)),
-                "psnr": float(10 * np.log10(255 ** 2 / max(max(error), 1e-9)))}, videos
+        seen = [read_clip(video) for video in videos]
+        true = np.array([read_clip(frames).centers for frames in clips])[:, given - 1:]
+        found = np.array([clip.centers for clip in seen])[:, given - 1:]
+        errors = []
+        for frames, video in zip(clips, videos):
+            reconstructed = self.vae.decode(self.vae.encode(to_video(frames[:given])[None]))[0]
+            errors.append(((to_uint8(reconstructed).astype(float) - video[:given]) ** 2).mean())
+        obeyed = [clip.direction == text.split()[-1] for clip, text in zip(seen, texts)]
+        return {"centroid": float(np.nanmean(np.linalg.norm(found[:, 1:] - true[:, 1:], axis=-1))),
+                "still": float(np.nanmean(np.linalg.norm(true[:, :1] - true[:, 1:], axis=-1))),
+                "lost": float(np.isnan(found).any(2).mean()), "direction": float(np.mean(obeyed)),
+                "psnr": float(10 * np.log10(255 ** 2 / max(max(errors), 1e-9)))}, videos
+
+
+def show(what, scores):
+    print(f"{what:22s}", *(f"{name} {value:.3f} " for name, value in scores.items()), flush=True)
 
 
 def main():
-    import argparse
-    import time
-    from data import write_video
     parser = argparse.ArgumentParser(description="Prints how well a checkpoint of the shapes world obeys.")
     parser.add_argument("ckpt", nargs="?", default="assets/tiny")
     parser.add_argument("--prompts", type=int, default=96)
@@ -147,14 +192,14 @@ def main():
     parser.add_argument("--cfg-scale", type=float, help="default: the checkpoint's")
     parser.add_argument("--sheet", help="write the first 12 clips as a .png")
     args = parser.parse_args()
-    more = {} if args.cfg_scale is None else {"cfg_scale": args.cfg_scale}
-    judge = Judge(args.ckpt, steps=args.steps, sampler=args.sampler, num_frames=args.num_frames, **more)
-
-    def show(what, scores):
-        print(f"{what:22s}", *(f"{name} {value:.3f} " for name, value in scores.items()), flush=True)
+    settings = dict(steps=args.steps, sampler=args.sampler, num_frames=args.num_frames)
+    if args.cfg_scale is not None:
+        settings["cfg_scale"] = args.cfg_scale
+    judge = Judge(args.ckpt, **settings)
     start = time.perf_counter()
     scores, videos = judge.prompts(args.prompts)
-    show(f"{args.prompts} prompts", scores | {"seconds a clip": (time.perf_counter() - start) / args.prompts})
+    seconds = (time.perf_counter() - start) / args.prompts
+    show(f"{args.prompts} prompts", scores | {"seconds a clip": seconds})
     if args.num_frames == 8:
         for given in (1, 2):
             show(f"given {given} of 8 frames", judge.going_on(min(48, args.prompts), given)[0])
