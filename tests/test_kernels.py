@@ -1,260 +1,494 @@
-"""kernels.py against formulas written out in fp64, and RoPE against a golden tensor of Open-Sora 1.1."""
-import re
+"""Checks each op of kernels.py, forward and backward, against its formula written out here in fp64.
+
+An op has several forms: the plain PyTorch lines, and fast forms which must be as close to fp64 as the plain one is.
+"""
+import math
 import shutil
+import subprocess
+import sys
+import threading
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 import kernels
+from conftest import choose_ops
 
-GOLDEN = Path(__file__).parent / "golden"
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+EPS = 1e-6          # of LayerNorm and RMSNorm in Open-Sora
 
 
-def rand(*shape, seed=0, dtype=torch.float64):
-    drawn = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype, device="cpu")
-    return drawn.to(torch.get_default_device())
+# ---- the formulas ----
 
+def exact_modulate(x, shift, scale):
+    centred = x - x.mean(-1, keepdim=True)
+    normed = centred / (centred.square().mean(-1, keepdim=True) + EPS).sqrt()
+    return normed * (1 + scale.unsqueeze(2)) + shift.unsqueeze(2)
+
+
+def exact_gated_residual(x, gate, update):
+    return x + gate.unsqueeze(2) * update
+
+
+def exact_rms_norm(x, weight):
+    return x / (x.square().mean(-1, keepdim=True) + EPS).sqrt() * weight
+
+
+def exact_rope(x, cos, sin):
+    """Multiplies each pair of values, as a complex number, by that of its angle.  x [... T D]; cos, sin [T D/2]."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+
+
+def exact_attention(q, k, v):
+    weights = torch.softmax(q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1]), dim=-1)
+    return weights @ v
+
+
+def exact_qk_norm_rope(qkv, q_weight, k_weight, rotary, rope_first, num_heads, axis):
+    B, T, S, C3 = qkv.shape
+    heads = qkv.view(B, T, S, 3, num_heads, C3 // 3 // num_heads)
+    if axis == "space":
+        q, k, v = heads.permute(3, 0, 1, 4, 2, 5).flatten(1, 2)     # each [B T, heads, S, D]
+    else:
+        q, k, v = heads.permute(3, 0, 2, 4, 1, 5).flatten(1, 2)     # each [B S, heads, T, D]
+    found = []
+    for x, weight in ((q, q_weight), (k, k_weight)):
+        if rotary is not None and rope_first:
+            x = exact_rope(x, *rotary)
+        if weight is not None:
+            x = exact_rms_norm(x, weight)
+        if rotary is not None and not rope_first:
+            x = exact_rope(x, *rotary)
+        found.append(x)
+    return *found, v
+
+
+def exact_time_attention(qkv, q_weight, k_weight, rotary, rope_first, num_heads):
+    q, k, v = exact_qk_norm_rope(qkv, q_weight, k_weight, rotary, rope_first, num_heads, "time")
+    return exact_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def exact_gelu_linear(x, weight, bias):
+    gelu = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+    return gelu @ weight.T + bias
+
+
+def exact_cross_attention(q, k, v, lengths):
+    outs = []
+    start = 0
+    for clip, length in zip(q, lengths):
+        caption = slice(start, start + length)
+        outs.append(exact_attention(clip, k[caption].transpose(0, 1), v[caption].transpose(0, 1)))
+        start += length
+    return torch.stack(outs)
+
+
+FORMULAS = {
+    "modulate": exact_modulate,
+    "gated_residual": exact_gated_residual,
+    "qk_norm_rope": exact_qk_norm_rope,
+    "time_attention": exact_time_attention,
+    "gelu_linear": exact_gelu_linear,
+    "attention": exact_attention,
+    "cross_attention": exact_cross_attention,
+}
+
+
+# ---- the arguments ----
+
+def rand(*shape, seed=0):
+    """Returns normal noise in fp64, on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+
+
+def frames_last(x):
+    """Returns x [B T S C] with the same values, but stored as [B S T C], as attention over time leaves it."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def every_second(x):
+    """Returns x with the same values, but with a stride of 2 along the last axis."""
+    return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+
+
+def modulate_args(B, T, S, C, per_frame, layout=None):
+    x = 3 * rand(B, T, S, C) + 1
+    shift, scale = rand(B, T if per_frame else 1, 2 * C, seed=1).chunk(2, dim=-1)    # strided, as from the model
+    return layout(x) if layout else x, shift, scale
+
+
+def gate_args(B, T, S, C, per_frame, layout=None):
+    gate, _ = rand(B, T if per_frame else 1, 2 * C, seed=1).chunk(2, dim=-1)
+    update = rand(B, T, S, C, seed=3)
+    return rand(B, T, S, C), gate, layout(update) if layout else update
+
+
+def qk_args(B, T, S, heads, D, axis, turned, rope_first, layout=None):
+    qkv = rand(B, T, S, 3 * heads * D)
+    q_weight, k_weight = 1 + 0.5 * rand(2, D, seed=1)
+    rotary = None
+    if turned:
+        angle = rand(S if axis == "space" else T, D // 2, seed=2)
+        rotary = angle.cos(), angle.sin()
+    return layout(qkv) if layout else qkv, q_weight, k_weight, rotary, rope_first, heads, axis
+
+
+def time_args(B, T, S, heads, D, rope_first, layout=None):
+    return qk_args(B, T, S, heads, D, "time", True, rope_first, layout)[:-1]
+
+
+def gelu_args(*shape, layout=None):
+    x = 4 * rand(*shape)
+    return layout(x) if layout else x, rand(12, shape[-1], seed=1) / math.sqrt(shape[-1]), rand(12, seed=2)
+
+
+def text_args(lengths):
+    keys = rand(sum(lengths), 2, 8, seed=1)
+    values = rand(sum(lengths), 2, 8, seed=2)
+    return rand(len(lengths), 2, 6, 8), keys, values, lengths
+
+
+CASES = {
+    "modulate, all frames alike": ("modulate", modulate_args(2, 3, 5, 24, per_frame=False)),
+    "modulate, each frame its own": ("modulate", modulate_args(2, 4, 37, 36, per_frame=True, layout=frames_last)),
+    "modulate, one token": ("modulate", modulate_args(1, 1, 1, 24, per_frame=False, layout=every_second)),
+    "gated_residual, all frames alike": ("gated_residual", gate_args(2, 3, 5, 24, per_frame=False, layout=frames_last)),
+    "gated_residual, each frame its own": ("gated_residual", gate_args(2, 4, 37, 36, per_frame=True)),
+    "gated_residual, one token": ("gated_residual", gate_args(1, 1, 1, 24, per_frame=False, layout=every_second)),
+    "qk_norm_rope, space": ("qk_norm_rope", qk_args(2, 3, 5, 2, 12, "space", False, False)),
+    "qk_norm_rope, space, turned": ("qk_norm_rope", qk_args(1, 2, 7, 3, 8, "space", True, True)),
+    "qk_norm_rope, time": ("qk_norm_rope", qk_args(2, 3, 5, 2, 12, "time", True, False)),
+    "qk_norm_rope, time, Q1": ("qk_norm_rope", qk_args(2, 3, 5, 2, 12, "time", True, True, layout=frames_last)),
+    "qk_norm_rope, one token": ("qk_norm_rope", qk_args(1, 1, 1, 2, 12, "time", True, False, layout=every_second)),
+    "time_attention, even T": ("time_attention", time_args(2, 4, 3, 2, 8, False)),
+    "time_attention, odd T, Q1": ("time_attention", time_args(1, 17, 3, 2, 8, True, layout=frames_last)),
+    "time_attention, one frame": ("time_attention", time_args(2, 1, 3, 2, 8, False)),
+    "time_attention, more than a GPU's kernel takes": ("time_attention", time_args(1, 33, 2, 2, 8, False)),
+    "gelu_linear, tokens": ("gelu_linear", gelu_args(2, 3, 37, 24)),
+    "gelu_linear, strided text": ("gelu_linear", gelu_args(7, 24, layout=every_second)),
+    "attention": ("attention", (rand(2, 3, 5, 12), rand(2, 3, 7, 12, seed=1), rand(2, 3, 7, 12, seed=2))),
+    "cross_attention, equal captions": ("cross_attention", text_args([4, 4, 4])),
+    "cross_attention, different captions": ("cross_attention", text_args([3, 7, 1])),
+    "cross_attention, some equal": ("cross_attention", text_args([5, 2, 5])),
+}
+# The width of XL/2, for GPUs only: on a CPU it takes seconds.
+WIDE_CASES = {
+    "modulate, XL/2": ("modulate", modulate_args(2, 5, 37, 1152, per_frame=True)),
+    "gated_residual, XL/2": ("gated_residual", gate_args(2, 5, 37, 1152, per_frame=True, layout=frames_last)),
+    "qk_norm_rope, XL/2, space": ("qk_norm_rope", qk_args(2, 5, 37, 16, 72, "space", False, False)),
+    "qk_norm_rope, XL/2, time": ("qk_norm_rope", qk_args(2, 5, 37, 16, 72, "time", True, False)),
+    "time_attention, XL/2": ("time_attention", time_args(2, 16, 37, 16, 72, False)),
+    "time_attention, XL/2, Q1": ("time_attention", time_args(2, 32, 37, 16, 72, True)),
+    "gelu_linear, XL/2": ("gelu_linear", gelu_args(2, 5, 37, 4608)),
+}
+
+
+# ---- the comparison ----
 
 def error(got, want):
-    return ((got.double() - want.double()).norm() / want.double().norm()).item()
+    """Returns the relative L2 error; of what is about zero, the absolute one."""
+    got, want = got.double().cpu(), want.double().cpu()
+    return ((got - want).norm() / want.norm().clamp(min=1)).item()
 
 
-def softmax_attention(q, k, v):
-    return torch.softmax(q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5, dim=-1) @ v
+def to_dtype(args, dtype):
+    """Returns args on the default device: tensors in dtype, cos and sin in fp32 at least, as the model gives them."""
+    device = torch.get_default_device()
+    table_dtype = torch.promote_types(dtype, torch.float32)
+    found = []
+    for value in args:
+        if torch.is_tensor(value):
+            strided = torch.empty_strided(value.shape, value.stride(), dtype=dtype, device=device)
+            found.append(strided.copy_(value))
+        elif isinstance(value, tuple):
+            found.append(tuple(table.to(device, table_dtype) for table in value))
+        else:
+            found.append(value)
+    return found
 
 
-@pytest.mark.parametrize("frames", [1, 3])
-def test_modulate_and_gate_are_per_frame(frames, all_ops):
-    x, update = rand(2, 3, 5, 12), rand(2, 3, 5, 12, seed=3)
-    shift, scale = rand(2, frames, 12, seed=1), rand(2, frames, 12, seed=2)
-    centred = x - x.mean(-1, keepdim=True)
-    normed = centred / (centred.square().mean(-1, keepdim=True) + 1e-6).sqrt()
-    got, gated = kernels.modulate(x, shift, scale), kernels.gated_residual(x, shift, update)
-    for t in range(3):
-        f = t if frames == 3 else 0
-        want = normed[:, t] * (1 + scale[:, f, None]) + shift[:, f, None]
-        assert error(got[:, t], want) < 1e-12, f"modulate, frame {t}"
-        assert error(gated[:, t], x[:, t] + shift[:, f, None] * update[:, t]) < 1e-12, f"gate, frame {t}"
+def results(op, args):
+    """Returns outputs, then gradients by each tensor in args of the outputs' product with noise."""
+    args = [value.detach().requires_grad_() if torch.is_tensor(value) else value for value in args]
+    outputs = op(*args)
+    if torch.is_tensor(outputs):
+        outputs = (outputs,)
+    noise = [rand(*z.shape, seed=9).to(z.device, z.dtype) for z in outputs]
+    leaves = [value for value in args if torch.is_tensor(value)]
+    return [*outputs, *torch.autograd.grad(outputs, leaves, noise)]
 
 
-def test_rms_norm_rounds_before_the_weight():
-    x, weight = rand(4, 12), rand(12, seed=1)
-    want = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-    assert error(kernels.rms_norm(x, weight), want) < 1e-12
-    x, weight = rand(64, 12).bfloat16(), rand(12, seed=1).bfloat16()
-    wide = x.float()
-    want = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + 1e-6)).bfloat16() * weight
-    assert torch.equal(kernels.rms_norm(x, weight), want)
+def exact_results(name, args):
+    """Returns what results() gives for the op's formula in fp64, of the same rounded args."""
+    return results(FORMULAS[name], to_dtype(args, torch.float64))
 
 
-def test_rope_is_the_golden_one_and_keeps_lengths():
+def plain_form(name):
+    op = getattr(kernels, name)
+    return getattr(op, "plain", op)     # attention and cross_attention have one form
+
+
+def assert_as_close(name, args, dtype):
+    """Asserts that the op as it is called now is about as close to fp64 as its plain form is."""
+    args = to_dtype(args, dtype)
+    exact = exact_results(name, args)
+    fast = results(getattr(kernels, name), args)
+    plain = results(plain_form(name), args)
+    for number, want in enumerate(exact):
+        assert fast[number].dtype == dtype, (name, number)
+        assert fast[number].shape == want.shape, (name, number)
+        luck = 2 * torch.finfo(dtype).eps if want.numel() < 50 else 0     # few values may be exact by chance
+        limit = 1.5 * error(plain[number], want) + luck
+        assert error(fast[number], want) <= limit, (name, dtype, f"result {number}")
+
+
+# ---- the ops ----
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_the_plain_form_is_the_formula(case, dtype):
+    name, args = CASES[case]
+    args = to_dtype(args, dtype)
+    got = results(plain_form(name), args)
+    exact = exact_results(name, args)
+    assert len(got) == len(exact)
+    for number, want in enumerate(exact):
+        assert got[number].dtype == dtype, number
+        assert got[number].shape == want.shape, number
+        assert error(got[number], want) < 8 * torch.finfo(dtype).eps, f"result {number}"
+
+
+# Forms that a CPU has today: one row for each op that has them.
+@pytest.mark.parametrize("form, case, dtype", [
+    ("recomputed", "modulate, each frame its own", torch.float32),
+    ("recomputed", "gated_residual, all frames alike", torch.float32),
+    ("recomputed", "qk_norm_rope, time, Q1", torch.bfloat16),
+    ("recomputed", "time_attention, odd T, Q1", torch.float32),
+    ("recomputed", "gelu_linear, tokens", torch.bfloat16),
+    ("C++", "modulate, each frame its own", torch.bfloat16),
+    ("C++", "gated_residual, all frames alike", torch.float32),
+    ("C++", "qk_norm_rope, time, Q1", torch.float32),
+    ("C++", "gelu_linear, tokens", torch.bfloat16),
+])
+def test_a_fast_form_is_as_close_as_the_plain_one(form, case, dtype):
+    choose_ops(form)
+    assert_as_close(*CASES[case], dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", [*CASES, *WIDE_CASES])
+def test_on_a_gpu_every_op_is_as_close_as_its_plain_form(case):
+    use_gpu_ops()
+    with torch.device("cuda"):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            assert_as_close(*(CASES | WIDE_CASES)[case], dtype)
+
+
+def use_gpu_ops():
+    """Chooses the ops of a GPU; skips the test where there is none."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    kernels.use("cuda")
+    assert set(kernels.cuda_ops()) <= set(kernels.CHOICE["cuda"]), "an op fell back to its plain form"
+
+
+def test_rms_norm_rounds_to_bf16_before_the_weight():
+    x = rand(64, 12).bfloat16()
+    weight = rand(12, seed=1).bfloat16()
+    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
+    assert torch.equal(kernels.rms_norm(x, weight), normed.bfloat16() * weight)
+
+
+def test_rope_is_that_of_open_sora():
     golden = load_file(GOLDEN / "f_embeddings.safetensors")
     angle = torch.arange(6.0)[:, None] * golden["rope.freqs"]
     got = kernels.rope(golden["rope.in"], angle.cos(), angle.sin())
     assert error(got, golden["rope.out"]) < 1e-6
-    assert torch.allclose(got.norm(dim=-1), golden["rope.in"].norm(dim=-1), rtol=1e-5)
 
 
-def test_norm_rope_in_both_orders():
-    x, weight, angle = rand(2, 3, 4, 12), rand(12, seed=1), rand(4, 6, seed=2)
-    rotary = (angle.cos(), angle.sin())
-    after = kernels.rope(kernels.rms_norm(x, weight), *rotary)
-    before = kernels.rms_norm(kernels.rope(x, *rotary), weight)
-    assert torch.equal(kernels.norm_rope(x, weight, rotary), after)
-    assert torch.equal(kernels.norm_rope(x, weight, rotary, rope_first=True), before)
-    assert error(after, before) > 1e-2, "the two orders must differ"
-    assert torch.equal(kernels.norm_rope(x, None, None, rope_first=True), x)
-    assert torch.equal(kernels.norm_rope(x, weight, None, rope_first=True), kernels.rms_norm(x, weight))
+def test_without_qk_norm_only_the_rotation_is_left():
+    """Some published weights have no QK-norm; its weights are None then."""
+    qkv, _, _, rotary, _, heads, axis = qk_args(2, 3, 5, 2, 12, "time", True, False)
+    want = exact_qk_norm_rope(qkv, None, None, rotary, False, heads, axis)
+    for rope_first in (False, True):
+        got = kernels.qk_norm_rope(qkv, None, None, rotary, rope_first, heads, axis)
+        for z, exact in zip(got, want):
+            assert error(z, exact) < 1e-12
 
 
-@pytest.mark.parametrize("lengths", [[4, 4, 4], [3, 1, 7], [5, 2, 5]])
-def test_cross_attention_sees_its_own_caption_only(lengths, all_ops):
-    q = rand(3, 2, 6, 8).requires_grad_()
-    k, v = (rand(sum(lengths), 2, 8, seed=seed).requires_grad_() for seed in (1, 2))
-    got = kernels.cross_attention(q, k, v, lengths)
-    start, wants = 0, []
-    for b, length in enumerate(lengths):
-        own = slice(start, start + length)
-        wants.append(softmax_attention(q[b], k[own].transpose(0, 1), v[own].transpose(0, 1)))
-        start += length
-    want, weight = torch.stack(wants), rand(3, 2, 6, 8, seed=3)
-    assert error(got, want) < 1e-12
-    grads, want_grads = (torch.autograd.grad((out * weight).sum(), (q, k, v)) for out in (got, want))
-    assert max(error(a, b) for a, b in zip(grads, want_grads)) < 1e-12
+def assert_frozen_arguments_get_no_gradient():
+    qkv = rand(1, 3, 4, 24).float().to(torch.get_default_device())
+    trained = torch.ones(4, requires_grad=True)
+    frozen = torch.ones(4)
+    q, k, v = kernels.qk_norm_rope(qkv, trained, frozen, None, False, 2, "space")
+    (q + k + v).square().sum().backward()
+    assert trained.grad.any()
+    assert frozen.grad is None
+    assert qkv.grad is None
+
+    x = qkv[..., :8]
+    gate = torch.ones(1, 1, 8, requires_grad=True)
+    gated = kernels.gated_residual(x, gate, x)
+    kernels.modulate(gated, gate.detach(), gate.detach()).pow(3).sum().backward()
+    assert gate.grad.any()
+    assert x.grad is None
 
 
-def compare(name, args, dtype):
-    """(error of the fast form, of the plain one) for each output and gradient, against fp64 of the same arguments."""
-    op = getattr(kernels, name)
-    args = tuple(z.to(dtype) if torch.is_tensor(z) else z for z in args)
-    with torch.device("cpu"):       # where noise is drawn
-        exact = kernels.forward_backward(op.plain, args, torch.float64)()
-        both = [kernels.forward_backward(form, args)() for form in (op, op.plain)]
-    for got in both[0]:
-        assert got.dtype == dtype, f"{name}: {got.dtype}"
-    assert [z.shape for z in both[0]] == [z.shape for z in exact]
-    return [(error(fast, want), error(plain, want), want.numel()) for fast, plain, want in zip(*both, exact)]
+@pytest.mark.parametrize("form", ["recomputed", "C++"])
+def test_frozen_arguments_get_no_gradient(form):
+    choose_ops(form)
+    assert_frozen_arguments_get_no_gradient()
 
 
-def assert_as_close(name, args, dtype):
-    for number, (fast, plain, count) in enumerate(compare(name, args, dtype)):
-        luck = 2 * torch.finfo(dtype).eps if count < 50 else 0      # few values may be exact by chance
-        assert fast <= 1.5 * plain + luck, (name, dtype, f"result {number}", fast, plain)
+@pytest.mark.gpu
+def test_on_a_gpu_frozen_arguments_get_no_gradient():
+    use_gpu_ops()
+    with torch.device("cuda"):
+        assert_frozen_arguments_get_no_gradient()
 
 
-SHAPES = [(1, 1, 1, 24), (1, 3, 5, 24), (2, 5, 37, 120), (2, 4, 145, 96), (1, 16, 36, 1152)]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("per_frame", [False, True])
-@pytest.mark.parametrize("B, T, S, C", SHAPES)
-def test_modulate_and_gate_are_as_close_as_the_plain_form(B, T, S, C, per_frame, dtype, all_ops):
-    x, update, n = 3 * rand(B, T, S, C) + 1, rand(B, T, S, C, seed=3), T if per_frame else 1
-    shift, scale = rand(B, n, 2 * C, seed=1).chunk(2, dim=-1)               # not contiguous, as from the model
-    across = lambda x: x.transpose(1, 2).contiguous().transpose(1, 2)
-    for view in (lambda x: x, across):
-        assert_as_close("modulate", (view(x), shift, scale), dtype)
-        assert_as_close("gated_residual", (x, shift, view(update)), dtype)
-        assert_as_close("gated_residual", (view(x), shift, update), dtype)
-    wide = rand(B, T + 1, S, 2 * C)
-    assert_as_close("modulate", (wide[:, 1:, :, ::2], shift, scale), dtype)
-    assert_as_close("gated_residual", (x, shift, wide[:, 1:, :, ::2]), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rope_first", [False, True])
-@pytest.mark.parametrize("axis", ["space", "time"])
-@pytest.mark.parametrize("B, T, S, C", SHAPES)
-def test_qk_norm_rope_is_as_close_as_the_plain_form(B, T, S, C, axis, rope_first, dtype, all_ops):
-    D, n = {24: 6, 120: 20, 96: 48, 1152: 72}[C], {"space": S, "time": T}[axis]
-    qkv, weights, angle = rand(B, T, S, 3 * C), list(1 + rand(2, D, seed=1)), rand(n, D // 2, seed=2).float()
-    for rotary in (None, (angle.cos(), angle.sin())):
-        assert_as_close("qk_norm_rope", (qkv, *weights, rotary, rope_first, C // D, axis), dtype)
-        across = qkv.transpose(1, 2).contiguous().transpose(1, 2)
-        assert_as_close("qk_norm_rope", (across, *weights, rotary, rope_first, C // D, axis), dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(1, 1, 9, 24), (7, 24), (3, 5, 37, 120)])
-def test_gelu_linear_is_as_close_as_the_plain_form(shape, dtype, all_ops):
-    C = shape[-1]
-    assert_as_close("gelu_linear", (4 * rand(*shape), rand(12, C, seed=1) / C ** 0.5, rand(12, seed=2)), dtype)
-    assert_as_close("gelu_linear", (4 * rand(*shape[:-1], 2 * C)[..., ::2], rand(12, C, seed=1), rand(12)), dtype)
-
-
-@pytest.mark.parametrize("axis", ["space", "time"])
-def test_q_k_v_lie_as_attention_writes(axis, ops):
-    """[N n heads D] in memory, so that what attention returns needs no copy; v is a view where it can be."""
-    qkv, heads = rand(1, 3, 5, 3 * 24).float(), 2
-    q, k, v = kernels.qk_norm_rope(qkv, *torch.ones(2, 12), None, False, heads, axis)
-    N, n = {"space": (3, 5), "time": (5, 3)}[axis]
-    assert q.shape == k.shape == v.shape == (N, heads, n, 12)
-    assert q.transpose(1, 2).is_contiguous() and k.transpose(1, 2).is_contiguous()
-    assert v.untyped_storage()._cdata == qkv.untyped_storage()._cdata
-
-
-def test_gradients_are_those_of_finite_differences(ops):
-    """In fp64, of each op with all its arguments; also those that need no gradient are left out rightly."""
-    leaf = lambda *shape, seed: rand(*shape, seed=seed).requires_grad_()
-    angle = rand(3, 2, seed=5)
-    check = torch.autograd.gradcheck
-    for n in (1, 3):
-        x, shift, scale = leaf(2, 3, 2, 8, seed=0), leaf(2, n, 8, seed=1), leaf(2, n, 8, seed=2)
-        assert check(kernels.modulate, (x, shift, scale))
-        assert check(kernels.gated_residual, (x, shift, leaf(2, 3, 2, 8, seed=3)))
-        assert check(lambda x, *frozen: kernels.modulate(x, *frozen), (x, shift.detach(), scale.detach()))
-    for axis, rotary in (("space", None), ("time", (angle.cos(), angle.sin()))):
-        for rope_first in (False, True):
-            how = rotary, rope_first, 2, axis
-            args = leaf(2, 3, 2, 24, seed=1), leaf(4, seed=2), leaf(4, seed=3)
-            assert check(lambda *args, how=how: kernels.qk_norm_rope(*args, *how), args)
-    assert check(lambda x: kernels.qk_norm_rope(x, None, None, (angle.cos(), angle.sin()), True, 2, "time"), (args[0],))
-    assert check(kernels.gelu_linear, (leaf(2, 3, 8, seed=0), leaf(4, 8, seed=1), leaf(4, seed=2)))
-
-
-def test_gradients_that_are_not_needed(all_ops):
-    """A frozen weight, or an input that is data."""
-    qkv, weights = rand(1, 3, 4, 24).float(), [torch.ones(4).requires_grad_(), torch.ones(4)]
-    sum(z.square().sum() for z in kernels.qk_norm_rope(qkv, *weights, None, False, 2, "space")).backward()
-    assert weights[0].grad.any() and weights[1].grad is None and qkv.grad is None
-    x, gate = rand(1, 3, 4, 8).float(), rand(1, 1, 8).float().requires_grad_()
-    kernels.modulate(kernels.gated_residual(x, gate, x), gate.detach(), gate.detach()).square().sum().backward()
-    assert gate.grad.any() and x.grad is None
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_change_nothing(dtype, ops):
-    case, threads, found = kernels.cases(T=4, S=37), torch.get_num_threads(), []
-    try:
-        for n in (1, 2, 3):
-            torch.set_num_threads(n)
-            found.append([z for name in ("modulate", "gated_residual", "qk_norm_rope, time") for z in
-                          kernels.forward_backward(case[name][0], kernels.cast(case[name][1], dtype, "cpu"))()])
-    finally:
-        torch.set_num_threads(threads)
-    for other in found[1:]:
-        assert all(error(a, b) < 1e-6 if ops != "C++" else torch.equal(a, b) for a, b in zip(found[0], other))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_not_finite_stays_so(dtype, all_ops):
-    x, zero = torch.ones(1, 1, 2, 24, dtype=dtype), torch.zeros(1, 1, 24, dtype=dtype)
-    for bad in (float("nan"), float("inf")):
+def assert_only_the_bad_token_is_not_finite():
+    zero = torch.zeros(1, 1, 24, dtype=torch.bfloat16)
+    identity = torch.eye(24, dtype=torch.bfloat16)
+    weights = torch.ones(2, 8, dtype=torch.bfloat16)
+    for bad in (math.nan, math.inf):
+        x = torch.ones(1, 1, 2, 24, dtype=torch.bfloat16)
         x[0, 0, 1, 3] = bad
-        qkv = kernels.qk_norm_rope(x, *torch.ones(2, 8, dtype=dtype), None, False, 1, "space")
-        for out in (kernels.modulate(x, zero, zero), kernels.gated_residual(x, zero, x), qkv[0].transpose(1, 2),
-                    kernels.gelu_linear(x, torch.eye(24, dtype=dtype), zero[0, 0])):
-            assert out.flatten(0, 2)[0].isfinite().all() and not out.flatten(0, 2)[1].isfinite().all()
+        q, _, _ = kernels.qk_norm_rope(x, *weights, None, False, 1, "space")
+        outputs = [kernels.modulate(x, zero, zero), kernels.gated_residual(x, zero, x),
+                   kernels.gelu_linear(x, identity, zero[0, 0]), q.transpose(1, 2)]
+        for out in outputs:
+            good_token, bad_token = out.flatten(0, 2)
+            assert good_token.isfinite().all()
+            assert not bad_token.isfinite().all()
 
 
-def test_what_use_says(monkeypatch, tmp_path):
+@pytest.mark.parametrize("form", ["plain", "C++"])
+def test_what_is_not_finite_stays_so_and_does_not_spread(form):
+    choose_ops(form)
+    assert_only_the_bad_token_is_not_finite()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_what_is_not_finite_stays_so():
+    use_gpu_ops()
+    with torch.device("cuda"):
+        assert_only_the_bad_token_is_not_finite()
+
+
+# ---- which form runs ----
+
+def test_use_names_the_form_and_does_without_a_compiler(monkeypatch, tmp_path):
+    """Without a C++ compiler, or where its output cannot be kept, the ops still run."""
     monkeypatch.setattr(kernels, "CHOICE", {"plain": False})
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert kernels.use("cpu", plain=True) == "ops: plain"
-    assert kernels.use("meta") == "ops: PyTorch's, recomputed in backward"
-    with monkeypatch.context() as without:
-        without.setattr(kernels.shutil, "which", lambda name: None)
-        assert re.fullmatch("ops: PyTorch's, .*; no C.*: found no c.*", kernels.use("cpu"))
-        assert "cpu" not in kernels.CHOICE
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
-    with monkeypatch.context() as broken:
-        broken.setattr(kernels, "CPP", "this is not C++")
-        assert re.match("ops: PyTorch's, .*; no C.*: .*error", kernels.use("cpu")) and "cpu" not in kernels.CHOICE
-    assert kernels.use("cpu").startswith("ops: fused C++ on the CPU (")
-    file, = (tmp_path / "cache" / "nanosora").iterdir()
-    stamp = file.stat().st_mtime_ns
-    assert kernels.use("cpu").startswith("ops: fused") and file.stat().st_mtime_ns == stamp, "compiled once"
-    (tmp_path / "file").write_text("")
+    assert "plain" in kernels.use("cpu", plain=True)
+    assert "PyTorch" in kernels.use("meta")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert "no C++:" in kernels.use("cpu"), "where the cache cannot be written"
+    (tmp_path / "file").write_text("")
+    assert "PyTorch" in kernels.use("cpu")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    assert "found no c++" in kernels.use("cpu")
+    assert_as_close(*CASES["modulate, all frames alike"], torch.float32)
 
 
-def test_plain_is_the_plain_form(monkeypatch):
-    monkeypatch.setattr(kernels, "CHOICE", {"plain": False})
-    monkeypatch.setattr(kernels, "FAST", dict.fromkeys(kernels.FAST))
-    kernels.use("cpu", plain=True)
-    for name, (op, args) in kernels.cases(B=2, T=2, S=3, heads=2, D=8, L=4).items():
-        if hasattr(op, "plain"):
-            assert torch.is_tensor(op(*args)) or len(op(*args)) == 3, name
-            with pytest.raises(TypeError, match="NoneType"):
-                kernels.CHOICE["plain"] = False
-                op(*args)
-            kernels.CHOICE["plain"] = True
-
-
-def test_the_table_has_a_row_for_each_op_and_dtype(monkeypatch, capsys):
-    monkeypatch.setattr(kernels, "CHOICE", {"plain": False})
-    small = kernels.cases(B=2, T=2, S=3, heads=2, D=8, L=4)
-    monkeypatch.setattr(kernels, "cases", lambda: small)
-    monkeypatch.setattr("sys.argv", ["kernels.py"])
-    kernels.main()
-    assert len(capsys.readouterr().out.splitlines()) == 2 + 3 * len(small)
-
-
-def test_has_a_version_for_transformers():
+def test_transformers_takes_kernels_for_no_package_of_its_own():
+    """transformers looks for a package called `kernels`, finds this file, and compares its version."""
     assert isinstance(kernels.__version__, str)
+
+
+# ---- processes that share a clip ----
+
+def in_threads(world, run):
+    """Calls run(group) in `world` threads that stand for processes, connected by gloo; returns what each returned."""
+    store = dist.HashStore()
+    found = [None] * world
+
+    def rank_thread(rank):
+        try:
+            group = dist.ProcessGroup(store, rank, world)
+            gloo = dist.ProcessGroupGloo(store, rank, world, timedelta(seconds=60))
+            group._register_backend(torch.device("cpu"), dist.ProcessGroup.BackendType.GLOO, gloo)
+            found[rank] = run(group)
+        except BaseException as failure:    # raised below, where pytest sees it
+            found[rank] = failure
+
+    threads = [threading.Thread(target=rank_thread, args=(rank,)) for rank in range(world)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for value in found:
+        if isinstance(value, BaseException):
+            raise value
+    return found
+
+
+def test_frames_are_cut_and_joined_again(monkeypatch):
+    """4 frames over 3 ranks.  gloo takes tensors that are not contiguous, but NCCL does not."""
+    frames = torch.arange(24.0).view(2, 3, 4).mT
+    one_for_all = frames[:, :1]
+    gather = dist.all_gather
+
+    def gather_as_nccl(parts, x, group):
+        for tensor in (*parts, x):
+            assert tensor.is_contiguous()
+        gather(parts, x, group=group)
+
+    monkeypatch.setattr(dist, "all_gather", gather_as_nccl)
+
+    def run(group):
+        own = kernels.own_frames(frames, 4, group)
+        assert own.shape == (2, 2, 3)
+        assert torch.equal(kernels.own_frames(one_for_all, 4, group), one_for_all)
+        return kernels.all_frames(own.mT.contiguous().mT, 4, group)
+
+    for joined in in_threads(3, run):
+        assert torch.equal(joined, frames)
+
+
+# ---- python kernels.py ----
+
+@pytest.fixture
+def small_cases(monkeypatch):
+    """Lets scripts run the ops at a tiny size instead of that of XL/2; returns the table of ops."""
+    small = kernels.cases(B=2, T=2, S=3, heads=2, D=8, L=4)
+    monkeypatch.setattr(kernels, "cases", lambda *size: small)
+    return small
+
+
+def test_the_script_measures_each_op_in_each_dtype(run_script, small_cases):
+    ended = run_script("kernels")
+    assert ended.status == 0
+    for name in small_cases:
+        for dtype in ("float32", "bfloat16", "float16"):
+            rows = [line for line in ended.out.splitlines() if line.startswith(f"{name} ") and f" {dtype} " in line]
+            assert len(rows) == 1, (name, dtype)
+            plain, fast = rows[0].split()[-2:]
+            assert 0 < float(plain) < 0.02
+            assert 0 < float(fast) < 0.02
+
+
+@pytest.mark.slow
+def test_python_kernels_py_starts():
+    """Only --help is asked for: at its full size the table takes a minute of a CPU."""
+    done = subprocess.run([sys.executable, "kernels.py", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "python kernels.py" in done.stdout
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_the_ops_runs(small_cases, monkeypatch, capsys):
+    import bench_kernels
+    monkeypatch.setattr(bench_kernels, "cases", kernels.cases)
+    bench_kernels.main()
+    printed = capsys.readouterr().out
+    for name in small_cases:
+        assert printed.count(f"{name} ") >= 3, name
