@@ -8,7 +8,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # as the scripts set it: see
 os.environ.setdefault("HF_HUB_OFFLINE", "1")        # otherwise a name that is no folder is asked for on the hub
 
 import pytest  # noqa: E402
-import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 import kernels  # noqa: E402
@@ -62,21 +61,6 @@ def ops(request, ops_as_imported):
     """Runs a test once with each form of the ops that a CPU has."""
     choose_ops(request.param)
     return request.param
-
-
-@pytest.fixture(params=["plain", "recomputed", "C++", pytest.param("CUDA", marks=pytest.mark.gpu)])
-def all_ops(request, ops_as_imported):
-    """Runs a test once with each form of the ops; with that of a GPU, tensors are made there."""
-    if request.param != "CUDA":
-        choose_ops(request.param)
-        yield request.param
-        return
-    if not torch.cuda.is_available():
-        pytest.skip("needs an NVIDIA GPU")
-    kernels.use("cuda")
-    assert set(kernels.cuda_ops()) <= set(kernels.CHOICE["cuda"]), "an op fell back"
-    with torch.device("cuda"):
-        yield request.param
 
 
 def choose_ops(form):

@@ -1,11 +1,15 @@
-"""Cuts of footage that was looked at, motion of known size, networks against transformers, runs that are killed."""
+"""Tests of curate.py without networks: cuts, motion, duplicates, rules, and what a run makes of a folder of videos.
+
+Most tests look at the tables and clips of one curated folder of small made-up videos (the fixture `curated`).  Real
+clips with labelled cuts are slow tests; they need the environment variable NANOSORA_CLIPS, a folder.
+"""
 import base64
+import contextlib
 import csv
+import errno
 import io
 import itertools
-import json
 import math
-import multiprocessing
 import os
 import re
 import shutil
@@ -14,10 +18,8 @@ import subprocess
 import sys
 import time
 from fractions import Fraction
-from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -27,23 +29,17 @@ import torch.nn.functional as F
 from PIL import Image
 
 import curate
-from curate import (HASH_ALIKE, HASH_BITS, RULES, TOO_SHORT, UNIFORM, Cuts, Rule, Tally, bars,
-                    camera, combs, crop, duplicates, feature_vectors, find_files, flow, grey, hash_vectors, joint_hash,
-                    lit_share, longest, looks, motion, perceptual_hash, picks, probe, repeats, rules_of, similarity,
-                    small_frames, split, verdict, write_clips, write_report)
-from data import UnreadableClip, read_meta, read_window
+from data import read_meta, read_window
 
 ROOT = Path(__file__).parents[1]
-
 CLIPS = os.environ.get("NANOSORA_CLIPS")
-footage = pytest.mark.skipif(not CLIPS, reason="NANOSORA_CLIPS names no folder of clips")
 
-# Seconds at which the first frame of a new shot is shown, from the first frame's time 0 on: each was seen on a contact
-# sheet of the frames around it, and all shots on sheets of every 2nd to 8th frame.
+# Seconds at which the first frame of a new shot is shown, counted from the first frame of the file.  Each was seen on
+# a contact sheet of the frames around it.
 CUTS = {
     "bbb_multishot_720p24_audio.mp4": [2.0, 5.125, 10.75, 12.625, 14.792, 16.875, 21.292, 31.083, 32.75, 41.083, 45.25,
                                        54.0, 59.292],
-    # a log that swings through the picture fills it at 11 s, in derived_bbb_vfr at 6 s: one shot before and after
+    # A log that swings through the picture fills it at 11 s, in derived_bbb_vfr at 6 s: one shot before and after.
     "bbb_action_720p24.mp4": [8.333, 10.875, 13.75, 46.708],
     "bbb_titles_text_720p24.mp4": [11.875, 15.75, 23.042],
     "city_cc0_720x405_mpeg2.mpg": [4.64],
@@ -56,785 +52,593 @@ CUTS = {
     "bbb_singleshot_720p25_audio.mp4": [],
     "caminandes_title_text_960x540.mp4": [],
 }
-DISSOLVES = {"concert_multicam_176x144_vp9_60s.webm": [(4.542, 5.417)]}  # from the first mixed frame to the last
+# Seconds of the first and of the last mixed frame.
+DISSOLVES = {"concert_multicam_176x144_vp9_60s.webm": [(4.542, 5.417)]}
 
 
-def hits(name, found, times):
-    """(cuts and dissolves found, others found): `found` in frames, a cut within one frame, a dissolve within it."""
-    frame = lambda seconds: int(np.abs(times - times[0] - seconds).argmin())
-    spans = [(frame(t), frame(t)) for t in CUTS[name]] + [(frame(a), frame(b)) for a, b in DISSOLVES.get(name, ())]
-    hit = sum(any(a - 1 <= t <= b + 1 for t in found) for a, b in spans)
-    return hit, len(found) - hit
+def footage(test):
+    """Marks a test that needs the folder of real clips; these tests are slow."""
+    needs_clips = pytest.mark.skipif(not CLIPS, reason="NANOSORA_CLIPS names no folder of clips")
+    return pytest.mark.slow(needs_clips(test))
 
 
-def cut(path):
-    """(transitions, seconds [T]) of a file."""
-    cuts, times = Cuts(), []
-    for seconds, frames, _ in small_frames(path):
-        cuts.add(frames)
-        times.append(seconds)
-    return cuts.end(), np.concatenate(times)
-
-
-@footage
-def test_cuts_of_the_footage():
-    total = np.zeros(3)
-    for name in CUTS:
-        transitions, times = cut(Path(CLIPS, name))
-        if "titles" in name:
-            fade, *transitions = transitions
-            assert fade[0] < 12 and 45 <= fade[1] <= 56, "from black"
-        hit, extra = hits(name, [a for a, _ in transitions], times)
-        print(name, hit, extra, transitions)
-        assert extra == 0 or CUTS[name], f"{name} is one shot, got {transitions}"
-        total += len(CUTS[name]) + len(DISSOLVES.get(name, ())), hit, extra
-    true, hit, extra = total
-    assert 2 * hit / (true + hit + extra) >= 0.95, f"{hit} of {true} found, {extra} extra"
-
-
-@footage
-def test_probe_of_the_footage():
-    paths = {path.name: path for path in find_files(CLIPS)[0]}
-    for name in ("corrupt_empty.mp4", "corrupt_truncated_no_moov.mp4"):
-        with pytest.raises(UnreadableClip, match=name):
-            probe(paths.pop(name))
-    rows = {name: probe(path) for name, path in paths.items()}
-    counts = {name: (row["num_frames"], row["height"], row["width"]) for name, row in rows.items()}
-    assert counts["city_cc0_720x405_mpeg2.mpg"] == (190, 405, 720)
-    assert counts["caminandes_title_text_960x540.mp4"] == (95, 540, 960)  # 98 packets, 3 before its edit list's begin
-    assert counts["concert_multicam_176x144_vp9_60s.webm"][0] == 1441
-    assert rows["concert_multicam_176x144_vp9_60s.webm"]["fps"] == 24
-    assert abs(rows["derived_bbb_vfr_640x360.mp4"]["fps"] - 214 / 14.917) < 0.01
-    for name, row in rows.items():
-        if name == "corrupt_truncated_midgop.mpg":  # its last frame is cut off, which decoding tells
-            with pytest.raises(UnreadableClip, match="frame 55 is damaged"):
-                cut(Path(CLIPS, name))
-        else:
-            assert row["num_frames"] == sum(1 for _ in curate.decoded(Path(CLIPS, name))), name
-
-
-def luma(path):
-    """float32 [h w] of each frame, at a quarter of the points."""
-    for _, frame, _ in curate.decoded(path):
-        yield frame.reformat(format="gray").to_ndarray()[::2, ::2].astype(np.float32)
-
-
-@footage
-@pytest.mark.parametrize("name", ["bbb_multishot_720p24_audio.mp4", "city_cc0_720x405_mpeg2.mpg",
-                                  "derived_bbb_vfr_640x360.mp4", "derived_city_portrait_228x405_yuv444.mp4"])
-def test_clips_of_the_footage_are_its_frames(name, tmp_path):
-    path = Path(CLIPS, name)
-    transitions, times = cut(path)
-    clips, short = split(transitions, times)
-    assert sum(b - a for a, b in clips + short) == len(times) - sum(b - a for a, b in transitions)
-    wanted = [(a, b, tmp_path / f"{a:06d}.mp4", None) for a, b in clips]
-    rows = list(write_clips(path, wanted, times))
-    source = dict(enumerate(luma(path)))
-    for (a, b, out, _), row in zip(wanted, rows):
-        got, (_, got_times) = list(luma(out)), cut(out)
-        assert row["num_frames"] == b - a == len(got)
-        late = np.abs((got_times - got_times[0]) - (times[a:b] - times[a]))
-        assert np.sort(late)[:-1].max() < 0.005  # a stream copy may have a gap before its last frame, which is closed
-        for i in range(0, b - a, 10):
-            near = {k: np.abs(got[i] - source[a + i + k][:len(got[i]), :got[i].shape[1]]).mean() for k in (-1, 0, 1)
-                    if a + i + k in source}
-            assert near[0] < 5 and near[0] <= min(near.values()) + 0.1, (a, i, near)  # no frame early or late
-        with av.open(str(out)) as container:
-            keys = [i for i, packet in enumerate(p for p in container.demux(video=0) if p.size) if packet.is_keyframe]
-        assert max(np.diff([*keys, b - a])) <= curate.GOP
-
-
-# ---- clips made here ----
-
-def shot(seed, num_frames, pan=1, size=(96, 128), soft=12):
-    """A cloud of colours, `soft` pixels fine, that pans: uint8 [T H W 3]."""
-    h, w = size
-    big = np.random.default_rng(seed).normal(size=(h + 2 * soft, w + num_frames * pan + 2 * soft, 3))
-    for axis in (0, 1, 0, 1):
-        total = np.cumsum(big, axis)
-        n = total.shape[axis]
-        big = np.take(total, range(soft, n), axis) - np.take(total, range(n - soft), axis)
-    big = np.clip(128 + 50 * big / big.std(), 0, 255)
-    return np.stack([big[:h, t * pan:t * pan + w] for t in range(num_frames)]).astype(np.uint8)
-
-
-def write(path, frames, times=None, rotation=0, aspect=None):
-    """H.264, or by suffix; times in 1/90000 s for an uneven rate."""
-    with av.open(str(path), "w") as out:
-        stream = out.add_stream("libx264", rate=24, options={"crf": "12"})
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-        if rotation:
-            stream.set_display_rotation(rotation)
-        if aspect:
-            stream.codec_context.sample_aspect_ratio = aspect
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 90000)
-        for i, array in enumerate(frames):
-            frame = av.VideoFrame.from_ndarray(array, "rgb24")
-            if times is not None:
-                frame.pts, frame.time_base = times[i], Fraction(1, 90000)
-            out.mux(stream.encode(frame))
-        out.mux(stream.encode())
-    return path
-
-
-def found(frames, chunk=32):
-    cuts = Cuts()
-    for i in range(0, len(frames), chunk):
-        cuts.add(frames[i:i + chunk])
-    return cuts.end()
-
-
-@pytest.mark.parametrize("at", [1, 2, 37, 63, 64, 65])
-def test_a_hard_cut_is_found_to_the_frame(at, tmp_path):
-    path = write(tmp_path / "a.mp4", np.concatenate([shot(1, at), shot(2, 70)]))
-    assert cut(path)[0] == [(at, at)]
-
-
-def test_cuts_do_not_depend_on_the_runs():
-    frames = np.concatenate([shot(seed, 30 + 11 * seed) for seed in range(12)])
-    assert found(frames) == found(frames, 7) == found(frames, 1) == [
-        (t, t) for t in np.cumsum([30 + 11 * seed for seed in range(11)])]
-
-
-def dissolve(length, pan):
-    """60 frames of a shot, `length` of a mixture, 60 of another shot."""
-    one, two = (shot(seed, 60 + length, pan, (180, 320), 40) for seed in (3, 4))
-    alpha = np.clip((np.arange(120 + length) - 59) / (length + 1), 0, 1)[:, None, None, None]
-    pad = lambda x, before: np.pad(x, ((before, 60 - before), (0, 0), (0, 0), (0, 0)), "edge")
-    return ((1 - alpha) * pad(one, 0) + alpha * pad(two, 60)).astype(np.uint8)
-
-
-@pytest.mark.parametrize("length, pan", [(12, 0), (20, 0), (40, 0), (60, 0), (12, 1), (20, 1), (40, 1)])
-def test_a_dissolve_is_found(length, pan, monkeypatch):
-    frames = dissolve(length, pan)
-    for at_once in (256, 3):
-        monkeypatch.setattr(curate, "AT_ONCE", at_once)
-        (first, end), = found(frames)
-        assert abs(first - 60) <= 1 + 2 * pan and abs(end - 60 - length) <= 1 + 2 * pan, (first, end)
-
-
-def test_transitions_are_where_they_are_alone():
-    """Far into a long video, too."""
-    one = np.concatenate([dissolve(20, 1), dissolve(12, 0)[::-1]])[:, ::4, ::4]  # with a hard cut between
-    alone = found(one)
-    assert len(alone) == 3
-    assert found(np.concatenate([shot(9, 3000, size=(45, 80)), one])) == [(3000, 3000)] + [
-        (3000 + a, 3000 + b) for a, b in alone]
-
-
-@pytest.mark.parametrize("length", [12, 20, 40])
-def test_a_dissolve_of_frames_that_are_shown_twice_is_found(length):
-    assert found(np.repeat(dissolve(length, 0), 2, axis=0)) == [(120, 120 + 2 * length)]
-
-
-def test_a_title_that_fades_in_over_a_plain_sky_is_no_dissolve():
-    sky = np.full((100, 96, 128, 3), 200.0)
-    alpha = np.clip((np.arange(100) - 40) / 25, 0, 1)
-    sky[:, 80:88, 20:108:2] -= 180 * alpha[:, None, None, None]
-    assert found(sky.astype(np.uint8)) == []
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("size", [(1, 1), (1, 64), (64, 1), (3, 2)])
-def test_pictures_of_a_pixel_or_a_row(size, tmp_path):
-    for frames in (1, 60):
-        assert found(np.full((frames, *size, 3), 99, np.uint8)) == []
-    Image.new("RGB", size).save(tmp_path / "a.png")
-    m = curate.measure(tmp_path / "a.png")
-    assert curate.describe(m, 0, 1)["uniform"] == 1 and m.transitions == []
-
-
-@pytest.mark.parametrize("level", [0, 255])
-def test_a_fade_out_and_in_is_left_out_of_the_clips(level):
-    gain = np.interp(np.arange(200), [0, 70, 90, 100, 120, 200], [1, 1, 0, 0, 1, 1])[:, None, None, None]
-    frames = (gain * np.concatenate([shot(5, 95), shot(6, 105)]) + (1 - gain) * level).astype(np.uint8)
-    transitions = found(frames)
-    assert abs(transitions[0][0] - 71) <= 2 and abs(transitions[-1][1] - 120) <= 2
-    clips, _ = split(transitions, np.arange(200) / 24)
-    assert all(b <= 73 or a >= 118 for a, b in clips) and len(clips) == 2
-
-
-@pytest.mark.parametrize("length", [1, 2, 4])
-def test_a_flash_is_no_cut(length):
-    frames = shot(7, 120)
-    frames[60:60 + length] = 255 - (255 - frames[60:60 + length]) // 4
-    assert found(frames) == []
-
-
-def test_motion_and_light_are_no_cuts():
-    frames = shot(8, 150, pan=6)
-    assert found(frames) == []
-    light = np.interp(np.arange(150), [0, 50, 80, 150], [0.5, 0.5, 1, 1])[:, None, None, None]
-    assert found((shot(8, 150) * light).astype(np.uint8)) == []
-    assert found(np.repeat(shot(9, 40, pan=5), 3, axis=0)) == []  # 8 drawings a second
-
-
-def test_split():
-    times = np.arange(24 * 60) / 24
-    clips, short = split([(24, 24), (100, 130), (1000, 1000)], times)
-    assert short == [(0, 24)]
-    assert clips[0] == (24, 100) and clips[1][0] == 130 and clips[-1][1] == 1440
-    lengths = [b - a for a, b in clips[1:]]
-    assert sum(lengths) == 870 + 440 and max(lengths) <= 384 and len(lengths) == 3 + 2
-    assert max(lengths[:3]) - min(lengths[:3]) <= 1
-    assert split([], times[:48])[0] == [(0, 48)]  # 2 s to the frame
-    assert split([], times[:47]) == ([], [(0, 47)])
-    assert split([], times[:1]) == ([], [(0, 1)])
-    for a, b in split([], np.cumsum(np.random.default_rng(0).choice([0.042, 0.3], 500)))[0]:
-        assert b > a
-
-
-def test_short_empty_and_oddly_named_files(tmp_path):
-    folder = tmp_path / "a, 'b' \"c\" \N{SNOWMAN}"
-    folder.mkdir()
-    write(folder / "x, y.MP4", shot(1, 3))
-    (folder / "empty.mp4").touch()
-    (folder / "notes.txt").write_text("x")
-    (folder / ".hidden.mp4").touch()
-    (folder / "no.webm").write_bytes(bytes(1000))
-    files, other = find_files(tmp_path)
-    assert [path.name for path in files] == ["empty.mp4", "no.webm", "x, y.MP4"]
-    assert [path.name for path in other] == ["notes.txt"]
-    for path in files[:2]:
-        with pytest.raises(UnreadableClip, match=path.name):
-            probe(path)
-    three = probe(files[2])
-    assert three["num_frames"] == 3 and three["fps"] == 24
-    transitions, times = cut(files[2])
-    assert transitions == [] and split(transitions, times) == ([], [(0, 3)])
-    with pytest.raises(UnreadableClip, match="empty.mp4"):
-        next(small_frames(files[0]))
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        find_files(tmp_path / "nowhere")
-    with pytest.raises(OSError, match="gone.mp4"):
-        probe(tmp_path / "gone.mp4")
-
-
-def test_an_image_is_probed(tmp_path):
-    from PIL import Image
-    Image.fromarray(shot(1, 1)[0]).save(tmp_path / "a.PNG")
-    row = probe(tmp_path / "a.PNG")
-    assert (row["kind"], row["num_frames"], row["height"], row["width"]) == ("image", 1, 96, 128)
-
-
-@pytest.mark.parametrize("size, aspect, wanted", [((96, 128), None, (96, 128)), ((900, 1200), None, (720, 960)),
-                                                  ((240, 360), Fraction(8, 9), (240, 320))])
-def test_a_clip_is_written_as_displayed(size, aspect, wanted, tmp_path):
-    source = write(tmp_path / "a.mkv", shot(1, 20, size=size), aspect=aspect)
-    row, = write_clips(source, [(5, 15, tmp_path / "b.mp4", None)], np.arange(20) / 24)
-    assert (row["height"], row["width"], row["num_frames"], row["fps"]) == (*wanted, 10, 24)
-    assert [p.name for p in sorted(tmp_path.iterdir())] == ["a.mkv", "b.mp4"]
-
-
-@pytest.mark.parametrize("rotation", [90, 180, -90])
-def test_a_turned_clip_is_written_upright(rotation, tmp_path):
-    source = write(tmp_path / "a.mp4", shot(1, 20), rotation=rotation)
-    row, = write_clips(source, [(0, 20, tmp_path / "b.mp4", None)], np.arange(20) / 24)
-    assert (row["height"], row["width"], row["rotation"]) == ((96, 128, 0) if rotation == 180 else (128, 96, 0))
-    assert probe(source)["rotation"] == rotation % 360 and probe(source)["height"] == row["height"]
-    upright = np.rot90(shot(1, 20).astype(float), rotation // 90, (1, 2))
-    for path in (source, tmp_path / "b.mp4"):
-        assert np.abs(np.concatenate([frames for _, frames, _ in small_frames(path)]) - upright).mean() < 6
-
-
-def test_a_variable_rate_keeps_its_times(tmp_path):
-    ticks = np.cumsum(np.random.default_rng(1).choice([3000, 3750, 9000], 60))
-    source = write(tmp_path / "a.mp4", shot(1, 60), times=ticks.tolist())
-    _, times = cut(source)
-    row, = write_clips(source, [(10, 50, tmp_path / "b.mp4", None)], times)
-    _, written = cut(tmp_path / "b.mp4")
-    assert np.allclose(written - written[0], times[10:50] - times[10], atol=1e-3) and row["num_frames"] == 40
-
-
-def test_a_clip_that_lacks_frames_is_not_there(tmp_path):
-    source = write(tmp_path / "a.mp4", shot(1, 20))
-    for start, end in ((5, 35), (30, 60)):
-        with pytest.raises(UnreadableClip, match="expected 30"):
-            list(write_clips(source, [(start, end, tmp_path / "b.mp4", None)], np.arange(60) / 24))
-    assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
-
-
-# ---- motion ----
-
-H, W = 180, 320
-Y, X = torch.meshgrid(torch.arange(H) - (H - 1) / 2, torch.arange(W) - (W - 1) / 2, indexing="ij")
-Z = torch.complex(X, Y)
-RMS = math.hypot(H, W) / math.sqrt(12)  # distance from the middle
-
-
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
+    """Makes torch use one thread, as curating processes do."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def real_frames(name, first=0, count=1, every=1, side=None):
-    """Grey frames [T h w] of a real clip."""
-    folder = os.environ.get("NANOSORA_CLIPS")
-    if not folder or not Path(folder, name).exists():
-        pytest.skip(f"set NANOSORA_CLIPS to a folder with {name}")
-    found = []
-    with av.open(str(Path(folder, name))) as container:
-        for i, frame in enumerate(container.decode(video=0)):
-            if i >= first and (i - first) % every == 0:
-                k = min(1, side / max(frame.width, frame.height)) if side else 1
-                size = round(frame.width * k), round(frame.height * k)
-                found.append(frame.reformat(*size, "gray", interpolation="AREA").to_ndarray())
-            if len(found) == count:
-                break
-    return torch.from_numpy(np.stack(found)).float()
+# ---- made-up footage ----
+
+def shot(seed, num_frames, pan=1, size=(96, 128), soft=8):
+    """Returns a soft cloud of colours over which the camera pans to the right: uint8 [T H W 3]."""
+    height, width = size
+    cloud = np.random.default_rng(seed).normal(size=(height + 2 * soft, width + num_frames * pan + 2 * soft, 3))
+    for axis in (0, 1, 0, 1):
+        total = np.cumsum(cloud, axis)
+        length = total.shape[axis]
+        cloud = np.take(total, range(soft, length), axis) - np.take(total, range(length - soft), axis)
+    cloud = np.clip(128 + 50 * cloud / cloud.std(), 0, 255).astype(np.uint8)
+    return np.stack([cloud[:height, t * pan:t * pan + width] for t in range(num_frames)])
 
 
-def texture(seed, h=720, w=1280):
-    """[h w] in 0..255: noise at all scales, as photographs have it."""
-    g, x = torch.Generator().manual_seed(seed), torch.zeros(1, 1, h, w)
-    for k in (4, 8, 16, 32, 64, 128):
-        x += k ** 0.7 * F.interpolate(torch.randn(1, 1, h // k + 1, w // k + 1, generator=g), (h, w), mode="bicubic")
-    return (128 + 45 * (x - x.mean()) / x.std())[0, 0].clamp(0, 255)
+def small_shot(seed, num_frames, pan=1):
+    """Returns a shot of 45 x 80 pixels, in which the camera pans by a quarter of `pan` pixels a frame."""
+    return shot(seed, num_frames, pan, (180, 320), 40)[:, ::4, ::4]
 
 
-def moved(image, shift=0, turn=0):
-    """[h w] frame of a large image whose content moved by f(z) = shift + turn z from where `moved(image)` has it."""
-    h, w = image.shape
-    z = (Z - shift) / (1 + turn) * (0.72 * w / W)
-    place = torch.stack((z.real / (w / 2), z.imag / (h / 2)), -1)[None]
-    shrunk = F.avg_pool2d(image[None, None], 3, 1, 1)
-    return F.grid_sample(shrunk, place.float(), mode="bicubic", padding_mode="reflection", align_corners=False)[0, 0]
+def mixture(first, second, alpha):
+    """Returns uint8 frames [T H W 3] that show `second` with the share alpha [T] and `first` with the rest."""
+    alpha = np.asarray(alpha)[:, None, None, None]
+    return ((1 - alpha) * first + alpha * second).astype(np.uint8)
 
 
-def random_move(rng, kind, lowest=2, highest=20):
-    """(shift, turn) whose largest displacement, at the corners for turn, is lowest..highest pixels."""
-    pixels, corner = rng.uniform(lowest, highest), math.hypot(H, W) / 2
-    if kind == "translate":
-        return complex(pixels * np.exp(2j * math.pi * rng.random())), 0
-    return 0, complex(rng.choice([-1, 1]) * pixels / corner * (1j if kind == "rotate" else 1))
+def dissolve(length, pan, around=60):
+    """Returns `around` frames of a shot, `length` mixed frames, `around` frames of another shot."""
+    alpha = np.clip((np.arange(2 * around + length) - around + 1) / (length + 1), 0, 1)
+    return mixture(small_shot(3, len(alpha), pan), small_shot(4, len(alpha), pan), alpha)
 
 
-def end_point_errors(images, noise, seed=0, count=24):
-    """[count] means over the pixels that stay in the frame, in pixels."""
-    rng, g = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
-    moves = [random_move(rng, ("translate", "rotate", "zoom")[k % 3]) for k in range(count)]
-    grain = lambda x: (x + noise * torch.randn(x.shape, generator=g)).round().clamp(0, 255)
-    a = grain(torch.stack([moved(images[k % len(images)]) for k in range(count)]))
-    b = grain(torch.stack([moved(images[k % len(images)], *moves[k]) for k in range(count)]))
-    truth = torch.stack([shift + turn * Z for shift, turn in moves])
-    field = torch.cat([flow(*pair) for pair in zip(a.split(8), b.split(8))])
-    end = Z + truth
-    inside = (end.real.abs() < W / 2 - 0.5) & (end.imag.abs() < H / 2 - 0.5)
-    error = (torch.complex(field[:, 0], field[:, 1]) - truth).abs()
-    return (error * inside).sum((1, 2)) / inside.sum((1, 2))
-
-
-def real_images():
-    return [*real_frames("bbb_multishot_720p24_audio.mp4", 30, 3, 400),
-            *real_frames("bbb_action_720p24.mp4", 100, 3, 400),
-            *real_frames("city_cc0_720x405_mpeg2.mpg", 20, 2, 130)]
-
-
-def test_flow_synthetic():
-    errors = end_point_errors([texture(k) for k in range(4)], noise=2)
-    assert errors.mean() < 0.3 and errors.max() < 0.8, errors
-
-
-@pytest.mark.parametrize("noise", [0, 2])
-def test_flow_on_real_frames(noise):
-    errors = end_point_errors(real_images(), noise, count=48)
-    assert errors.mean() < 0.3 and errors.max() < 1, errors
-
-
-def test_flow_ignores_light_and_stands_still():
-    a, b = moved(texture(1))[None], moved(texture(1), 5 - 3j)[None]
-    field = flow(a, b * 0.8 + 30)
-    assert (field.mean((2, 3)) - torch.tensor([[5.0, -3.0]])).abs().max() < 0.4
-    assert flow(a, a).abs().max() < 1e-3 and flow(a * 0, a * 0).abs().max() == 0
-    assert flow(a.byte(), b.byte()).shape == (1, 2, H, W)
-
-
-@pytest.mark.parametrize("h, w", [(32, 35), (179, 317), (320, 181), (144, 176)])
-def test_flow_any_size_and_each_pair_alone(h, w):
-    frame = F.avg_pool2d(texture(3)[None], 2)[0]
-    a, b = frame[:h, :w], frame[1:h + 1, 2:w + 2]  # content moves left and up
-    field = flow(torch.stack((a, b)), torch.stack((b, a)))
-    assert field.shape == (2, 2, h, w)
-    for k, sign in enumerate((-1, 1)):
-        middle = field[k, :, 8:-8, 8:-8].mean((1, 2))
-        assert (middle - sign * torch.tensor([2.0, 1.0])).abs().max() < 0.2, (k, middle)
-    torch.testing.assert_close(field[:1], flow(a[None], b[None]), atol=1e-3, rtol=0)
-
-
-@pytest.mark.parametrize("a, b", [((2, 64, 64), (3, 64, 64)), ((64, 64), (64, 64)), ((1, 31, 64), (1, 31, 64))])
-def test_flow_refuses(a, b):
-    with pytest.raises(ValueError, match="got"):
-        flow(torch.zeros(a), torch.zeros(b))
-
-
-def test_similarity_is_exact_under_a_third_of_outliers():
-    shift, turn = 6 - 2j, 0.02 + 0.03j
-    f = shift + turn * Z
-    f[40:, 100:250] = -9 + 4j  # 36% of the frame
-    got_shift, got_turn, against = similarity(torch.stack((f.real, f.imag))[None])
-    assert abs(got_shift[0] - shift) < 0.1 and abs(got_turn[0] - turn) * RMS < 0.1
-    assert abs(against[0] - 140 * 150 / (H * W)) < 0.03
-
-
-def move_for(name, pixels):
-    """(shift, turn) of the picture per pair when the camera moves so: opposite."""
-    return {"pan right": (-pixels, 0), "pan left": (pixels, 0), "tilt down": (-1j * pixels, 0),
-            "tilt up": (1j * pixels, 0), "zoom in": (0, pixels / RMS), "zoom out": (0, -pixels / RMS),
-            "roll": (0, 1j * pixels / RMS), "static": (0, 0)}[name]
-
-
-NAMES = "pan right", "pan left", "tilt down", "tilt up", "zoom in", "zoom out", "roll", "static", "shake"
-
-
-def random_camera_case(rng, images, case):
-    """(name, what the code says) of three pairs 1/12 s apart, with noise and a tenth of another motion."""
-    name, image, gap = NAMES[case % len(NAMES)], images[rng.integers(len(images))], 1 / 12
-    pixels, g = rng.uniform(0.5, 15), torch.Generator().manual_seed(case)
-    pairs = []
-    for _ in range(4 if name == "shake" else 3):
-        shift, turn = (pixels * np.exp(2j * math.pi * rng.random()), 0) if name == "shake" else move_for(name, pixels)
-        extra = 0 if name == "static" else 0.1 * pixels * np.exp(2j * math.pi * rng.random())
-        pairs.append((moved(image), moved(image, complex(shift + extra), complex(turn))))
-    a, b = (torch.stack(x) + 1.5 * torch.randn(len(x), H, W, generator=g) for x in zip(*pairs))
-    return name, camera(motion(flow(a, b), np.full(len(a), gap)))["cmotion"]
-
-
-def classes(images, count, least):
-    rng = np.random.default_rng(0)
-    cases = [random_camera_case(rng, images, k) for k in range(count)]
-    wrong = [case for case in cases if case[0] != case[1]]
-    assert len(wrong) <= (1 - least) * count, wrong
-
-
-def test_camera_classes():
-    classes([texture(k) for k in range(4)], 36, 0.97)
-
-
-def test_camera_classes_on_real_frames():
-    classes(real_images(), 100, 0.95)
-
-
-def person_walks(background, step, camera_step=0.0, frames=4):
-    """[frames h w]: a head and body before the background, step pixels a frame to the right."""
-    found, cloth = [], F.avg_pool2d(texture(9)[None], 2)[0, :H, :W] * 0.7 + 60
-    for k in range(frames):
-        x = X - (-60 + k * step)
-        body = torch.maximum(1 - (x / 32) ** 2 - ((Y - 40) / 70) ** 2, 1 - (x / 16) ** 2 - ((Y + 45) / 20) ** 2)
-        mask = torch.sigmoid(12 * body)
-        found.append(moved(background, -camera_step * k) * (1 - mask) + mask * cloth.roll(round(k * step), 1))
-    return torch.stack(found)
-
-
-@pytest.mark.parametrize("step", [2, 6, 12])
-def test_a_walking_person_is_no_pan(step):
-    backgrounds = [texture(1), texture(2), 0.1 * texture(3) + 100]  # the last: a plain wall
-    if os.environ.get("NANOSORA_CLIPS"):
-        backgrounds += real_images()
-    found = []
-    for background in backgrounds:
-        for camera_step in (0, step):
-            g = person_walks(background, step, camera_step)
-            g = g + 1.5 * torch.randn(g.shape, generator=torch.Generator().manual_seed(0))
-            found.append(camera(motion(flow(g[:-1], g[1:]), np.full(3, 1 / 12)))["cmotion"])
-    stands, follows = found[::2], found[1::2]  # before a plain wall it may say nothing, but nothing wrong
-    assert set(stands) <= {"static", ""} and stands.count("static") >= 0.8 * len(stands) - 1, stands
-    assert set(follows) <= {"pan right", ""} and follows.count("pan right") >= 0.8 * len(follows) - 1, follows
-
-
-def test_units():
-    """1% of the longer side in 1/10 s is 32 pixels per second, at any size; the picture goes left: a pan right."""
-    for side in (1, 2):
-        frame = F.avg_pool2d(texture(5)[None], 2 * side)[0]
-        h, w, n = 160 // side, 320 // side, 4 // side
-        a, b = frame[:h, :w][None], frame[:h, n:w + n][None]
-        rows = motion(flow(a, b), [0.125])
-        assert np.allclose(rows[0, :3], [32, 32, 0], atol=1.5), rows
-    assert camera(rows) | {"flow": 0, "against": 0} == {"flow": 0, "against": 0, "cmotion": "pan right"}
-
-
-def test_camera_of_pairs():
-    row = lambda x, y=0, against=0.1: [math.hypot(x, y), x, y, 0, 0, against]
-    say = lambda *rows: camera(np.array(rows, dtype=float))["cmotion"]
-    assert camera(np.zeros((0, 6)))["cmotion"] == "" and math.isnan(camera(np.zeros((0, 6)))["flow"])
-    assert say(*[row(30)] * 5, row(-300, 200)) == "pan right"  # one pair over a cut
-    assert say(*[row(30)] * 4, *[row(-30)] * 4) == ""  # there and back
-    assert say(*[row(30), row(-30)] * 4) == "shake"
-    assert say(*[row(30, against=0.7)] * 3, row(30)) == ""
-    assert say(*[row(1)] * 4) == "static"
-
-
-def test_checks_of_plain_frames():
-    black, half = torch.zeros(2, H, W), torch.zeros(2, H, W)
-    half[:, :, W // 2:] = 255
-    assert (looks(black)[:, 1] * 255 < UNIFORM).all() and not (looks(half)[:, 1] * 255 < UNIFORM).any()
-    assert looks(half)[:, :2].tolist() == [[0.5, 0.5]] * 2 and looks(black)[:, 2].tolist() == [0] * 2
-    rgb = np.zeros((1, 4, 4, 3), np.uint8)
-    rgb[..., 1] = 100
-    assert torch.allclose(grey(rgb), torch.full((1, 4, 4), 58.7)) and torch.allclose(grey(rgb[..., ::-1]), grey(rgb))
-
-
-def test_sharpness_falls_with_blur():
-    frame = moved(texture(1))[None, None]
-    values = [looks(F.avg_pool2d(frame, k, 1)[:, 0])[0, 2].item() for k in (1, 3, 5, 9)]
-    assert values == sorted(values, reverse=True) and values[0] > 5 * values[3], values
-
-
-def test_repeats_under_coding_noise():
-    g = torch.Generator().manual_seed(0)
-    film = torch.stack([moved(texture(1), 2 * k) for k in (0, 0, 1, 1, 1, 2)])
-    film[3, 60:70, 60:70] += 10  # a mouth opens
-    film = film + torch.randn(film.shape, generator=g)
-    assert repeats(film).tolist() == [True, False, False, False, False]
-    assert longest(repeats(film)) == 1 and longest([]) == 0 and longest([True] * 3 + [False, True]) == 3
-    assert repeats(film[:1]).tolist() == []
-
-
-def bars_of(g):
-    return tuple(bars([lit_share(frame) for frame in g]))
-
-
-@pytest.mark.parametrize("black", [0, 16])
-def test_bars(black):
-    g = torch.stack([moved(texture(k)) for k in range(3)])
-    assert bars_of(g) == (0, 0, 0, 0)
-    g[:, :22], g[:, -20:] = black, black
-    assert bars_of(g) == (22, 20, 0, 0) and bars_of(g.mT) == (0, 0, 22, 20)
-    top, left, height, width = crop(bars_of(g), (H, W), 720, 1280)
-    assert (top, left, height, width) == (90, 0, 548, 1280)
-    assert crop((0, 0, 0, 0), (H, W), 405, 721) == (0, 0, 404, 720)
-    assert bars_of(g[:1] * 0 + black) == (0, 0, 0, 0)  # a black frame
-    title = g * 0 + black
-    title[:, 80:100, 60:250:3] = 230
-    assert bars_of(title) == (0, 0, 0, 0)  # text on black
-
-
-def test_combs():
-    big = [F.avg_pool2d(texture(k)[None], 2)[0] for k in range(4)]
-    frames = torch.stack([x[:, :-8] for x in big])
-    woven = frames.clone()
-    woven[:, 1::2] = torch.stack([x[:, 8:] for x in big])[:, 1::2]  # 8 pixels later
-    stripes = torch.zeros(1, 360, 632)
-    stripes[:, ::2] = 255
-    assert combs(frames).max() < 0.001 < 0.01 < combs(woven).min(), (combs(frames), combs(woven))
-
-
-# ---- dedup ----
-
-def scene(seed, T=3, h=90, w=160):
-    """uint8 [T h w 3] of coloured patches that drift down."""
-    grid = np.random.default_rng(seed).integers(0, 256, (T + 12, 20, 3), np.uint8)
-    return np.stack([np.array(Image.fromarray(grid[t:t + 12]).resize((w, h), Image.Resampling.BICUBIC))
-                     for t in range(T)])
-
-
-def h264(frames, crf, scale=1.0):
-    h, w = (int(n * scale) // 2 * 2 for n in frames.shape[1:3])
-    file = io.BytesIO()
-    with av.open(file, "w", format="mp4") as out:
-        stream = out.add_stream("libx264", rate=24, options={"crf": str(crf)})
-        stream.height, stream.width, stream.pix_fmt = h, w, "yuv420p"
-        for frame in frames:
-            out.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24").reformat(w, h)))
+def write(path, frames, rate=24, times=None, rotation=0, aspect=None, sound=False, scale=1, crf=12,
+          gop=250, colorspace=None):
+    """Writes frames [T H W 3] as H.264; times are in 1/90000 s, for a variable frame rate."""
+    height, width = (int(side * scale) for side in frames.shape[1:3])
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = gop
+        if colorspace:
+            stream.codec_context.colorspace = colorspace
+        if rotation:
+            stream.set_display_rotation(rotation)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 90000)
+        if sound:
+            write_sound(out)
+        for i, array in enumerate(frames):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(array), "rgb24").reformat(width, height)
+            if times is not None:
+                frame.pts = times[i]
+                frame.time_base = Fraction(1, 90000)
+            out.mux(stream.encode(frame))
         out.mux(stream.encode())
-    file.seek(0)
-    with av.open(file) as video:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+    return path
 
 
-def hash_of(frames):
-    g = grey(frames)
-    return joint_hash([perceptual_hash(frame) for frame in g])
+def write_sound(out):
+    """Writes two seconds of silence."""
+    stream = out.add_stream("aac", rate=16000)
+    for start in range(0, 32000, 1000):
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1000), np.float32), "fltp", "mono")
+        frame.sample_rate = 16000
+        frame.pts = start
+        out.mux(stream.encode(frame))
+    out.mux(stream.encode())
 
 
-def brighter(frames, factor=1.1):
-    return np.clip(frames * factor, 0, 255).astype(np.uint8)
+def read_all(path):
+    """Returns all frames of a clip as float32 [T H W 3]."""
+    return read_window(str(path))[0].numpy().astype(np.float32)
 
 
-def cropped(frames, share):
-    h, w = frames.shape[1:3]
-    top, left = round(h * share / 2), round(w * share / 2)
-    return frames[:, top:h - top, left:w - left]
+def luma(frames):
+    """Returns the brightness [...] of pixels [... 3], 0 to 255."""
+    return frames @ np.array([0.299, 0.587, 0.114])
 
 
-def alike(one, two):
-    a, b = hash_vectors([hash_of(one), hash_of(two)]).astype(np.float32)
-    return float(a @ b)
+def number_of(frame, frames):
+    """Returns the number of the frame of `frames` [T H W 3] that is most like `frame`."""
+    return int(np.abs(frames.astype(np.float32) - frame).mean((1, 2, 3)).argmin())
 
 
-def test_hash_survives_what_changes_no_content():
-    for seed in range(8):
-        one = scene(seed)
-        for two in (h264(one, 28), h264(one, 23, 0.5), brighter(one), cropped(one, 0.02)):
-            assert alike(one, two) >= HASH_ALIKE
-        assert alike(one, scene(seed + 100)) < 0.6
-        assert alike(one, one[:, :, ::-1]) < 0.6
-    assert hash_of(scene(0)[:1]) == 3 * hash_of(scene(0)[:1])[:16], "an image stands for three"
-    assert hash_of(scene(0, 5)) == hash_of(scene(0, 5)[[0, 2, 4]])
+# ---- cuts of footage made from arrays ----
+
+def find_cuts(frames, chunk=32):
+    """Returns the transitions of frames [T H W 3]: (end of a shot, begin of the next)."""
+    cuts = curate.Cuts()
+    for i in range(0, len(frames), chunk):
+        cuts.add(frames[i:i + chunk])
+    return cuts.end()
 
 
-def test_flat_frames_are_like_nothing():
-    rng = np.random.default_rng(0)
-    def noisy(grey):
-        return np.clip(rng.normal(grey, 5, (3, 90, 160, 3)), 0, 255).astype(np.uint8)
-    flat = [np.zeros((3, 90, 160, 3), np.uint8), noisy(0), noisy(0), noisy(128), noisy(255)]
-    assert [hash_of(frames) for frames in flat] == [""] * 5
-    assert hash_of(np.concatenate([noisy(0)[:1], scene(0)[1:]]))[:16] == 16 * "0"
-    from_black = [np.concatenate([flat[0][:1], scene(seed)[1:]]) for seed in range(6)]
-    vectors = hash_vectors([hash_of(frames) for frames in from_black + flat + [h264(from_black[0], 28)]])
-    assert duplicates(vectors, HASH_ALIKE, range(12)).tolist() == [-1] * 11 + [0]
+@pytest.mark.parametrize("at", [1, 2, 37, 64, 65])
+def test_a_hard_cut_is_found_to_the_frame(at):
+    assert find_cuts(np.concatenate([shot(1, at), shot(2, 70)])) == [(at, at)]
 
 
-def test_hash_vectors_count_bits():
-    hashes = [hash_of(scene(seed)) for seed in range(5)]
-    vectors = hash_vectors([*hashes, ""]).astype(np.float64)
-    for a, b in itertools.combinations(range(5), 2):
-        bits = (int(hashes[a], 16) ^ int(hashes[b], 16)).bit_count()
-        assert vectors[a] @ vectors[b] == pytest.approx(1 - 2 * bits / HASH_BITS, abs=1e-3)
-    assert not vectors[5].any() and hash_vectors(["", ""]).shape == (2, HASH_BITS)
+def test_many_cuts_are_found_however_the_frames_are_split_into_chunks():
+    lengths = [30 + 11 * seed for seed in range(6)]
+    frames = np.concatenate([shot(seed, length, size=(45, 80), soft=6) for seed, length in enumerate(lengths)])
+    expected = [(t, t) for t in np.cumsum(lengths)[:-1]]
+    assert find_cuts(frames) == find_cuts(frames, 7) == expected
 
 
-def test_feature_vectors():
-    x = np.random.default_rng(0).standard_normal((3, 8)).astype(np.float16)
-    texts = [base64.b64encode(row.tobytes()).decode() for row in x]
-    assert (feature_vectors([texts[0], "", *texts[1:]]) == np.insert(x, 1, 0, axis=0)).all()
-    assert duplicates(feature_vectors([texts[0], "", "", texts[0]]), 0.9 * x[0] @ x[0], range(4)).tolist() == [
-        -1, -1, -1, 0], "without features like nothing"
-    assert curate.find_duplicates([{"path": "a"}, {"path": "b"}], DEFAULT, "cpu") == ["", ""]
+@pytest.mark.parametrize("length, pan", [(12, 0), (20, 1), (40, 0), (60, 0)])
+def test_a_dissolve_is_found(length, pan):
+    (first, end), = find_cuts(dissolve(length, pan))
+    off = 1 + 2 * pan
+    assert abs(first - 60) <= off and abs(end - 60 - length) <= off, (first, end)
 
 
-def plain_duplicates(vectors, threshold, order):
-    kept, repeats = [], [-1] * len(vectors)
-    for i in order:
-        repeats[i] = next((j for j in kept if vectors[i] @ vectors[j] >= threshold), -1)
-        kept += [i] * int(repeats[i] < 0)
-    return repeats
+def test_a_dissolve_of_frames_that_are_shown_twice_is_found():
+    assert find_cuts(np.repeat(dissolve(20, 0, around=30), 2, axis=0)) == [(60, 100)]
 
 
-@pytest.mark.parametrize("block, wide", [(4096, 65536), (7, 5), (1, 1), (64, 3)])
-def test_duplicates_are_those_of_a_plain_loop(block, wide):
-    rng = np.random.default_rng(block)
-    x = rng.standard_normal((40, 12))[rng.integers(0, 40, 200)] + 0.25 * rng.standard_normal((200, 12))
-    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
-    order = rng.permutation(200)
-    found = duplicates(x, 0.9, order, block=block, wide=wide)
-    assert found.tolist() == plain_duplicates(x, 0.9, order)
-    assert 20 < (found >= 0).sum() < 180 and (found[found[found >= 0]] == -1).all(), "repeats what is kept"
+def test_transitions_far_into_a_long_video_are_where_they_are_alone():
+    end = np.concatenate([dissolve(20, 1), dissolve(12, 0)[::-1]])
+    alone = find_cuts(end)
+    assert len(alone) == 3
+    expected = [(1000, 1000)] + [(1000 + a, 1000 + b) for a, b in alone]
+    assert find_cuts(np.concatenate([shot(9, 1000, size=(45, 80)), end])) == expected
 
 
-def test_a_chain_does_not_become_one_clip():
-    angles = np.radians(np.arange(0, 90, 10))
-    x = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
-    assert duplicates(x, np.cos(np.radians(12)), range(9)).tolist() == [-1, 0, -1, 2, -1, 4, -1, 6, -1]
-    assert duplicates(x, np.cos(np.radians(12)), [1, 0, 2, *range(3, 9)]).tolist()[:3] == [1, -1, 1], "the best stays"
+@pytest.mark.parametrize("level", [0, 255])
+def test_a_fade_out_and_in_is_left_out_of_the_clips(level):
+    shown = np.interp(np.arange(200), [0, 70, 90, 100, 120, 200], [1, 1, 0, 0, 1, 1])
+    frames = np.concatenate([small_shot(5, 95), small_shot(6, 105)])
+    transitions = find_cuts(mixture(np.full_like(frames, level), frames, shown))
+    assert abs(transitions[0][0] - 71) <= 2 and abs(transitions[-1][1] - 120) <= 2
+    clips, _ = curate.split(transitions, np.arange(200) / 24)
+    assert len(clips) == 2 and clips[0][1] <= 73 and clips[1][0] >= 118
 
 
-# Each a single shot: (file, first frame, last frame)
-SHOTS = [("bbb_multishot_720p24_audio.mp4", 0, 47), ("bbb_multishot_720p24_audio.mp4", 48, 122),
-         ("bbb_multishot_720p24_audio.mp4", 303, 354), ("bbb_multishot_720p24_audio.mp4", 511, 745),
-         ("bbb_multishot_720p24_audio.mp4", 786, 985), ("bbb_action_720p24.mp4", 200, 260),
-         ("city_cc0_720x405_mpeg2.mpg", 0, 115), ("city_cc0_720x405_mpeg2.mpg", 116, 189),
-         ("concert_multicam_176x144_vp9_60s.webm", 1024, 1118), ("concert_multicam_176x144_vp9_60s.webm", 1300, 1368)]
+@pytest.mark.parametrize("lit", [[60], [60, 61, 62, 63], [60, 68, 76, 84]], ids=["one frame", "four frames", "strobe"])
+def test_flashes_are_no_cuts(lit):
+    frames = shot(7, 120, soft=12)
+    frames[lit] = 255 - (255 - frames[lit]) // 4
+    assert find_cuts(frames) == []
 
 
-@pytest.fixture(scope="session")
-def shots():
-    """The first, middle and last frame of each."""
-    return [np.stack([read_window(str(Path(CLIPS, name)), 1, start=t)[0][0].numpy() for t in (a, (a + b) // 2, b)])
-            for name, a, b in SHOTS]
+def footage_without_cuts(name):
+    """Returns frames of one shot in which much changes."""
+    if name == "fast pan":
+        return shot(8, 100, pan=6)
+    if name == "8 drawings a second":
+        return np.repeat(shot(9, 40, pan=5), 3, axis=0)
+    if name == "light is turned up":
+        light = np.interp(np.arange(150), [0, 50, 80, 150], [0.5, 0.5, 1, 1])
+        return (shot(8, 150) * light[:, None, None, None]).astype(np.uint8)
+    sky = np.full((100, 96, 128, 3), 200.0)
+    opacity = np.clip((np.arange(100) - 40) / 25, 0, 1)
+    sky[:, 80:88, 20:108:2] -= 180 * opacity[:, None, None, None]
+    return sky.astype(np.uint8)
 
 
-@footage
-def test_duplicates_of_the_footage(shots):
-    """Found: encoded again, half as large, brighter, cropped a little; half of those cropped by 5%; no other shot."""
-    changes = {"crf 35": lambda x: h264(x, 35), "half": lambda x: h264(x, 28, 0.5), "brighter": brighter,
-               "crop 2%": lambda x: cropped(x, 0.02), "crop 5%": lambda x: cropped(x, 0.05)}
-    N, found = len(shots), {}
-    for name, change in changes.items():
-        vectors = hash_vectors([hash_of(x) for x in shots + [change(x) for x in shots]])
-        repeats = duplicates(vectors, HASH_ALIKE, range(2 * N))
-        assert (repeats[:N] == -1).all(), "shots of one film are different"
-        assert set(repeats[N:] - np.arange(N)) <= {0, *(-1 - np.arange(N))}, "nor is one a copy of another"
-        found[name] = int((repeats[N:] >= 0).sum())
-    print(found)
-    assert min(found[name] for name in ("half", "brighter", "crop 2%", "crf 35")) >= N - 1
-    assert found["crop 5%"] >= N // 3
+@pytest.mark.parametrize("name", ["fast pan", "8 drawings a second", "light is turned up", "a title over a sky"])
+def test_motion_light_and_titles_are_no_cuts(name):
+    assert find_cuts(footage_without_cuts(name)) == []
 
 
-# ---- rules ----
-
-DEFAULT = [rule for rule in RULES if rule.limit is not None]
-ROW = {"path": "a.mp4", "num_frames": "48", "aes": "6", "flow": "10", "error": "", "duplicate_of": "", "dropped": ""}
-
-
-@pytest.mark.parametrize("change, expected", [
-    ({}, ""),
-    ({"flow": "0.4"}, "flow 0.4 < min_flow 0.5"),
-    ({"aes": 4.2, "flow": "0.1"}, "aes 4.2 < min_aesthetic 5"),  # the first rule
-    ({"aes": "5"}, ""),
-    ({"aes": "4.99999"}, "aes 4.99999 < min_aesthetic 5"),  # not "5 < 5"
-    ({"repeats": 0.0, "combs": 0.0}, ""),  # a number of a step, not of a csv
-    ({"combs": "0.02"}, "combs 0.02 > max_combs 0.01"),
-    ({"aes": ""}, "no aes"),
-    ({"aes": None}, "no aes"),
-    ({"aes": "nan"}, "no aes"),
-    ({"num_frames": "1", "flow": "", "repeats": ""}, ""),  # an image
-    ({"num_frames": 1, "flow": "", "aes": "3"}, "aes 3 < min_aesthetic 5"),
-    ({"error": TOO_SHORT, "path": "", "source": "b.mp4"}, TOO_SHORT),
-    ({"dropped": "flow 0.4 < min_flow 0.5"}, ""),  # of another day's rules
-    ({"dropped": "no aes"}, ""),
-    ({"dropped": "duplicate of b.mp4"}, ""),
-    ({"duplicate_of": "b, c.mp4"}, "duplicate of b, c.mp4"),
-    ({"error": "a.mp4: is empty", "aes": ""}, "a.mp4: is empty"),
-])
-def test_verdict(change, expected):
-    assert verdict(ROW | change, DEFAULT) == expected
-    again = ROW | change | {"dropped": verdict(ROW | change, DEFAULT)}
-    assert verdict(again, DEFAULT) == expected, "filtering twice changes nothing"
-    tally = Tally(DEFAULT)
-    assert tally.add(ROW | change) == expected and sum(tally.dropped.values()) == bool(expected)
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("size", [(1, 1), (1, 64), (64, 1)])
+def test_pictures_of_one_pixel_or_row_have_no_cuts(size):
+    for num_frames in (1, 60):
+        assert find_cuts(np.full((num_frames, *size, 3), 99, np.uint8)) == []
 
 
-def test_flags(capsys):
-    rules = lambda *flags: rules_of(curate.parse_args(["filter", "a.csv", *flags]))
-    assert rules() == DEFAULT
-    mine = rules("--min-aesthetic=4.5", "--min-flow=none", "--max-text-area", "0.03")
-    assert list(map(str, mine[:4])) == ["min_aesthetic 4.5", "min_match 20", "max_text_area 0.03", "max_repeats 0.7"]
-    assert verdict(ROW | {"flow": "0", "aes": "4.6"}, mine) == ""
-    for wrong in ("five", "nan", "", "1+1", "__import__('os')"):
-        with pytest.raises(SystemExit):
-            rules(f"--min-flow={wrong}")
-        assert "--min-flow: expected a number, or none to switch the rule off, got " + repr(wrong) in \
-            capsys.readouterr().err
+def test_shots_are_split_into_clips_of_allowed_length():
+    times = np.arange(24 * 60) / 24
+    clips, short = curate.split([(24, 24), (100, 130), (1000, 1000)], times, 2, 16)
+    assert short == [(0, 24)]
+    assert clips[0] == (24, 100) and clips[1][0] == 130 and clips[-1][1] == 1440
+    lengths = [end - start for start, end in clips[1:]]
+    assert len(lengths) == 3 + 2 and sum(lengths) == 870 + 440 and max(lengths) <= 16 * 24
+    assert max(lengths[:3]) - min(lengths[:3]) <= 1, "a long shot is divided evenly"
+    assert curate.split([], times[:48], 2, 16) == ([(0, 48)], []), "two seconds are long enough, to the frame"
+    assert curate.split([], times[:47], 2, 16) == ([], [(0, 47)])
+    assert curate.split([], times[:1], 2, 16) == ([], [(0, 1)])
 
 
-def test_tally():
-    rows = [ROW, ROW | {"flow": "0.1", "path": 'b, "c".mp4'}, ROW | {"flow": "0.2", "aes": "1"}, ROW | {"aes": "2"},
-            ROW | {"error": "a.mp4: broken"}, ROW | {"error": TOO_SHORT, "path": "", "source": "b.mp4"}]
-    tally = Tally([rule for rule in DEFAULT if rule.name != "max_combs"])
-    assert [bool(tally.add(row)) for row in rows] == [False, True, True, True, True, True]
-    lines = [re.split(r" {2,}", line) for line in str(tally).splitlines()]
-    assert lines[0] == ["rule", "kept", "dropped", "alone", "example"]
-    lines = {line[0]: line[1:] for line in lines}
-    assert lines["unreadable"][:3] == ["5", "1", "1"] and lines["too short"] == ["4", "1", "1", f"b.mp4: {TOO_SHORT}"]
-    assert lines["min_aesthetic 5"] == ["2", "2", "2", "a.mp4: aes 1 < min_aesthetic 5"]
-    assert lines["min_flow 0.5"] == ["1", "1", "2", 'b, "c".mp4: flow 0.1 < min_flow 0.5'], "2 alone"
-    assert lines["max_held 2"] == ["not measured"] and "max_combs 0.01" not in lines
-    assert list(lines)[1:7] == ["unreadable", "too short", "duplicate", "min_aesthetic 5", "min_match 20",
-                                "max_text_area 0.02"]
-    assert str(tally).endswith("6 clips, 1 kept")
+# ---- one curated folder ----
+
+# A dash, a number for printf, a comma, quotes, a line break and a character beyond 16 bits.
+ODD = '-a: 100%d, "b"\n\N{GRINNING FACE}.MP4'
+DAMAGED = ("empty.mp4", "cut off.mp4", "no picture.jpg")
 
 
-# ---- report ----
+def footage_of_sources():
+    """Returns the frames [T H W 3] of each video, before bars, rotation and the like."""
+    flash = shot(3, 40, soft=10)
+    flash[15:17] = 255 - (255 - flash[15:17]) // 4
+    dim = (0.85 * flash).astype(np.uint8)
+    shown = np.interp(np.arange(120), [0, 40, 54, 60, 74, 120], [1, 1, 0, 0, 1, 1])[:, None, None, None]
+    bars = shot(12, 60)
+    bars[:, :16] = 0
+    bars[:, -16:] = 0
+    pillars = shot(13, 30)
+    pillars[:, :, :20] = 16
+    pillars[:, :, -20:] = 16
+    return {
+        "cuts.mp4": np.concatenate([shot(1, 30), shot(2, 10), dim, shot(4, 26, pan=2)[::-1]]),
+        "dissolve.mp4": mixture(shot(5, 100, 0, soft=20), shot(6, 100, 0, soft=20),
+                                np.clip((np.arange(100) - 39) / 21, 0, 1)),
+        "fade.mp4": (np.concatenate([shot(7, 57), shot(8, 63)]) * shown).astype(np.uint8),
+        "still.mp4": np.repeat(shot(9, 1), 30, axis=0),
+        "bars.mp4": bars,
+        "pillars.mp4": pillars,
+        "turned.mp4": shot(10, 30),
+        "anamorphic.mkv": shot(14, 30),
+        "variable.mp4": shot(11, 30),
+        "large.mp4": shot(16, 3, pan=9).repeat(9, 1).repeat(9, 2),
+        ODD: shot(15, 30),
+    }
+
+
+BT709 = 1       # FFmpeg's number of the colour matrix
+VARIABLE_TIMES = np.cumsum(np.random.default_rng(1).choice([3000, 3750, 9000], 30))
+
+
+@pytest.fixture(scope="module")
+def frames_of():
+    """Source name -> frames."""
+    return footage_of_sources()
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory, frames_of):
+    """A folder with everything that a folder of videos may hold."""
+    folder = tmp_path_factory.mktemp("raw") / "my, \"videos\" \N{SNOWMAN}"
+    (folder / "sub").mkdir(parents=True)
+    options = {"cuts.mp4": {"sound": True}, "bars.mp4": {"gop": 20}, "turned.mp4": {"rotation": 90},
+               "large.mp4": {"rate": 2}, "anamorphic.mkv": {"aspect": Fraction(3, 4)},
+               "variable.mp4": {"times": VARIABLE_TIMES.tolist()}, "pillars.mp4": {"colorspace": BT709}}
+    for name, frames in frames_of.items():
+        new = write(folder / f"new{Path(name).suffix.lower()}", frames, **options.get(name, {}))
+        new.rename(folder / name)
+    write(folder / "a copy.mp4", frames_of[ODD], scale=0.5, crf=23)
+    Image.fromarray(shot(17, 1)[0]).save(folder / "sub" / "picture.png")
+    (folder / "empty.mp4").touch()
+    (folder / "cut off.mp4").write_bytes((folder / "cuts.mp4").read_bytes()[:20000])
+    (folder / "no picture.jpg").write_bytes(b"no picture")
+    (folder / "notes.pdf").touch()
+    (folder / ".hidden.mp4").touch()
+    (folder / "bars.txt").write_text("clouds,\n as in a \"film\"\n")
+    (folder.parent / "captions.csv").write_text("path,text\nsub/picture.png,a still cloud\ncuts.mp4,three clouds\n"
+                                                "nowhere.mp4,a cloud that is gone\n")
+    return folder
+
+
+class Curated:
+    """The folder that a run wrote, what it printed, and its tables."""
+    def __init__(self, folder, status, out):
+        self.folder = folder
+        self.status = status
+        self.out = out
+        self.rows = read_rows(folder / "clips.csv")
+        self.kept = read_rows(folder / "meta.csv")
+
+    def clips_of(self, name, rows=None):
+        """Returns the rows of a source that have a clip, in order."""
+        rows = self.rows if rows is None else rows
+        return [row for row in rows if Path(row["source"]).name == name and row["path"]]
+
+    def frames(self, row):
+        return read_all(self.folder / row["path"])
+
+
+def read_rows(path):
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def clip_times(folder):
+    """Clip file -> when it was written, of all clips in a folder."""
+    clips = [path for path in (folder / "clips").rglob("*") if path.is_file()]
+    return {path: path.stat().st_mtime_ns for path in clips}
+
+
+def written(folder):
+    """Relative path -> bytes of everything that users read."""
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
+            if path.is_file() and "parts" not in path.parts and path.suffix != ".index"}
+
+
+CURATE = ("--min-seconds=1", "--max-seconds=2", "--workers=1")
+
+
+@pytest.fixture(scope="module")
+def curated(videos):
+    """The made-up videos, curated once; tests only look at the result or work on a copy."""
+    out, folder = io.StringIO(), videos.parent / "out"
+    status = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            curate.main(["run", str(videos), "--out", str(folder), f"--captions={videos.parent / 'captions.csv'}",
+                         *CURATE])
+        except SystemExit as ended:
+            status = ended.code
+    return Curated(folder, status, out.getvalue())
+
+
+def test_every_source_is_in_the_table_and_every_kept_clip_in_meta_csv(curated, videos):
+    assert curated.status == 0
+    sources = {Path(row["source"]).name for row in curated.rows}
+    unwanted = {"notes.pdf", ".hidden.mp4", "bars.txt"}
+    assert sources == {path.name for path in videos.rglob("*.*") if path.is_file()} - unwanted
+    assert [row["path"] for row in curated.kept] == [row["path"] for row in curated.rows if not row["dropped"]]
+    assert "notes.pdf" in curated.out and "bars.txt" not in curated.out
+
+
+def test_meta_csv_is_read_by_data_py_and_its_numbers_are_those_of_the_clips(curated):
+    meta = read_meta(str(curated.folder / "meta.csv"))
+    assert len(meta) == len(curated.kept) > 10
+    for i, row in enumerate(curated.kept):
+        frames = read_all(meta.path(i))
+        assert frames.shape[:3] == (int(row["num_frames"]), int(row["height"]), int(row["width"])), row["path"]
+        assert not frames.shape[1] % 2 and not frames.shape[2] % 2
+        if row["num_frames"] != "1":
+            fps = (len(frames) - 1) / frame_times(meta.path(i))[-1]
+            assert float(row["fps"]) == pytest.approx(fps, rel=1e-3)
+
+
+def test_files_that_cannot_be_read_are_listed_with_the_reason(curated):
+    errors = {Path(row["source"]).name: row for row in curated.rows if not row["path"] and not row["num_frames"]}
+    assert errors.keys() == set(DAMAGED)
+    for name, row in errors.items():
+        assert name in row["error"] and name in row["dropped"]
+
+
+def test_shots_are_cut_to_the_frame_and_a_short_one_is_listed(curated, frames_of):
+    rows = curated.clips_of("cuts.mp4")
+    spans = [(0, 30), (40, 80), (80, 106)]
+    assert [int(row["num_frames"]) for row in rows] == [end - start for start, end in spans]
+    for row, (start, end) in zip(rows, spans):
+        frames = curated.frames(row)
+        numbers = [number_of(frame, frames_of["cuts.mp4"]) for frame in frames]
+        assert numbers == list(range(start, end))
+        assert float(row["start_seconds"]) == pytest.approx(start / 24, abs=1e-3)
+        assert float(row["fps"]) == 24
+    short, = [row for row in curated.rows if Path(row["source"]).name == "cuts.mp4" and not row["path"]]
+    assert short["num_frames"] == "10" and short["dropped"]
+
+
+def test_a_long_shot_is_divided_into_clips_that_follow_each_other(curated, frames_of):
+    numbers = []
+    for row in curated.clips_of("bars.mp4"):
+        inner = frames_of["bars.mp4"]
+        top = (inner.shape[1] - int(row["height"])) // 2
+        inner = inner[:, top:top + int(row["height"])]
+        numbers.append([number_of(frame, inner) for frame in curated.frames(row)])
+    assert numbers == [list(range(30)), list(range(30, 60))]
+
+
+def test_a_dissolve_is_left_out(curated, frames_of):
+    before, after = curated.clips_of("dissolve.mp4")
+    start = round(24 * float(after["start_seconds"]))
+    assert abs(int(before["num_frames"]) - 40) <= 2 and float(before["start_seconds"]) == 0
+    assert abs(start - 60) <= 2 and start + int(after["num_frames"]) == 100
+
+
+def test_a_fade_is_left_out(curated, frames_of):
+    before, after = curated.clips_of("fade.mp4")
+    assert 38 <= int(before["num_frames"]) <= 43
+    start = round(24 * float(after["start_seconds"]))
+    assert 71 <= start <= 76 and start + int(after["num_frames"]) == 120
+    assert number_of(curated.frames(after)[0], frames_of["fade.mp4"]) == start
+
+
+def test_black_bars_are_cut_off_and_nothing_else(curated, frames_of):
+    for row in curated.clips_of("bars.mp4"):
+        assert 60 <= int(row["height"]) <= 64 and row["width"] == "128"
+        assert curated.frames(row).mean(axis=(0, 2, 3)).min() > 80, "no row of a bar is left"
+    row, = curated.clips_of("pillars.mp4")
+    assert row["height"] == "96" and 84 <= int(row["width"]) <= 88
+    assert curated.frames(row).mean(axis=(0, 1, 3)).min() > 80, "no column of a bar is left"
+    assert {row["height"] for row in curated.clips_of("fade.mp4")} == {"96"}
+
+
+def test_a_turned_video_is_written_upright(curated, frames_of):
+    row, = curated.clips_of("turned.mp4")
+    assert (row["height"], row["width"]) == ("128", "96")
+    upright = np.rot90(frames_of["turned.mp4"], 1, (1, 2))
+    assert np.abs(luma(curated.frames(row)) - luma(upright)).mean() < 3
+
+
+def test_pixels_that_are_not_square_become_square(curated, frames_of):
+    row, = curated.clips_of("anamorphic.mkv")
+    assert (row["height"], row["width"]) == ("96", "96")
+    wide = torch.from_numpy(luma(frames_of["anamorphic.mkv"]))
+    narrow = F.interpolate(wide[:, None], (96, 96), mode="area")[:, 0]
+    assert np.abs(luma(curated.frames(row)) - narrow.numpy()).mean() < 3
+
+
+def test_a_large_video_is_scaled_to_720_pixels_of_its_short_side(curated):
+    row, = curated.clips_of("large.mp4")
+    assert (row["height"], row["width"], row["num_frames"]) == ("720", "960", "3")
+    assert float(row["fps"]) == 2
+
+
+def frame_times(path):
+    """Returns the seconds of all frames, from the first on."""
+    with av.open(str(path)) as container:
+        times = np.array([float(frame.time) for frame in container.decode(video=0)])
+    return times - times[0]
+
+
+def test_a_variable_frame_rate_keeps_its_times(curated):
+    row, = curated.clips_of("variable.mp4")
+    expected = (VARIABLE_TIMES - VARIABLE_TIMES[0]) / 90000
+    np.testing.assert_allclose(frame_times(curated.folder / row["path"]), expected, atol=1e-3)
+    assert float(row["fps"]) == pytest.approx(29 / expected[-1], abs=0.01)
+
+
+@pytest.mark.xfail(strict=True, reason="the filter of write_clip loses the colour matrix of a tagged source")
+def test_a_clip_names_the_colour_matrix_of_its_source(curated):
+    row, = curated.clips_of("pillars.mp4")
+    with av.open(str(curated.folder / row["path"])) as container:
+        assert container.streams.video[0].codec_context.colorspace == BT709
+
+
+def test_an_image_is_one_frame_and_copied_as_it_is(curated, videos):
+    row, = curated.clips_of("picture.png")
+    assert (row["num_frames"], row["height"], row["width"]) == ("1", "96", "128")
+    assert (curated.folder / row["path"]).read_bytes() == (videos / "sub" / "picture.png").read_bytes()
+    assert not row["flow"] and not row["cmotion"] and not row["dropped"]
+
+
+def test_captions_come_from_the_table_or_the_text_file_of_their_own_video(curated):
+    texts = {(Path(row["source"]).name, row["text"]) for row in curated.kept}
+    assert {text for _, text in texts} == {"", "a still cloud", "three clouds", 'clouds, as in a "film"'}
+    assert {name for name, text in texts if text} == {"picture.png", "cuts.mp4", "bars.mp4"}
+    assert ("picture.png", "a still cloud") in texts and ("cuts.mp4", "three clouds") in texts
+    assert "nowhere.mp4" in curated.out, "a caption of no file is reported"
+
+
+def test_a_smaller_copy_is_the_duplicate_although_it_comes_first(curated):
+    copy, = curated.clips_of("a copy.mp4")
+    original, = curated.clips_of(ODD)
+    assert copy["duplicate_of"] == original["path"] and original["path"] in copy["dropped"]
+    assert [row["path"] for row in curated.rows if row["duplicate_of"]] == [copy["path"]]
+    assert not original["dropped"]
+
+
+def test_a_still_shot_is_dropped_and_the_moving_ones_are_kept(curated):
+    row, = curated.clips_of("still.mp4")
+    assert float(row["flow"]) < 0.5 and row["cmotion"] == "static"
+    assert "flow" in row["dropped"] and "min_flow 0.5" in row["dropped"]
+    unmoved = ("still.mp4", "a copy.mp4", "dissolve.mp4", "large.mp4")
+    assert not [row for row in curated.rows if row["path"] and row["dropped"]
+                and Path(row["source"]).name not in unmoved]
+
+
+def test_motion_is_measured_in_pixels_per_second_and_named_from_the_cameras_view(curated):
+    """A frame is 128 pixels long, so that one pixel a frame is 60 pixels a second at a longer side of 320."""
+    first, second, third = curated.clips_of("cuts.mp4")
+    assert [row["cmotion"] for row in (first, second, third)] == ["pan right", "pan right", "pan left"]
+    assert float(first["flow"]) == pytest.approx(60, rel=0.08)
+    assert float(third["flow"]) == pytest.approx(120, rel=0.08)
+    turned, = curated.clips_of("turned.mp4")
+    assert turned["cmotion"] == "tilt up"
+    slow, = curated.clips_of("large.mp4")
+    assert float(slow["flow"]) == pytest.approx(45, rel=0.05), "9 pixels of 128 in half a second"
+
+
+def test_brightness_is_the_mean_luma_of_the_clips_own_frames(curated, frames_of):
+    spans = {"cuts.mp4": [(0, 30), (40, 80), (80, 106)], "turned.mp4": [(0, 30)], ODD: [(0, 30)]}
+    for name, shots in spans.items():
+        for row, (start, end) in zip(curated.clips_of(name), shots):
+            expected = luma(frames_of[name][start:end]).mean() / 255
+            assert float(row["brightness"]) == pytest.approx(expected, abs=0.005)
+
+
+def key_frames(path):
+    """Returns (numbers of the key frames, number of frames)."""
+    with av.open(str(path)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    return [i for i, packet in enumerate(packets) if packet.is_keyframe], len(packets)
+
+
+def test_key_frames_are_at_most_16_frames_apart(curated):
+    for row in curated.kept:
+        if row["num_frames"] == "1":
+            continue
+        keys, num_frames = key_frames(curated.folder / row["path"])
+        assert keys[0] == 0 and max(np.diff([*keys, num_frames])) <= 16, row["path"]
+    first, _ = curated.clips_of("bars.mp4")
+    assert key_frames(curated.folder / first["path"]) == ([0, 16], 30), "none is added where the source has one"
+
+
+def test_a_second_run_does_nothing_and_prints_the_same(curated, videos, run_script):
+    before = written(curated.folder)
+    times = clip_times(curated.folder)
+    again = run_script("curate", "run", videos, "--out", curated.folder,
+                       f"--captions={videos.parent / 'captions.csv'}", *CURATE)
+    assert again.status == 0 and again.out == curated.out
+    assert written(curated.folder) == before
+    assert clip_times(curated.folder) == times
+
+
+@pytest.fixture
+def copied(curated, tmp_path):
+    """A copy of the curated folder's tables, and of its clips as links."""
+    shutil.copytree(curated.folder, tmp_path / "set", copy_function=os.link)
+    for name in ("clips.csv", "meta.csv"):
+        (tmp_path / "set" / name).unlink()
+        shutil.copy(curated.folder / name, tmp_path / "set" / name)
+    return tmp_path / "set"
+
+
+def test_filter_applies_other_rules_and_back_again(curated, copied, run_script):
+    ended = run_script("curate", "filter", copied, "--min-flow=none", "--max-repeats=none", "--max-held=none",
+                       "--config=configs/tiny.py")
+    assert ended.status == 0 and "32 x 16" in ended.out, "the buckets of the config are shown"
+    kept = {row["path"] for row in read_rows(copied / "meta.csv")}
+    still, = curated.clips_of("still.mp4")
+    assert kept == {row["path"] for row in curated.kept} | {still["path"]}
+    assert run_script("curate", "filter", copied).status == 0
+    for name in ("clips.csv", "meta.csv"):
+        assert (copied / name).read_bytes() == (curated.folder / name).read_bytes()
+
+
+def test_without_dedup_copies_stay_and_the_dedup_step_finds_them_again(curated, copied, run_script):
+    rows = read_rows(copied / "clips.csv")
+    for row in rows:
+        row["duplicate_of"] = ""
+    write_rows(copied / "clips.csv", rows)
+    assert run_script("curate", "filter", copied).status == 0
+    assert len(read_rows(copied / "meta.csv")) == len(curated.kept) + 1
+    assert run_script("curate", "dedup", copied).status == 0
+    assert read_rows(copied / "clips.csv") == curated.rows
+
+
+def write_rows(path, rows):
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_the_steps_measure_a_table_of_ones_own_as_a_run_does(curated, tmp_path, run_script):
+    clips = curated.clips_of("cuts.mp4") + curated.clips_of("turned.mp4")
+    rows = [{"path": str(curated.folder / row["path"]), "text": "kept, as it is"} for row in clips]
+    write_rows(tmp_path / "own.csv", [*rows, {"path": "gone.mp4", "text": ""}])
+    for step in ("flow", "checks"):
+        assert run_script("curate", step, tmp_path / "own.csv", "--workers=1").status == 0
+    *rows, gone = read_rows(tmp_path / "own.csv")
+    assert "gone.mp4" in gone["error"]
+    for row, expected in zip(rows, clips, strict=True):
+        assert row["cmotion"] == expected["cmotion"] and row["text"] == "kept, as it is" and not row["error"]
+        assert float(row["flow"]) == pytest.approx(float(expected["flow"]), rel=0.05)
+        assert float(row["brightness"]) == pytest.approx(float(expected["brightness"]), abs=0.01)
+
+
+# ---- the report ----
 
 class Page(HTMLParser):
-    """Balanced? And what it names."""
+    """Collects the text, the tags and the images of a page and checks that every tag is closed."""
     def __init__(self, text):
         super().__init__()
-        self.open, self.images, self.text, self.tags = [], [], [], []
+        self.open = []
+        self.images = []
+        self.text = ""
+        self.tags = []
         self.feed(text)
         assert not self.open, f"left open: {self.open}"
 
@@ -842,377 +646,763 @@ class Page(HTMLParser):
         self.tags.append((tag, dict(attrs)))
         if tag == "img":
             self.images.append(dict(attrs))
-        elif tag not in ("meta", "br", "line"):
+        elif tag not in ("meta", "br"):
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-
     def handle_endtag(self, tag):
-        while self.open[-1] in ("td", "th") and tag not in ("td", "th"):  # which need not be closed
-            self.open.pop()
         assert self.open.pop() == tag, f"</{tag}> closes nothing"
 
     def handle_data(self, data):
-        self.text.append(data)
+        self.text += data
 
 
-NASTY = ['a "b" <i>&amp; c\'d, é漢.mp4', '-->]]></style><script>alert("1")</script>.mp4', os.fsdecode(b"\xff\xfe.mp4")]
-
-
-def table(n=60):
-    """Rows of all kinds with numbers that spread."""
-    rng = np.random.default_rng(0)
-    for i in range(n):
-        still, flow = i and i % 9 == 0, 10 ** rng.uniform(-2, 2) if i > 2 else (0, 999, 0.001)[i]
-        yield {"path": NASTY[i] if i < len(NASTY) else f"clips/{i:03d}.mp4", "source": f"{i // 4}.mp4",
-               "num_frames": "1" if still else "96", "height": "720", "width": "1280", "fps": "24", "text": "a b " * i,
-               "seconds": f"{rng.uniform(2, 16):.3f}", "flow": "" if still else f"{flow:.4f}",
-               "aes": f"{rng.normal(5.2, 0.5):.3f}", "cmotion": "pan left" if i % 2 else "",
-               "error": f"{i}.mp4: <frame {i} is damaged>" if i > n - 4 else "", "duplicate_of": "", "dropped": ""}
-
-
-def frames_of(row):
-    if row["path"] in NASTY[:1]:
-        raise UnreadableClip(f"{row['path']}: is <gone>")
-    return scene(len(row["path"]))
-
-
-def test_report(tmp_path):
-    write_report(table, DEFAULT, tmp_path / "report.html", frames_of)
-    text = (tmp_path / "report.html").read_text(encoding="utf-8")
+def test_the_report_shows_clips_with_their_verdict_and_needs_no_other_file(curated, copied, run_script):
+    nasty = '-->]]></style><script>alert("1")</script>.mp4'
+    rows = read_rows(copied / "clips.csv")
+    broken = rows[0] | {"path": nasty, "num_frames": "9", "flow": "0.01", "error": "", "duplicate_of": ""}
+    write_rows(copied / "clips.csv", [*rows, broken])
+    assert run_script("curate", "report", copied).status == 0
+    text = (copied / "report.html").read_text("utf-8")
     page = Page(text)
-    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
-    assert "script" not in {tag for tag, _ in page.tags} and not re.search(r"https?:|url\(|@import|<link|<i>&", text)
-    assert not [a for _, a in page.tags if a.get("href") or not a.get("src", "data:").startswith("data:")]
-    assert "color-scheme:light dark" in text
-    assert page.images and all(image["alt"] for image in page.images)
-    for image in page.images:
-        sheet = Image.open(io.BytesIO(base64.b64decode(image["src"].split(",")[1])))
-        assert sheet.format == "JPEG" and sheet.size == (int(image["width"]), 64) == (3 * 114, 64)
-    words = "".join(page.text)
-    assert "min_flow 0.5" in words and "min_match 20" in words and "<frame 57 is damaged>" in words
-    assert NASTY[1] in words and f"frames of {NASTY[1]}" in [image["alt"] for image in page.images]
-    assert "\\udcff" in words and "<h2>min_match" not in text
-    assert f"{NASTY[0]}: is <gone>" in words, "a clip that cannot be opened says why"
-    assert text.count("<h2>") == 2, "the columns that are there, and no others"
-    kept = [row for row in table() if not verdict(row, DEFAULT)]
-    hours = sum(float(row["seconds"]) for row in kept) / 3600
-    assert f"{len(kept)} of 60 clips kept, {hours:.2f} hours" in words
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert not re.search(r"https?:|url\(|@import|<link", text)
+    assert all(attrs.get("src", "data:").startswith("data:") for _, attrs in page.tags)
+    assert f"{len(curated.kept)} of {len(rows) + 1} clips kept" in page.text
+    still, = curated.clips_of("still.mp4")
+    assert still["path"] in page.text and "min_flow 0.5" in page.text and f"{nasty}: no such file" in page.text
+    names = {image["alt"].removeprefix("frames of "): image for image in page.images}
+    assert still["path"] in names
+    strip = Image.open(io.BytesIO(base64.b64decode(names[still["path"]]["src"].split(",")[1])))
+    assert strip.format == "JPEG" and strip.height == 64
+    frame = np.asarray(strip.crop((0, 0, 85, 64)).resize((128, 96)), np.float32)
+    assert np.abs(frame - curated.frames(still)[0]).mean() < 12
 
 
-def test_a_report_is_whole(tmp_path, monkeypatch):
-    write_report(lambda: iter(()), DEFAULT, tmp_path / "r.html", frames_of)
-    Page(whole := (tmp_path / "r.html").read_text())
-    monkeypatch.setattr(curate, "figure", None)
-    with pytest.raises(TypeError):
-        write_report(table, DEFAULT, tmp_path / "r.html", frames_of)
-    assert (tmp_path / "r.html").read_text() == whole
+# ---- runs of a few images ----
+
+@pytest.fixture
+def images(tmp_path):
+    """A folder with two images."""
+    (tmp_path / "images" / "sub").mkdir(parents=True)
+    save_image(tmp_path / "images" / "a.png", 1)
+    save_image(tmp_path / "images" / "sub" / "b.png", 2)
+    return tmp_path / "images"
 
 
-def test_picks():
-    values = np.array([5, np.nan, 1, 9, 3, 7, 4, 2, 8, 6, 10, 0, 11], np.float32)
-    for rule, sign in ((Rule("min_flow", "flow", 5), 1), (Rule("max_flow", "flow", 5), -1)):
-        chosen = picks(values, rule)
-        rows = [i for found in chosen.values() for i in found]
-        assert len(rows) == len(set(rows)) and 1 not in rows
-        assert [values[i] for i in chosen["just kept"]] == [5, 5 + sign, 5 + 2 * sign]
-        assert [values[i] for i in chosen["just dropped"]] == [5 - sign, 5 - 2 * sign, 5 - 3 * sign]
-        assert values[chosen["worst"][0]] == (0 if sign > 0 else 11) and values[chosen["best"][0]] == (11, 0)[sign < 0]
-    assert picks(np.array([7], np.float32), Rule("min_flow", "flow", 5))["just kept"] == [0]
-    edge = picks(np.array([0.7], np.float32), Rule("min_flow", "flow", 0.7))
-    assert edge["just kept"] == [0], "0.7 in float32 is within 0.7"
+def save_image(path, seed):
+    Image.fromarray(shot(seed, 1)[0]).save(path)
 
 
-@footage
-def test_report_of_the_footage(tmp_path, shots):
-    rows = [ROW | {"path": f"{i}-{name}", "flow": f"{i / 5}", "source": name} for i, (name, *_) in enumerate(SHOTS)]
-    broken = ROW | {"path": "corrupt_truncated_no_moov.mp4", "flow": "3"}
-    def open_frames(row):
-        if row["path"][0] == "c":
-            return read_window(str(Path(CLIPS, row["path"])), 3)[0].numpy()
-        return shots[int(row["path"][0])]
-    write_report(lambda: iter([*rows, broken]), DEFAULT, tmp_path / "report.html", open_frames)
-    page = Page((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert len(page.images) >= 6 and "Invalid data found" in "".join(page.text)
-    assert os.path.getsize(tmp_path / "report.html") < 1e6
+def curate_images(run_script, folder, out, *more):
+    return run_script("curate", "run", folder, "--out", out, "--workers=1", *more)
 
 
-# ---- runs, as a user starts them ----
-
-def run(*args, rank=0, world=1, wait=True):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world)}
-    process = subprocess.Popen([sys.executable, "curate.py", *map(str, args)], cwd=ROOT, env=environment, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    if not wait:
-        return process
-    out, error = process.communicate(timeout=300)
-    return process.returncode, out, error
-
-
-def rows_of(path):
-    return list(curate.read_table(path))
-
-
-def results(out):
-    """When each item was done, and what is known of it."""
-    return {path: (path.stat().st_mtime_ns, json.loads(path.read_bytes())) for path in out.glob("parts/*/*/*.json")}
-
-
-def done(out):
-    return {path: found for path, found in results(out).items() if "error" not in found[1]}
-
-
-def written(out):
-    return {path.relative_to(out): path.read_bytes() for path in out.rglob("*")
-            if path.is_file() and "parts" not in path.parts and path.suffix != ".index"}
-
-
-@pytest.fixture(scope="session")
-def videos(tmp_path_factory):
-    """A folder with all that a folder may have."""
-    folder = tmp_path_factory.mktemp("raw") / "my, \"videos\" \N{SNOWMAN}"
-    (folder / "sub").mkdir(parents=True)
-    write(folder / "two 'shots'.mp4", np.concatenate([shot(1, 60, soft=8), shot(2, 50, pan=2, soft=8)]))
-    write(folder / "sub" / "one.mkv", shot(3, 70, pan=2, soft=6))
-    write(folder / "sub" / "again.mp4", shot(3, 70, pan=2, soft=6))
-    bars_around = shot(4, 60, pan=2, soft=6)
-    bars_around[:, :16], bars_around[:, -16:] = 0, 0
-    write(folder / "letterbox.mp4", bars_around)
-    write(folder / "held.mp4", np.repeat(shot(5, 1, soft=6), 60, axis=0))
-    write(folder / "three.mp4", shot(6, 3, soft=6))
-    Image.fromarray(shot(7, 1, soft=6)[0]).save(folder / "still.png")
-    (folder / "empty.mp4").touch()
-    (folder / "cut off.mp4").write_bytes((folder / "two 'shots'.mp4").read_bytes()[:20000])
-    (folder / "letterbox.txt").write_text("clouds,\n as in a \"film\"\n")
-    (folder / "notes.pdf").touch()
-    return folder
-
-
-@pytest.fixture(scope="session")
-def curated(videos):
-    out = videos.parent / "out"
-    status, said, error = run("run", videos, "--out", out)
-    assert status == 0, error
-    return out, said
-
-
-def test_a_run_from_videos_to_a_training_set(curated, videos):
-    out, said = curated
-    files = {Path(row["path"]).name: row for row in rows_of(out / "files.csv")}
-    assert files.keys() == {path.name for path in videos.rglob("*.*")} - {"letterbox.txt", "notes.pdf"}
-    assert {name for name, row in files.items() if row["error"]} == {"empty.mp4", "cut off.mp4"}
-    assert files["two 'shots'.mp4"]["num_frames"] == "110"
-    clips = rows_of(out / "clips.csv")
-    dropped = {Path(row["source"]).name: row["dropped"] for row in clips}
-    assert dropped["three.mp4"] == TOO_SHORT and "< min_flow 0.5" in dropped["held.mp4"], dropped
-    assert len([row for row in clips if row["dropped"].startswith("duplicate of clips/")]) == 1
-    meta = read_meta(str(out / "meta.csv"))
-    assert len(meta) == 5 and "5 clips, 4 of them without a caption" in said
-    for i in range(len(meta)):
-        frames, _ = read_window(meta.path(i))
-        row = meta.rows[i]
-        assert frames.shape[:3] == (row["num_frames"], row["height"], row["width"])
-        if "letterbox" in meta.path(i):
-            assert meta.text(i) == 'clouds, as in a "film"' and row["height"] == 60
-    found = {(Path(row["source"]).name, row["num_frames"], row["start_seconds"]) for row in clips if not row["dropped"]}
-    assert {("two 'shots'.mp4", "60", "0.0"), ("two 'shots'.mp4", "50", "2.5"), ("still.png", "1", "0.0")} < found
-    assert all(part in said for part in ("2 cannot be read", "notes.pdf", "min_flow 0.5", "not measured")), said
-
-
-def test_a_second_run_does_nothing_and_says_the_same(curated, videos):
-    out, said = curated
-    before, first = written(out), results(out)
-    status, again, _ = run("run", videos, "--out", out)
-    assert status == 0 and again == said and written(out) == before
-    tried = {path for path, found in results(out).items() if found != first[path]}
-    assert len(tried) == 2 and tried == first.keys() - done(out).keys(), "what failed, and no other, is tried again"
-
-
-def test_filter_and_steps_on_the_table(curated, videos, tmp_path):
-    out = tmp_path / "set"
-    shutil.copytree(curated[0], out)
-    before = (out / "clips.csv").read_text()
-    status, said, error = run("filter", out, "--min-flow=none", "--max-repeats=none", "--max-held=none",
-                              "--config=configs/tiny.py")
-    assert status == 0 and len(rows_of(out / "meta.csv")) == 6 and "32 x 16" in said, error
-    assert run("filter", out)[0] == 0 and (out / "clips.csv").read_text() == before
-    rows = [{name: "" if name in (*curate.CHECKS, *curate.FLOW) else value for name, value in row.items()}
-            for row in rows_of(out / "clips.csv")]
-    curate.write_table(out / "clips.csv", rows, rows[0])
-    assert run("checks", out)[0] == run("flow", out)[0] == 0
-    for old, new in zip(csv.DictReader(io.StringIO(before)), rows_of(out / "clips.csv")):
-        assert old["source"] == new["source"] and old["cmotion"] == new["cmotion"]
-        if old["brightness"] and "letterbox" not in old["source"]:  # measured on the source, with its bars
-            assert abs(float(old["brightness"]) - float(new["brightness"])) < 0.01
-    assert run("dedup", out)[0] == run("report", out)[0] == 0 and (out / "report.html").is_file()
-
-
-@pytest.mark.parametrize("args, says", [
-    (["run", "nowhere", "--out", "OUT"], "nowhere: no such file or folder"),
-    (["run", "EMPTY", "--out", "OUT"], "has no video or image among 0 files"),
-    (["run", "EMPTY"], "expected --out DIR"),
-    (["filter", "EMPTY"], "no such table - `python curate.py run"),
-    (["run", "EMPTY", "--out", "OUT", "--with", "aesthetics"], "--with aesthetics: expected some of"),
-    (["filter", "EMPTY", "--min-flow=fast"], "expected a number, or none to switch the rule off, got 'fast'"),
-    (["filter", "EMPTY", "--config=configs/no.py"], "configs/no.py"),
-    (["report", "EMPTY"], "no such table - `python curate.py run"),
-    (["run", "IMAGES", "--out", "IMAGES"], "is where the videos are, and the next run would cut its clips - give"),
-    (["run", "IMAGES", "--out", "IMAGES/out", "--captions", "ROWS"], "has columns path,aes, expected also text"),
-    (["run", "IMAGES", "--out", "IMAGES/out", "--max-seconds", "0"], "--min-seconds 2 --max-seconds 0: expected"),
-    (["run", "IMAGES", "--out", "IMAGES/out", "--min-seconds", "9", "--max-seconds", "8"], "expected the shortest"),
-    (["caption", "ROWS"], "has columns path,aes, expected also num_frames"),
-])
-def test_mistakes_are_one_line(args, says, tmp_path):
-    for name in ("empty", "images"):
-        (tmp_path / name).mkdir()
-    Image.new("RGB", (1, 1)).save(tmp_path / "images" / "one.png")
-    (tmp_path / "rows").write_text("path,aes\none.png,5\n")
-    (tmp_path / "rows").rename(tmp_path / "rows.csv")
-    names = {"OUT": "out", "EMPTY": "empty", "IMAGES": "images", "IMAGES/out": "images/out", "ROWS": "rows.csv"}
-    status, _, error = run(*[tmp_path / names[arg] if arg in names else arg for arg in args])
-    assert status == 2 and says in error and "Traceback" not in error, error
-
-
-def test_no_two_videos_have_one_place(tmp_path):
-    """Where the folder to write to lies deep in that of the videos."""
-    (tmp_path / "sub").mkdir()
-    for seed, place in enumerate(("", "sub")):
-        Image.fromarray(shot(seed, 1, soft=6)[0]).save(tmp_path / place / "a.png")
-    out = tmp_path / "sub" / "out"
-    for _ in range(2):  # again: its own clips are no videos
-        assert run("run", tmp_path, "--out", out)[0] == 0
-        rows = rows_of(out / "meta.csv")
-        assert [row["path"] for row in rows] == ["clips/a.png", "clips/sub/a.png"]
+def test_the_output_may_lie_within_the_videos_and_no_two_files_get_one_place(images, run_script):
+    save_image(images / "sub" / "a.png", 3)
+    out = images / "sub" / "out"
+    for _ in range(2):
+        assert curate_images(run_script, images, out, "--no-dedup").status == 0
+        rows = read_rows(out / "meta.csv")
+        assert [row["path"] for row in rows] == ["clips/a.png", "clips/sub/a.png", "clips/sub/b.png"]
         assert all((out / row["path"]).read_bytes() == (out / row["source"]).read_bytes() for row in rows)
 
 
-def test_a_linked_folder_is_left_alone(tmp_path):
-    Image.new("RGB", (1, 1)).save(tmp_path / "one.png")
-    (tmp_path / "elsewhere").mkdir()
+def test_linked_images_are_read_and_linked_folders_left_alone(images, tmp_path, run_script):
     (tmp_path / "videos").mkdir()
-    (tmp_path / "videos" / "link").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "videos" / "one.png").symlink_to(tmp_path / "one.png")
-    found, other = find_files(tmp_path / "videos")
-    assert [path.name for path in found] == ["one.png"] and [path.name for path in other] == ["link"]
+    (tmp_path / "videos" / "folder").symlink_to(images)
+    (tmp_path / "videos" / "one.png").symlink_to(images / "a.png")
+    ended = curate_images(run_script, tmp_path / "videos", tmp_path / "out")
+    assert [Path(row["source"]).name for row in read_rows(tmp_path / "out" / "meta.csv")] == ["one.png"]
+    assert ended.status == 0 and "folder" in ended.out
 
 
-@pytest.mark.parametrize("name", ["a, b", "line\nbreak", "\N{GRINNING FACE}", "-dash", "100%d", "a:b"])
-def test_odd_names_go_from_video_to_clip_and_back(name, tmp_path):
+def test_a_changed_file_is_done_again(images, tmp_path, run_script):
+    curate_images(run_script, images, tmp_path / "out")
+    before = read_rows(tmp_path / "out" / "meta.csv")
+    save_image(images / "a.png", 4)
+    curate_images(run_script, images, tmp_path / "out")
+    after = read_rows(tmp_path / "out" / "meta.csv")
+    assert (tmp_path / "out" / after[0]["path"]).read_bytes() == (images / "a.png").read_bytes()
+    assert before[0]["brightness"] != after[0]["brightness"] and before[1] == after[1]
+
+
+def test_results_that_were_cut_off_by_a_power_cut_are_made_again(images, tmp_path, run_script):
+    curate_images(run_script, images, tmp_path / "out")
+    before = written(tmp_path / "out")
+    for path in [path for path in (tmp_path / "out" / "parts").rglob("*") if path.is_file()]:
+        path.write_bytes(path.read_bytes()[:-3])
+    assert curate_images(run_script, images, tmp_path / "out").status == 0
+    assert written(tmp_path / "out") == before
+
+
+@pytest.fixture
+def two_shots(tmp_path):
+    """A folder with a video of two shots."""
     (tmp_path / "videos").mkdir()
-    write(tmp_path / "videos" / f"{name}.mp4", shot(1, 60, pan=2, soft=6))
-    row = {"path": f"videos/{name}.mp4", "source": f"videos/{name}.mp4", "text": ""}
-    options = SimpleNamespace(folder=tmp_path, what=tmp_path / "videos", min_seconds=2, max_seconds=16, dry_run=False)
-    data, error = curate.attempt(curate.cut_file, row, options)
-    assert not error and data["clips"][0]["path"] == f"clips/videos/{name}.mp4/000000-000060.mp4"
-    curate.write_table(tmp_path / "clips.csv", data["clips"], curate.TABLE)
-    row, = rows_of(tmp_path / "clips.csv")
-    assert len(curate.ends_and_middle(row | {"path": str(tmp_path / row["path"])})) == 3
+    frames = np.concatenate([shot(1, 26, size=(48, 64), soft=5), shot(2, 26, size=(48, 64), soft=5)])
+    write(tmp_path / "videos" / "a.mp4", frames)
+    return tmp_path / "videos"
 
 
-def test_a_table_of_ones_own(tmp_path):
-    """With the columns it has, upstream's floats, a row without a path, a clip that is not there."""
-    write(tmp_path / "a.mp4", shot(1, 60, pan=2, soft=6))
-    (tmp_path / "t.csv").write_text("path,aes,num_frames,error\na.mp4,6,60.0,\nb.mp4,6,,\n,,,broken\ngone.mp4,7,9,\n")
-    status, said, error = run("filter", tmp_path / "t.csv")
-    assert status == 0 and "?: broken" in said and "there is no" not in error, error
-    assert run("report", tmp_path / "t.csv")[0] == 0
-    words = "".join(Page((tmp_path / "report.html").read_text("utf-8")).text)
-    assert "3 of 4 clips kept" in words and "hours" not in words and "b.mp4: its num_frames is ''" in words
-    status, said, error = run("checks", tmp_path / "t.csv")
-    assert status == 0 and "checks: 2 clips could not be read, such as" in said, said + error
-    assert [bool(row["error"]) for row in rows_of(tmp_path / "t.csv")] == [False, True, True, True]
+def test_a_full_disk_ends_the_run_and_the_next_one_completes_it(two_shots, tmp_path, run_script, monkeypatch):
+    """The disk is full when the second clip is to get its name."""
+    rename = os.replace
+
+    def rename_until_full(source, target, **options):
+        if str(target).endswith("000026-000052.mp4"):
+            raise OSError(errno.ENOSPC, "No space left on device", str(target))
+        rename(source, target, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", rename_until_full)
+        ended = run_script("curate", "run", two_shots, "--out", tmp_path / "out", *CURATE)
+    assert ended.status == 2 and "No space left" in ended.err and "Traceback" not in ended.err
+    clip, = clip_times(tmp_path / "out")
+    assert clip.name == "000000-000026.mp4" and not (tmp_path / "out" / "meta.csv").exists()
+    assert run_script("curate", "run", two_shots, "--out", tmp_path / "out", *CURATE).status == 0
+    rows = read_rows(tmp_path / "out" / "meta.csv")
+    assert [len(read_all(tmp_path / "out" / row["path"])) for row in rows] == [26, 26]
 
 
-def test_clips_that_a_dry_run_has_not_written_are_told(tmp_path):
-    Image.fromarray(shot(1, 1, soft=6)[0]).save(tmp_path / "a.png")
-    assert run("run", tmp_path, "--out", tmp_path / "out", "--dry-run")[0] == 0
-    assert "a.png - after --dry-run, run without it" in run("filter", tmp_path / "out")[2]
+def test_other_limits_of_length_cut_the_videos_again(two_shots, tmp_path, run_script):
+    ended = run_script("curate", "run", two_shots, "--out", tmp_path / "out", "--min-seconds=1.2", "--workers=1")
+    assert ended.status == 2 and "no clip is kept" in ended.err
+    assert run_script("curate", "run", two_shots, "--out", tmp_path / "out", *CURATE).status == 0
+    assert len(read_rows(tmp_path / "out" / "meta.csv")) == 2
 
 
+def test_a_file_that_failed_is_tried_again_by_the_next_run(two_shots, tmp_path, run_script, monkeypatch):
+    """A disk of another machine does not answer for a moment."""
+    save_image(two_shots / "b.png", 3)
+    open_video = av.open
+
+    def fail(path, *args, **options):
+        if str(path).endswith("a.mp4"):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return open_video(path, *args, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(av, "open", fail)
+        assert run_script("curate", "run", two_shots, "--out", tmp_path / "out", *CURATE).status == 0
+    failed, = [row for row in read_rows(tmp_path / "out" / "clips.csv") if row["error"]]
+    assert "a.mp4" in failed["error"] and "Input/output error" in failed["error"]
+    assert run_script("curate", "run", two_shots, "--out", tmp_path / "out", *CURATE).status == 0
+    assert len(read_rows(tmp_path / "out" / "meta.csv")) == 3
+
+
+def test_a_file_that_crashes_the_decoder_is_listed_and_the_others_are_done(images, tmp_path, run_script, monkeypatch):
+    """A process that dies does not say which file it was at: two work on five files."""
+    for name in ("c crashes.mp4", "d.mp4"):
+        write(images / name, shot(5, 26, size=(48, 64)))
+    open_video = av.open
+
+    def crash(path, *args, **options):
+        if str(path).endswith("crashes.mp4"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return open_video(path, *args, **options)
+    monkeypatch.setattr(av, "open", crash)
+    ended = run_script("curate", "run", images, "--out", tmp_path / "out", "--min-seconds=1", "--workers=2")
+    assert ended.status == 0
+    rows = {Path(row["source"]).name: row for row in read_rows(tmp_path / "out" / "clips.csv")}
+    assert rows.keys() == {"a.png", "b.png", "c crashes.mp4", "d.mp4"}
+    assert [name for name, row in rows.items() if row["error"]] == ["c crashes.mp4"]
+    assert "c crashes.mp4" in rows["c crashes.mp4"]["error"]
+
+
+def test_a_dry_run_writes_the_table_and_no_clips(images, tmp_path, run_script):
+    assert curate_images(run_script, images, tmp_path / "out", "--dry-run").status == 0
+    assert len(read_rows(tmp_path / "out" / "clips.csv")) == 2 and not (tmp_path / "out" / "clips").exists()
+
+
+@pytest.mark.parametrize("args, named", [
+    (["run", "nowhere", "--out", "out"], "nowhere"),
+    (["run", "empty", "--out", "out"], "empty"),
+    (["run", "images"], "--out"),
+    (["run", "images", "--out", "images"], "--out"),
+    (["run", "images", "--out", "out", "--with", "aesthetics"], "aesthetics"),
+    (["run", "images", "--out", "out", "--captions", "table.csv"], "text"),
+    (["run", "images", "--out", "out", "--captions", "no.csv"], "no.csv"),
+    (["run", "images", "--out", "out", "--max-seconds", "0"], "--max-seconds 0"),
+    (["run", "images", "--out", "out", "--min-seconds", "9", "--max-seconds", "8"], "--min-seconds 9"),
+    (["run", "images", "--out", "out", "--min-height=200"], "no clip is kept"),
+    (["run", "images", "--out", "out", "--config", "configs/no.py"], "configs/no.py"),
+    (["cut", "images"], "--out"),
+    (["filter", "empty"], "clips.csv"),
+    (["report", "empty"], "clips.csv"),
+    (["dedup", "empty"], "clips.csv"),
+    (["filter", "header.csv"], "header.csv"),
+    (["filter", "pathless.csv"], "path"),
+    (["filter", "table.csv", "--min-flow=fast"], "fast"),
+    (["filter", "table.csv", "--min-flow=nan"], "nan"),
+    (["caption", "table.csv"], "num_frames"),
+])
+def test_a_mistake_is_one_line_that_names_what_was_wrong(args, named, images, tmp_path, run_script, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "table.csv").write_text("path,aes\none.png,5\n")
+    (tmp_path / "header.csv").write_text("path,aes\n")
+    (tmp_path / "pathless.csv").write_text("aes,flow\n5,1\n")
+    ended = run_script("curate", *args)
+    assert ended.status == 2 and named in ended.err.splitlines()[-1], ended.err
+    assert "Traceback" not in ended.err
+
+
+# ---- rules ----
+
+ROW = {"path": "a.mp4", "num_frames": "48", "aes": "6", "flow": "10", "match": "25", "text_area": "0", "height": "96",
+       "brightness": "0.5", "sharpness": "500", "error": "", "duplicate_of": ""}
+
+
+def filter_rows(run_script, tmp_path, rows, *flags):
+    """Filters rows; returns their column `dropped` and what was printed."""
+    write_rows(tmp_path / "own.csv", rows)
+    ended = run_script("curate", "filter", tmp_path / "own.csv", *flags)
+    assert ended.status in (0, 2), ended.err
+    return [row["dropped"] for row in read_rows(tmp_path / "own.csv")], ended
+
+
+@pytest.mark.parametrize("flag, column, good, bad", [
+    ("min-aesthetic=5", "aes", "5", "4.99999"),
+    ("min-match=20", "match", "20", "19"),
+    ("max-text-area=0.02", "text_area", "0.02", "0.021"),
+    ("min-flow=0.5", "flow", "0.5", "0.4"),
+    ("max-flow=50", "flow", "50", "50.1"),
+    ("min-brightness=0.03", "brightness", "0.03", "0.02"),
+    ("min-sharpness=20", "sharpness", "20", "19"),
+    ("min-height=96", "height", "96", "95"),
+    ("max-repeats=0.7", "repeats", "0.7", "0.71"),
+    ("max-held=2", "held", "2", "2.1"),
+    ("max-uniform=0.1", "uniform", "0.1", "0.11"),
+    ("max-combs=0.01", "combs", "0.01", "0.02"),
+])
+def test_a_rule_keeps_its_limit_and_drops_what_is_beyond(flag, column, good, bad, tmp_path, run_script):
+    rows = [ROW | {column: good}, ROW | {column: bad}, ROW | {column: ""}, ROW | {column: "nan"}]
+    dropped, _ = filter_rows(run_script, tmp_path, rows, f"--{flag}")
+    name, limit = flag.replace("-", "_").split("=")
+    assert dropped[0] == ""
+    assert all(part in dropped[1] for part in (f"{column} {bad}", f"{name} {limit}"))
+    assert column in dropped[2] and column in dropped[3], "what was not measured is not kept"
+    if not flag.startswith(("max-flow", "min-height")):
+        assert filter_rows(run_script, tmp_path, rows)[0] == dropped, "the flag repeats the default"
+    off, _ = filter_rows(run_script, tmp_path, rows[:2], f"--{flag.split('=')[0]}=none")
+    assert off == ["", ""]
+
+
+def test_rows_are_dropped_for_their_first_fault_and_filtering_twice_changes_nothing(tmp_path, run_script):
+    rows = [ROW,
+            ROW | {"aes": "4.2", "flow": "0.1"},
+            ROW | {"num_frames": "1", "flow": ""},
+            ROW | {"num_frames": "1", "flow": "", "aes": "3"},
+            ROW | {"path": "", "error": "b.mp4: frame 5 is damaged", "aes": "1"},
+            ROW | {"duplicate_of": "b, c.mp4", "aes": "1"},
+            ROW | {"aes": "", "flow": "0.1"}]
+    dropped, ended = filter_rows(run_script, tmp_path, rows)
+    assert ended.status == 0
+    for words, why in zip(["", "aes", "", "aes", "frame 5 is damaged", "b, c.mp4", "aes"], dropped, strict=True):
+        assert words in why and bool(words) == bool(why), why
+    assert [row["path"] for row in read_rows(tmp_path / "own-kept.csv")] == ["a.mp4", "a.mp4"]
+    again, _ = filter_rows(run_script, tmp_path, read_rows(tmp_path / "own.csv"))
+    assert again == dropped
+
+
+def test_the_printed_table_counts_every_clip_once(tmp_path, run_script):
+    rows = [ROW, ROW | {"flow": "0.1", "path": 'b, "c".mp4'}, ROW | {"flow": "0.2", "aes": "1"}, ROW | {"aes": "2"},
+            ROW | {"error": "a.mp4: broken"}]
+    _, ended = filter_rows(run_script, tmp_path, rows)
+    lines = [re.split(r" {2,}", line) for line in ended.out.splitlines()]
+    numbers = {line[0]: line[1:] for line in lines}
+    assert numbers["unreadable"][:2] == ["4", "1"]
+    assert numbers["min_aesthetic 5"][:2] == ["2", "2"]
+    assert numbers["min_flow 0.5"][:3] == ["1", "1", "2"], "1 kept, 1 dropped, 2 without the other rules"
+    assert 'b, "c".mp4' in numbers["min_flow 0.5"][3]
+    assert numbers["max_held 2"] == ["not measured"]
+    assert "5 clips, 1 kept" in ended.out
+
+
+# ---- motion ----
+
+H, W = 180, 320
+Y, X = torch.meshgrid(torch.arange(H) - (H - 1) / 2, torch.arange(W) - (W - 1) / 2, indexing="ij")
+Z = torch.complex(X, Y)             # each pixel's place, from the middle of the frame
+CORNER = math.hypot(H, W) / 2
+RMS = math.hypot(H, W) / math.sqrt(12)
+
+
+def texture(seed, height=720, width=1280):
+    """Returns [h w] in 0..255: noise at all scales, as photographs have it."""
+    generator = torch.Generator().manual_seed(seed)
+    image = torch.zeros(1, 1, height, width)
+    for size in (4, 8, 16, 32, 64, 128):
+        noise = torch.randn(1, 1, height // size + 1, width // size + 1, generator=generator)
+        image += size ** 0.7 * F.interpolate(noise, (height, width), mode="bicubic")
+    return (128 + 45 * (image - image.mean()) / image.std())[0, 0].clamp(0, 255)
+
+
+@pytest.fixture(scope="module")
+def textures():
+    return [texture(seed) for seed in range(3)]
+
+
+def moved(image, shift=0, turn=0):
+    """Returns the frame [H W] of a large image whose content moved by f(z) = shift + turn z."""
+    height, width = image.shape
+    z = (Z - shift) / (1 + turn) * (0.72 * width / W)
+    place = torch.stack((z.real / (width / 2), z.imag / (height / 2)), -1)[None].float()
+    shrunk = F.avg_pool2d(image[None, None], 3, 1, 1)
+    return F.grid_sample(shrunk, place, mode="bicubic", padding_mode="reflection", align_corners=False)[0, 0]
+
+
+def direction(rng):
+    return complex(np.exp(2j * math.pi * rng.random()))
+
+
+def random_move(rng, kind):
+    """Returns (shift, turn) whose largest displacement, at the corners for turn, is 2 to 20 pixels."""
+    pixels = rng.uniform(2, 20)
+    if kind == "translate":
+        return pixels * direction(rng), 0
+    turn = rng.choice([-1, 1]) * pixels / CORNER
+    return 0, complex(turn * 1j if kind == "rotate" else turn)
+
+
+def end_point_errors(images, noise, count):
+    """Returns the mean error of the flow of `count` made pairs, in pixels, over what stays within the frame."""
+    rng = np.random.default_rng(0)
+    generator = torch.Generator().manual_seed(0)
+    errors = []
+    for k in range(count):
+        shift, turn = random_move(rng, ("translate", "rotate", "zoom")[k % 3])
+        pair = torch.stack((moved(images[k % len(images)]), moved(images[k % len(images)], shift, turn)))
+        pair = (pair + noise * torch.randn(pair.shape, generator=generator)).round().clamp(0, 255)
+        field = curate.flow(pair[:1], pair[1:])[0]
+        truth = shift + turn * Z
+        end = Z + truth
+        inside = (end.real.abs() < W / 2 - 0.5) & (end.imag.abs() < H / 2 - 0.5)
+        errors.append((torch.complex(field[0], field[1]) - truth).abs()[inside].mean())
+    return torch.stack(errors)
+
+
+def test_flow_is_known_to_a_third_of_a_pixel(textures):
+    errors = end_point_errors(textures, noise=2, count=6)
+    assert errors.mean() < 0.3 and errors.max() < 0.8, errors
+
+
+def test_flow_ignores_light_and_is_zero_where_nothing_moves(textures):
+    a = moved(textures[1])[None]
+    b = moved(textures[1], 5 - 3j)[None]
+    field = curate.flow(a, b * 0.8 + 30)
+    assert (field.mean((2, 3)) - torch.tensor([[5.0, -3.0]])).abs().max() < 0.4
+    assert curate.flow(a, a).abs().max() < 1e-3 and curate.flow(a * 0, a * 0).abs().max() == 0
+
+
+@pytest.mark.parametrize("height, width", [(32, 35), (179, 317), (176, 144)])
+def test_flow_works_at_any_size_and_each_pair_for_itself(height, width, textures):
+    frame = F.avg_pool2d(textures[0][None], 2)[0]
+    a = frame[:height, :width]
+    b = frame[1:height + 1, 2:width + 2]                # the content moved by (-2, -1)
+    field = curate.flow(torch.stack((a, b)), torch.stack((b, a)))
+    assert field.shape == (2, 2, height, width)
+    for k, sign in enumerate((-1, 1)):
+        middle = field[k, :, 8:-8, 8:-8].mean((1, 2))
+        assert (middle - sign * torch.tensor([2.0, 1.0])).abs().max() < 0.2, (k, middle)
+    torch.testing.assert_close(field[:1], curate.flow(a[None], b[None]), atol=1e-3, rtol=0)
+
+
+def name_of(a, b, seconds=1 / 12):
+    """Returns the name of the camera's motion from frames a [N h w] to frames b."""
+    return curate.camera(curate.motion(curate.flow(a, b), np.full(len(a), seconds)))["cmotion"]
+
+
+def picture_moves(name, pixels):
+    """Returns (shift, turn) of the picture when the camera moves: the opposite."""
+    return {"pan right": (-pixels, 0), "pan left": (pixels, 0), "tilt down": (-1j * pixels, 0),
+            "tilt up": (1j * pixels, 0), "zoom in": (0, pixels / RMS), "zoom out": (0, -pixels / RMS),
+            "roll": (0, 1j * pixels / RMS), "static": (0, 0)}[name]
+
+
+MOVES = "pan right", "pan left", "tilt down", "tilt up", "zoom in", "zoom out", "roll", "static", "shake"
+
+
+def name_of_a_made_move(rng, images, case, name):
+    """Returns what the code calls the motion of three or four pairs, with noise and a tenth of another motion."""
+    image = images[rng.integers(len(images))]
+    pixels = rng.uniform(0.5, 15)
+    pairs = []
+    for _ in range(4 if name == "shake" else 3):
+        if name == "shake":
+            shift, turn = pixels * direction(rng), 0
+        else:
+            shift, turn = picture_moves(name, pixels)
+        if name != "static":
+            shift = shift + 0.1 * pixels * direction(rng)
+        pairs.append(torch.stack((moved(image), moved(image, complex(shift), complex(turn)))))
+    a, b = torch.stack(pairs, 1)
+    b = b + 1.5 * torch.randn(b.shape, generator=torch.Generator().manual_seed(case))
+    return name_of(a, b)
+
+
+def check_made_moves(images, count, wrong_allowed):
+    rng = np.random.default_rng(0)
+    wrong = []
+    for case in range(count):
+        name = MOVES[case % len(MOVES)]
+        found = name_of_a_made_move(rng, images, case, name)
+        if found != name:
+            wrong.append((name, found))
+    assert len(wrong) <= wrong_allowed, wrong
+
+
+def test_the_camera_of_12_made_moves_is_named(textures):
+    check_made_moves(textures, 12, 0)
+
+
+@pytest.mark.slow
+def test_the_camera_of_100_made_moves_is_named(textures):
+    check_made_moves(textures, 100, 3)
+    errors = end_point_errors(textures, noise=2, count=48)
+    assert errors.mean() < 0.3 and errors.max() < 1, errors
+
+
+def a_person_walks(background, step, camera_step, frames=4):
+    """Returns [frames H W]: a head and a body in front of the background, `step` pixels a frame to the right."""
+    cloth = F.avg_pool2d(texture(9)[None], 2)[0, :H, :W] * 0.7 + 60
+    shown = []
+    for k in range(frames):
+        x = X - (-60 + k * step)
+        body = 1 - (x / 32) ** 2 - ((Y - 40) / 70) ** 2
+        head = 1 - (x / 16) ** 2 - ((Y + 45) / 20) ** 2
+        mask = torch.sigmoid(12 * torch.maximum(body, head))
+        shown.append(moved(background, -camera_step * k) * (1 - mask) + mask * cloth.roll(round(k * step), 1))
+    shown = torch.stack(shown)
+    return shown + 1.5 * torch.randn(shown.shape, generator=torch.Generator().manual_seed(0))
+
+
+def test_a_walking_person_is_no_pan_and_a_camera_that_follows_is(textures):
+    for background in (textures[1], 0.1 * textures[2] + 100):      # the second is a plain wall
+        stands = a_person_walks(background, 6, 0)
+        assert name_of(stands[:-1], stands[1:]) == "static"
+    follows = a_person_walks(textures[1], 6, 6)
+    assert name_of(follows[:-1], follows[1:]) == "pan right"
+
+
+def test_directions_that_take_turns_get_no_name_or_shake():
+    """These pairs have the same flow everywhere: only the order of the pairs matters."""
+    def name(*rights):
+        field = torch.zeros(len(rights), 2, 45, 80)
+        field[:, 0] = -torch.tensor(rights)[:, None, None]
+        return curate.camera(curate.motion(field, np.full(len(rights), 0.1)))["cmotion"]
+    assert name(3.0, 3, 3, 3, -30) == "pan right", "one pair across a flash does not count"
+    assert name(3.0, 3, 3, 3, -3, -3, -3, -3) == ""
+    assert name(3.0, -3, 3, -3, 3, -3, 3, -3) == "shake"
+    assert name(0.01, 0.01, 0.01) == "static"
+
+
+def test_sharpness_falls_with_blur(textures):
+    frame = moved(textures[1])[None, None]
+    values = [curate.looks(F.avg_pool2d(frame, size, 1)[:, 0])[0, 2].item() for size in (1, 3, 5, 9)]
+    assert values == sorted(values, reverse=True) and values[0] > 5 * values[3], values
+
+
+def test_a_picture_that_is_held_is_told_from_one_in_which_a_mouth_opens(textures):
+    film = torch.stack([moved(textures[1], 2 * k) for k in (0, 0, 1, 1, 1, 2)])
+    film[3, 60:70, 60:70] += 10
+    film = film + torch.randn(film.shape, generator=torch.Generator().manual_seed(0))
+    assert curate.repeats(film).tolist() == [True, False, False, False, False]
+
+
+# ---- duplicates ----
+
+def scene(seed, num_frames=3, height=90, width=160):
+    """Returns uint8 [T H W 3] of coloured patches that drift down."""
+    grid = np.random.default_rng(seed).integers(0, 256, (num_frames + 12, 20, 3), np.uint8)
+    frames = [Image.fromarray(grid[t:t + 12]).resize((width, height), Image.Resampling.BICUBIC)
+              for t in range(num_frames)]
+    return np.stack([np.array(frame) for frame in frames])
+
+
+def h264(frames, crf, scale=1.0):
+    """Returns frames as they are after encoding and decoding."""
+    height, width = (int(side * scale) // 2 * 2 for side in frames.shape[1:3])
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as out:
+        stream = out.add_stream("libx264", rate=24, options={"crf": str(crf)})
+        stream.height = height
+        stream.width = width
+        stream.pix_fmt = "yuv420p"
+        for frame in frames:
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), "rgb24")
+            out.mux(stream.encode(picture.reformat(width, height)))
+        out.mux(stream.encode())
+    file.seek(0)
+    with av.open(file) as video:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)])
+
+
+def hash_of(frames):
+    """Returns the perceptual hash of a clip."""
+    return curate.joint_hash([curate.perceptual_hash(frame) for frame in curate.grey(frames)])
+
+
+def brighter(frames):
+    return np.clip(frames * 1.1, 0, 255).astype(np.uint8)
+
+
+def cropped(frames, share):
+    height, width = frames.shape[1:3]
+    top = round(height * share / 2)
+    left = round(width * share / 2)
+    return frames[:, top:height - top, left:width - left]
+
+
+def find_hash_duplicates(clips):
+    """Returns the index of the earlier clip that each clip repeats, or -1."""
+    vectors = curate.hash_vectors([hash_of(frames) for frames in clips])
+    return curate.duplicates(vectors, curate.HASH_ALIKE, range(len(clips))).tolist()
+
+
+def test_copies_are_found_by_their_hash_and_other_pictures_are_not():
+    for seed in (0, 1):
+        one = scene(seed)
+        copies = [h264(one, 28), h264(one, 23, 0.5), brighter(one), cropped(one, 0.02)]
+        others = [scene(seed + 100), one[:, :, ::-1]]
+        assert find_hash_duplicates([one, *copies, *others]) == [-1, 0, 0, 0, 0, -1, -1]
+
+
+def test_flat_clips_are_like_nothing_not_even_each_other():
+    rng = np.random.default_rng(0)
+
+    def noisy(level):
+        return np.clip(rng.normal(level, 5, (3, 90, 160, 3)), 0, 255).astype(np.uint8)
+    black = np.zeros((3, 90, 160, 3), np.uint8)
+    flat = [black, black, noisy(0), noisy(0), noisy(255)]
+    from_black = [np.concatenate([flat[0][:1], scene(seed)[1:]]) for seed in range(3)]
+    clips = [*from_black, *flat, h264(from_black[0], 28)]
+    assert find_hash_duplicates(clips) == [-1] * 8 + [0]
+
+
+@pytest.mark.parametrize("block, wide", [(4096, 65536), (7, 5)])
+def test_duplicates_are_those_of_a_plain_loop(block, wide):
+    rng = np.random.default_rng(block)
+    x = rng.standard_normal((40, 12))[rng.integers(0, 40, 200)] + 0.25 * rng.standard_normal((200, 12))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+    order = rng.permutation(200)
+    kept = []
+    expected = [-1] * 200
+    for i in order:
+        expected[i] = next((j for j in kept if x[i] @ x[j] >= 0.9), -1)
+        if expected[i] < 0:
+            kept.append(i)
+    assert curate.duplicates(x, 0.9, order, block=block, wide=wide).tolist() == expected
+    assert 20 < len(kept) < 180
+
+
+def test_a_chain_of_small_changes_does_not_become_one_clip():
+    angles = np.radians(np.arange(0, 90, 10))
+    x = np.stack([np.cos(angles), np.sin(angles)], 1).astype(np.float32)
+    limit = np.cos(np.radians(12))
+    assert curate.duplicates(x, limit, range(9)).tolist() == [-1, 0, -1, 2, -1, 4, -1, 6, -1]
+    assert curate.duplicates(x, limit, [1, 0, 2, *range(3, 9)]).tolist()[:3] == [1, -1, 1], "the best stays"
+
+
+@pytest.mark.parametrize("better", [{"text": "a dog"}, {"height": "96"}, {"num_frames": "60"}, {"flow": "10"}],
+                         ids=lambda change: next(iter(change)))
+def test_of_two_copies_the_captioned_larger_longer_or_allowed_one_is_kept(better, tmp_path, run_script):
+    row = {"path": "a.mp4", "text": "", "num_frames": "48", "height": "48", "flow": "0.1", "phash": hash_of(scene(0))}
+    rows = [row, row | {"path": "b.mp4"} | better, row | {"path": "c.mp4", "phash": hash_of(scene(1))},
+            row | {"path": "d.mp4", "phash": ""}]
+    write_rows(tmp_path / "own.csv", rows)
+    flags = [] if "flow" in better else ["--min-flow=none"]
+    assert run_script("curate", "dedup", tmp_path / "own.csv", *flags).status == 0
+    assert [row["duplicate_of"] for row in read_rows(tmp_path / "own.csv")] == ["b.mp4", "", "", ""]
+
+
+def test_copies_are_also_found_by_the_features_of_clip(tmp_path, run_script):
+    x = np.random.default_rng(0).standard_normal((3, 8))
+    x = (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float16)
+    texts = [base64.b64encode(vector.tobytes()).decode() for vector in x]
+    rows = [{"path": f"{i}.mp4", "features": text} for i, text in enumerate([texts[0], "", texts[1], "", texts[0]])]
+    write_rows(tmp_path / "own.csv", rows)
+    assert run_script("curate", "dedup", tmp_path / "own.csv").status == 0
+    assert [row["duplicate_of"] for row in read_rows(tmp_path / "own.csv")] == ["", "", "", "", "0.mp4"]
+
+
+# ---- slow: processes that are killed, training on the result ----
+
+def start(*args, rank=0, world=1):
+    """Starts curate.py as one of `world` ranks."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": str(world)}
+    return subprocess.Popen([sys.executable, "curate.py", *map(str, args)], cwd=ROOT, env=environment, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.mark.slow
+def test_two_ranks_that_are_killed_make_what_one_undisturbed_rank_makes(curated, videos):
+    """Both are killed three times, with their workers left behind, and then end by themselves."""
+    out = videos.parent / "sh2"             # as long as the other folder's name: paths count from it
+    command = ["run", videos, "--out", out, f"--captions={videos.parent / 'captions.csv'}", *CURATE]
+    for num_clips in (1, 6, 11):
+        processes = [start(*command, rank=rank, world=2) for rank in (0, 1)]
+        while len(clip_times(out)) < num_clips:
+            assert processes[0].poll() is None      # the other rank may be through with its files
+            time.sleep(0.02)
+        for process in processes:
+            process.kill()
+            process.communicate()
+        known = clip_times(out)
+    processes = [start(*command, rank=rank, world=2) for rank in (0, 1)]
+    printed = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], printed
+    assert written(out) == written(curated.folder)
+    finished = clip_times(out)
+    assert any(finished.get(path) == modified for path, modified in known.items()), "what was done is not done again"
+
+
+@pytest.mark.slow
 def test_a_second_ctrl_c_shows_no_traceback(tmp_path):
-    write(tmp_path / "a.mp4", shot(1, 600, pan=2, soft=6))
-    process = run("run", tmp_path, "--out", tmp_path / "out", wait=False)
-    while "0/1" not in process.stderr.readline():  # the bar
+    write(tmp_path / "a.mp4", shot(1, 600, pan=2))
+    process = start("run", tmp_path, "--out", tmp_path / "out")
+    while "0/1" not in process.stderr.readline():       # the progress bar
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     lines = iter(process.stderr.readline, "")
-    assert any("stopped; the same command goes on" in line for line in lines)
+    assert any("stopped" in line for line in lines)
     process.send_signal(signal.SIGINT)
     assert "Traceback" not in process.stderr.read() and process.wait(60) in (130, -signal.SIGINT)
 
 
-def test_a_network_that_cannot_be_had_leaves_the_rest(videos, curated, tmp_path):
-    status, said, error = run("run", videos / "sub", "--out", tmp_path, "--with", "ocr", "--ocr-model", "nowhere")
-    assert status == 0 and "ocr is not done: AutoModelForObjectDetection 'nowhere' is neither a folder" in error
-    assert "1 clips" in said and "Traceback" not in error
+@pytest.mark.slow
+def test_a_training_run_reads_what_was_curated(curated, tmp_path, run_script):
+    ended = run_script("train", "configs/tiny.py", f"--data={curated.folder / 'meta.csv'}", "--steps=2",
+                       "--buckets={'32': {1: (1.0, 1), 8: (1.0, 2)}}", "--prompts=()", f"--cache={tmp_path}/cache",
+                       f"--out={tmp_path}/run")
+    assert ended.status == 0, ended.err
+    assert (tmp_path / "run" / "log.jsonl").read_text()
 
 
-def test_ranks_that_are_killed_make_what_one_makes(curated, videos):
-    """Two ranks, killed three times each with all their workers left behind, then let to their end."""
-    out, rng = videos.parent / "sh2", np.random.default_rng(0)  # a name as long as the other's: paths count from it
-    known = {}
-    for seconds in rng.uniform(4, 9, 3):
-        processes = [run("run", videos, "--out", out, rank=rank, world=2, wait=False) for rank in (0, 1)]
-        time.sleep(seconds)
-        for process in processes:
-            process.kill()
-            process.communicate()
-        assert done(out).items() >= known.items(), "nothing is done twice"
-        known = done(out)
-    processes = [run("run", videos, "--out", out, rank=rank, world=2, wait=False) for rank in (0, 1)]
-    said = [process.communicate(timeout=300) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], said
-    assert written(out) == written(curated[0])
-    assert done(out).items() >= known.items() and len(done(out)) == 7, "nothing is done twice"
+# ---- slow: real clips ----
+
+def hits(name, found, times):
+    """Returns (transitions found, others found).
+
+    found: first frames of transitions.  A cut counts within one frame, a dissolve anywhere within it."""
+    seconds = times - times[0]
+    spans = [(cut, cut) for cut in CUTS[name]] + DISSOLVES.get(name, [])
+    hit = 0
+    for start, end in spans:
+        first = int(np.abs(seconds - start).argmin()) - 1
+        last = int(np.abs(seconds - end).argmin()) + 1
+        hit += any(first <= frame <= last for frame in found)
+    return hit, len(found) - hit
 
 
-def fragile(row, options):
-    if row["path"].endswith("kills"):
-        os.kill(os.getpid(), 9)
-    if row["path"].endswith("fails"):
-        raise UnreadableClip("fails")
-    return row["path"]
+def cuts_of_file(path):
+    """Returns (transitions, seconds [T]) of a file."""
+    cuts = curate.Cuts()
+    times = []
+    for seconds, frames, _ in curate.small_frames(path):
+        cuts.add(frames)
+        times.append(seconds)
+    return cuts.end(), np.concatenate(times)
 
 
-def test_an_item_that_kills_its_process_is_told():
-    rows = [{"path": name} for name in ("a", "b", "kills", "c", "fails", "d", "e kills", "f")]
-    options = SimpleNamespace(workers=2, folder=Path("/x"))
-    found = {row["path"]: (data, error) for row, data, error in curate.in_parallel(fragile, rows, options, 4)}
-    assert found.keys() == {row["path"] for row in rows}
-    assert found.pop("fails") == (None, "fails")
-    assert all("ended its process" in found.pop(name)[1] for name in ("kills", "e kills"))
-    assert all(data == f"/x/{name}" and not error for name, (data, error) in found.items())
+@footage
+def test_the_labelled_cuts_of_real_clips_are_found():
+    true = hit = extra = 0
+    for name in CUTS:
+        transitions, times = cuts_of_file(Path(CLIPS, name))
+        if "titles" in name:
+            fade, *transitions = transitions
+            assert fade[0] < 12 and 45 <= fade[1] <= 56, "it opens from black"
+        right, wrong = hits(name, [first for first, _ in transitions], times)
+        assert wrong == 0 or CUTS[name], f"{name} is one shot, got {transitions}"
+        true += len(CUTS[name]) + len(DISSOLVES.get(name, []))
+        hit += right
+        extra += wrong
+    assert 2 * hit / (true + hit + extra) >= 0.95, f"{hit} of {true} found, {extra} extra"
 
 
-def test_a_spawned_process_that_is_killed_is_told(monkeypatch):
-    """As on Windows and macOS: what the process runs is pickled."""
-    pool = partial(curate.ProcessPoolExecutor, mp_context=multiprocessing.get_context("spawn"))
-    monkeypatch.setattr(curate, "ProcessPoolExecutor", pool)
-    options = SimpleNamespace(workers=1, folder=Path("/x"))
-    (_, a, error), (_, _, killed) = curate.in_parallel(fragile, [{"path": "a"}, {"path": "kills"}], options, 1)
-    assert (a, error) == ("/x/a", "") and "ended its process" in killed
+@footage
+def test_real_files_are_listed_with_their_size_length_and_rate():
+    paths = {path.name: path for path in curate.find_files(CLIPS)[0]}
+    for name in ("corrupt_empty.mp4", "corrupt_truncated_no_moov.mp4"):
+        with pytest.raises(ValueError, match=name):
+            curate.probe(paths.pop(name))
+    with pytest.raises(ValueError, match="frame 55 is damaged"):
+        cuts_of_file(paths.pop("corrupt_truncated_midgop.mpg"))
+    expected = {"city_cc0_720x405_mpeg2.mpg": (190, 405, 720), "caminandes_title_text_960x540.mp4": (95, 540, 960)}
+    for name, path in paths.items():
+        row = curate.probe(path)
+        assert row["num_frames"] == sum(1 for _ in curate.decoded(path)), name
+        assert name not in expected or (row["num_frames"], row["height"], row["width"]) == expected[name]
+        if name.startswith("derived_bbb_vfr"):
+            assert abs(row["fps"] - 214 / 14.917) < 0.01
 
 
-def test_half_a_result_is_none(tmp_path):
-    options = SimpleNamespace(folder=tmp_path, min_seconds=2, max_seconds=16, dry_run=False)
-    first, row = curate.Results("cut", options), {"source": "a", "bytes": 1, "modified": 2}
-    first.add(row, {"columns": {"clips": []}})
-    first.add(row | {"source": "b"}, {"error": "b: broken"})
-    second, file = curate.Results("cut", options), first.file(row | {"source": "b"})
-    assert second.get(row | {"source": "b"}) == {"error": "b: broken"}
-    file.write_bytes(file.read_bytes()[:-3])
-    assert second.get(row)["columns"] == {"clips": []} and second.get(row | {"source": "b"}) == {}
-    second.add(row | {"source": "b"}, {"columns": {}})
-    assert first.get(row | {"source": "b"}) == {"columns": {}}
-    options.min_seconds = 3
-    assert curate.Results("cut", options).get(row) == {} == second.get(row | {"bytes": 7}), "another setting, file"
+def quarter_luma(path):
+    """Returns float32 [T h w] of all frames, at a quarter of the points."""
+    return [frame.reformat(format="gray").to_ndarray()[::2, ::2].astype(np.float32)
+            for _, frame, _ in curate.decoded(path)]
 
 
-def test_a_training_run_on_what_was_curated(curated, tmp_path):
-    command = [sys.executable, "train.py", "configs/tiny.py", f"--data={curated[0] / 'meta.csv'}", "--steps=2",
-               "--buckets={'32': {1: (1.0, 1), 8: (1.0, 2)}}", "--prompts=()", f"--cache={tmp_path}/cache",
-               f"--out={tmp_path}/run"]
-    run = subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
-    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) >= 1
+@footage
+@pytest.mark.parametrize("name", ["city_cc0_720x405_mpeg2.mpg", "derived_bbb_vfr_640x360.mp4",
+                                  "derived_city_portrait_228x405_yuv444.mp4"])
+def test_clips_of_real_files_are_their_frames(name, tmp_path):
+    path = Path(CLIPS, name)
+    transitions, times = cuts_of_file(path)
+    clips, _ = curate.split(transitions, times)
+    wanted = [(start, end, tmp_path / f"{start:06d}.mp4", None) for start, end in clips]
+    rows = list(curate.write_clips(path, wanted, times))
+    source = quarter_luma(path)
+    for (start, end, out, _), row in zip(wanted, rows, strict=True):
+        clip = quarter_luma(out)
+        assert row["num_frames"] == end - start == len(clip)
+        for i in range(0, end - start, 10):
+            difference = {}
+            for k in range(max(0, start + i - 1), min(len(source), start + i + 2)):
+                difference[k] = np.abs(clip[i] - source[k][:clip[i].shape[0], :clip[i].shape[1]]).mean()
+            assert difference[start + i] < 5 and difference[start + i] <= min(difference.values()) + 0.1, (start, i)
+
+
+def real_images():
+    """Returns grey frames [h w] of real clips."""
+    images = []
+    for name, first, count, every in (("bbb_multishot_720p24_audio.mp4", 30, 3, 400),
+                                      ("bbb_action_720p24.mp4", 100, 3, 400),
+                                      ("city_cc0_720x405_mpeg2.mpg", 20, 2, 130)):
+        with av.open(str(Path(CLIPS, name))) as container:
+            chosen = itertools.islice(container.decode(video=0), first, first + (count - 1) * every + 1, every)
+            images += [torch.from_numpy(frame.reformat(format="gray").to_ndarray()).float() for frame in chosen]
+    return images
+
+
+@footage
+def test_flow_and_camera_of_moved_real_pictures():
+    images = real_images()
+    for noise in (0, 2):
+        errors = end_point_errors(images, noise, count=48)
+        assert errors.mean() < 0.3 and errors.max() < 1, errors
+    check_made_moves(images, 100, 5)
+
+
+# Each is a single shot: (file, first frame, last frame).
+SHOTS = [("bbb_multishot_720p24_audio.mp4", 0, 47), ("bbb_multishot_720p24_audio.mp4", 48, 122),
+         ("bbb_multishot_720p24_audio.mp4", 303, 354), ("bbb_multishot_720p24_audio.mp4", 511, 745),
+         ("bbb_multishot_720p24_audio.mp4", 786, 985), ("bbb_action_720p24.mp4", 200, 260),
+         ("city_cc0_720x405_mpeg2.mpg", 0, 115), ("city_cc0_720x405_mpeg2.mpg", 116, 189),
+         ("concert_multicam_176x144_vp9_60s.webm", 1024, 1118), ("concert_multicam_176x144_vp9_60s.webm", 1300, 1368)]
+
+
+@footage
+def test_copies_of_real_shots_are_found_and_no_others():
+    shots = []
+    for name, first, last in SHOTS:
+        frames = [read_window(str(Path(CLIPS, name)), 1, start=t)[0][0].numpy()
+                  for t in (first, (first + last) // 2, last)]
+        shots.append(np.stack(frames))
+    copies = {"crf 35": [h264(x, 35) for x in shots], "half": [h264(x, 28, 0.5) for x in shots],
+              "brighter": [brighter(x) for x in shots], "cropped by 2%": [cropped(x, 0.02) for x in shots]}
+    for name, changed in copies.items():
+        found = find_hash_duplicates(shots + changed)
+        assert found[:len(shots)] == [-1] * len(shots), "shots of one film are different"
+        right = sum(index == i for i, index in enumerate(found[len(shots):]))
+        assert right >= len(shots) - 1, name
+        assert all(index in (i, -1) for i, index in enumerate(found[len(shots):])), "no shot is a copy of another"
