@@ -722,8 +722,9 @@ def write_clip(out, frames, times, box=None) -> dict:
                 small = graph.pull()
                 if not count:
                     stream.width, stream.height, stream.pix_fmt = small.width, small.height, "yuv420p"
-                    for tag in ("colorspace", "color_range"):
-                        setattr(stream.codec_context, tag, int(getattr(small, tag)))
+                    stream.codec_context.color_range = int(small.color_range)
+                    if "rgb" not in frame.format.name and "gbr" not in frame.format.name:
+                        stream.codec_context.colorspace = int(frame.colorspace)     # the filter does not pass it on
                 small.pts = count if rate else round((seconds - times[0]) * 90000)
                 small.time_base = stream.codec_context.time_base
                 small.pict_type = PictureType.NONE  # else x264 makes a key frame wherever the source had one

@@ -489,7 +489,6 @@ def test_a_variable_frame_rate_keeps_its_times(curated):
     assert float(row["fps"]) == pytest.approx(29 / expected[-1], abs=0.01)
 
 
-@pytest.mark.xfail(strict=True, reason="the filter of write_clip loses the colour matrix of a tagged source")
 def test_a_clip_names_the_colour_matrix_of_its_source(curated):
     row, = curated.clips_of("pillars.mp4")
     with av.open(str(curated.folder / row["path"])) as container:
