@@ -59,8 +59,9 @@ from einops import rearrange, reduce
 from PIL import Image
 from tqdm import tqdm
 
-from data import (COLUMNS, IMAGES, SCORES, Parser, UnreadableClip, assign, bucket_table, displayed, end_with_parent,
-                  one_line_errors, opened, read_image, read_meta, read_number, read_window, whole)
+from data import (COLUMNS, IMAGES, SCORES, UnreadableClip, assign, atomic_write, bucket_table, displayed_width,
+                  end_with_parent, one_line_errors, opened, orientation, read_csv, read_image, read_meta, read_number,
+                  read_window)
 from vae import from_pretrained  # before transformers, which it tells that our kernels.py is not the package
 
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
@@ -106,7 +107,7 @@ def probe(path) -> dict:
         return columns | {"kind": "image", "num_frames": 1, "fps": "", "height": height, "width": width, "rotation": 0,
                           "seconds": 0.0, "codec": Path(path).suffix[1:].lower()}
     packets, times = [], set()
-    with opened(path, packets) as stream:
+    with opened(path) as stream:
         expected = len(stream.index_entries) if "mp4" in stream.container.format.name else 0  # by its header
         for packet in stream.container.demux(stream):
             if packet.size:
@@ -117,8 +118,9 @@ def probe(path) -> dict:
             raise UnreadableClip(f"{path}: is cut off, has {len(packets)} of {expected} frames")
     frames = decoded(path)  # opened anew, at its begin; held: without it the container closes, and its stream crashes
     _, frame, stream = next(frames)
-    width, turns = displayed(path, frame, stream)
-    height, width = (frame.height, width) if turns % 2 == 0 else (width, frame.height)
+    width, (transposed, down, right) = displayed_width(path, frame, stream), orientation(frame)
+    height, width = (width, frame.height) if transposed else (frame.height, width)
+    turns = {(False, 1, 1): 0, (True, -1, 1): 1, (False, -1, -1): 2, (True, 1, -1): 3}.get((transposed, down, right), 0)
     rate = constant_rate(np.array(sorted(map(float, times))), stream.guessed_rate)
     seconds = float(max(times) - min(times)) if times else 0.0
     fps = float(rate or max(1, len(times) - 1) / max(seconds, 0.001))
@@ -151,7 +153,7 @@ def decoded(path, fast=False):
     A frame that is damaged, or is due before the one in front of it, ends it with UnreadableClip.
     """
     times, seconds = [], 0.0
-    with opened(path, times) as stream:
+    with opened(path) as stream:
         if fast:
             stream.codec_context.options |= {"skip_loop_filter": "all"}
         gap = float(1 / (stream.guessed_rate or 24))
@@ -181,14 +183,15 @@ def small_frames(path, side=320, chunk=24):
     shrink, recolor, frames, times, size = VideoReformatter(), VideoReformatter(), [], [], None
     for seconds, frame, stream in decoded(path, fast=True):
         if size is None:
-            width, turns = displayed(path, frame, stream)
+            width, (transposed, down, right) = displayed_width(path, frame, stream), orientation(frame)
             scale = min(1, side / max(width, frame.height))
             size = [max(1, round(scale * n)) for n in (width, frame.height)]
         if not frames:
             rows = shrink.reformat(frame, min(side, frame.width), frame.height, "gray", interpolation="AREA", threads=1)
             rows = rows.to_ndarray()[None]
         small = shrink.reformat(frame, *size, "yuv420p", interpolation="AREA", threads=1)  # in one step: twice the time
-        frames.append(np.rot90(recolor.reformat(small, format="rgb24", threads=1).to_ndarray(), turns))
+        picture = recolor.reformat(small, format="rgb24", threads=1).to_ndarray()
+        frames.append((picture.transpose(1, 0, 2) if transposed else picture)[::down, ::right])
         times.append(seconds)
         if len(frames) == chunk:
             yield np.array(times), np.stack(frames), rows
@@ -742,12 +745,13 @@ def write_clip(out, frames, times, box=None) -> dict:
 
 def as_displayed(path, frame, source, box=None) -> av.filter.Graph:
     """A filter to 4:2:0 with square pixels, turned, cut to box, its short side at most MAX_SIDE, both sides even."""
-    width, turns = displayed(path, frame, source)
-    box = box or (0, 0, *((width, frame.height) if turns % 2 else (frame.height, width)))
+    width, (transposed, down, right) = displayed_width(path, frame, source), orientation(frame)
+    box = box or (0, 0, *((width, frame.height) if transposed else (frame.height, width)))
     scale = min(1, MAX_SIDE / min(box[2:]))
     size = [round(n * scale) for n in (width, frame.height)]
     top, left, height, width = (round(n * scale) for n in box)
-    turn = [("transpose", "cclock")] * (turns % 2) + [("hflip", None), ("vflip", None)] * (turns > 1)
+    turn = [("transpose", "cclock_flip")] * transposed + [("vflip", None)] * (down < 0)
+    turn += [("hflip", None)] * (right < 0)
     steps = [("scale", "{}:{}:flags=area".format(*size)), *turn, ("format", "yuv420p"),
              ("crop", f"{width // 2 * 2}:{height // 2 * 2}:{left}:{top}:exact=1"), ("setsar", "1")]
     graph = av.filter.Graph()
@@ -1082,7 +1086,7 @@ def cut_file(row: dict, options) -> dict:
         rows.append(clip | {"path": name.as_posix(), "height": box[2], "width": box[3], "fps": file["fps"]})
     if still and not options.dry_run:
         (options.folder / place).parent.mkdir(parents=True, exist_ok=True)
-        with whole(options.folder / place) as part:
+        with atomic_write(options.folder / place) as part:
             shutil.copyfile(path, part)
     elif not options.dry_run:
         for clip, own in zip(rows, write_clips(path, wanted, m.times)):
@@ -1249,12 +1253,8 @@ def read_table(path, needed=("path",)):
     """Yields the rows of a csv."""
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such table - `python curate.py run VIDEOS --out DIR` makes one")
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        reader = csv.DictReader(f, restval="")
-        header = reader.fieldnames or ()
-        if missing := [name for name in needed if name not in header]:
-            raise ValueError(f"{path}: has columns {','.join(header) or 'none'}, expected also {','.join(missing)}")
-        yield from reader
+    for _, row in read_csv(path, needed):
+        yield row
 
 
 def header_of(table, needed=("path",)) -> list[str]:
@@ -1266,7 +1266,7 @@ def header_of(table, needed=("path",)) -> list[str]:
 def write_table(path: Path, rows, columns):
     """`columns` in the order of TABLE, then others."""
     columns = [name for name in TABLE if name in columns] + [name for name in columns if name not in TABLE]
-    with whole(path) as part, open(part, "w", newline="", encoding="utf-8") as f:
+    with atomic_write(path) as part, open(part, "w", newline="", encoding="utf-8") as f:
         writer = csv.DictWriter(f, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
@@ -1562,7 +1562,7 @@ def write_report(rows, rules, path: Path, frames_of):
     chosen = {rule: picks(column, rule) for rule, column in values.items() if np.isfinite(column).any()}
     wanted = {i for titles in chosen.values() for found in titles.values() for i in found}
     shown = {i: figure(row, verdict(row, rules), frames_of) for i, row in enumerate(rows()) if i in wanted}
-    with whole(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
+    with atomic_write(path) as part, open(part, "w", encoding="utf-8", errors="backslashreplace") as f:
         f.write(f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Clips</title><style>{STYLE}</style>'
                 f"</head><body><h1>{tally.kept:,} of {tally.total:,} clips kept"
                 f"{f', {hours:,.2f} hours' if hours else ''}</h1>"
@@ -1645,7 +1645,8 @@ def add_columns(options):
 
 
 def parse_args(argv=None):
-    parser = Parser(usage="python curate.py COMMAND WHAT [--flag=value ...]", description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, usage="python curate.py COMMAND WHAT [--flag=value ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("command", choices=("run", *STEPS, "dedup", "filter", "report"))
     parser.add_argument("what", help="a folder of videos (run, cut), or the DIR or table that they made")
     making = parser.add_argument_group("run and cut")

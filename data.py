@@ -1,47 +1,44 @@
-"""From meta.csv to batches: the index, buckets, the sampler, decoding, reading ahead; writing video.
+"""From meta.csv to batches: rows, buckets, the sampler, decoding, reading ahead; last, writing video.
 
-    python data.py meta.csv configs/stage1.py              prints which clips train in which bucket, and why others not
+    python data.py meta.csv configs/stage1.py       prints which clips train in which bucket, and why others do not
 
-in    meta.csv with columns path,text,num_frames,height,width,fps and the files it names (mp4, mov, webm, png, jpg ...)
-out   per step a dict: video uint8 [B T H W 3], text, and height, width, num_frames, fps, ar [B] as the network is told
+In    meta.csv with the columns path,text,num_frames,height,width,fps, and the files that it names (mp4, png, ...).
+Out   for each step a dict: video uint8 [B T H W 3], text, and the conditioning values height, width, num_frames, fps
+      and ar [B].
 
-In an epoch a clip belongs to at most one bucket (resolution, frames, aspect ratio); a global batch is drawn from one.
-Clips, windows and, by slot_generator, noise, t and masks are pure functions of seed and step.  Sizes and the bucket
-rule are those of Open-Sora 1.1 (arXiv 2412.20404).
+Sizes and the bucket rule are those of Open-Sora 1.1 (arXiv 2412.20404).  In an epoch a clip belongs to at most one
+bucket (resolution, frames, aspect ratio), and a global batch is drawn from one bucket.  Which clips, windows, noises
+and masks a step sees is a pure function of (seed, step, slot of the global batch), whatever the number of ranks, of
+reading processes or of restarts.
 """
-import os
-import signal
-if __name__ in ("__main__", "__mp_main__"):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
 import argparse
 import csv
-import difflib
 import glob
 import hashlib
-import itertools
 import math
 import multiprocessing
-import re
+import os
 import shutil
+import signal
 import struct
 import sys
 import tempfile
 import threading
 import time
-import uuid
 import zlib
+from array import array
 from bisect import bisect_right
 from collections import Counter, defaultdict, deque
-from contextlib import contextmanager, suppress
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import contextmanager
+from enum import IntEnum
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
 import av
-import av.subtitles.stream  # noqa: F401    writing video would import it in its midst: a module of Cython swallows a
-import numpy as np             # Ctrl-C that comes while it is imported
+import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
@@ -50,7 +47,8 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 
-# ---- sizes: a resolution is a number of pixels and, for each aspect ratio height / width, a size of about as many ----
+# ---------------------------------------------------------------- sizes
+# A resolution is a number of pixels and, for each aspect ratio height / width, a size of about as many pixels.
 
 # Open-Sora 1.1's sizes, height x width; those of "256" are PixArt-alpha's.  Some are off their ratio by a few pixels.
 WIDE = """
@@ -80,216 +78,276 @@ SQUARE = """
 """
 
 
-def aspect_tables() -> dict[str, dict[str, tuple[int, int]]]:
-    """resolution -> ratio -> (height, width).  Of two ratios equally near, the first listed is taken; upstream lists
-    4k's 0.62 before its 0.56."""
-    size = lambda text: tuple(map(int, text.split("x")))
-    (_, *levels), *rows = (line.split() for line in WIDE.strip().splitlines())
-    tables = {level: {row[0]: size(row[i]) for row in rows} for i, level in enumerate(levels, start=1)}
-    tables["4k"] = dict(sorted(tables["4k"].items(), key=lambda item: 0.55 if item[0] == "0.62" else float(item[0])))
-    for level, scale in (("256", 1), ("512", 2), ("1024", 4)):
-        tables[level] = {str(round(h / w, 2)): (scale * h, scale * w) for h, w in map(size, SQUARE.split())}
-    return tables | {"32": {"1.00": (32, 32), "0.67": (32, 48)}}  # "32": assets/shapes.py
+def aspect_tables():
+    """Returns {resolution: {ratio: (height, width)}}, ratios as text in the order in which ties are decided."""
+    header, *rows = [line.split() for line in WIDE.strip().splitlines()]
+    tables = {}
+    for column, resolution in enumerate(header[1:], start=1):
+        tables[resolution] = {row[0]: parse_size(row[column]) for row in rows}
+    # Open-Sora lists 4k's 0.62 before its 0.56, and of two ratios that are equally near it takes the first one.
+    ratios = sorted(tables["4k"], key=lambda ratio: 0.55 if ratio == "0.62" else float(ratio))
+    tables["4k"] = {ratio: tables["4k"][ratio] for ratio in ratios}
+    for resolution, scale in (("256", 1), ("512", 2), ("1024", 4)):
+        tables[resolution] = {}
+        for size in SQUARE.split():
+            height, width = parse_size(size)
+            tables[resolution][str(round(height / width, 2))] = (scale * height, scale * width)
+    tables["32"] = {"1.00": (32, 32), "0.67": (32, 48)}         # assets/shapes.py
+    return tables
+
+
+def parse_size(text):
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
+def num_pixels(table):
+    """Returns the pixels that a resolution stands for: those of its 16:9, or of its square where it has no 16:9."""
+    ratio = next(ratio for ratio in ("0.56", "1.0", "1.00") if ratio in table)
+    height, width = table[ratio]
+    return height * width
 
 
 ASPECT = aspect_tables()
-USUAL = ("0.56", "1.0", "1.00")  # 16:9, or square where there is none: what gives a resolution its number of pixels
-PIXELS = {level: next(math.prod(t[ar]) for ar in USUAL if ar in t) for level, t in ASPECT.items()}
+PIXELS = {resolution: num_pixels(table) for resolution, table in ASPECT.items()}
 
 
 class Bucket(NamedTuple):
     """What the clips of one batch share."""
     resolution: str
     num_frames: int
-    ar: str  # key of ASPECT[resolution]
+    ar: str             # a key of ASPECT[resolution]
 
-    height = property(lambda self: ASPECT[self.resolution][self.ar][0])
-    width = property(lambda self: ASPECT[self.resolution][self.ar][1])
+    @property
+    def height(self):
+        return ASPECT[self.resolution][self.ar][0]
+
+    @property
+    def width(self):
+        return ASPECT[self.resolution][self.ar][1]
 
 
-# ---- meta.csv ----
-
+# ---------------------------------------------------------------- meta.csv
 COLUMNS = ("path", "text", "num_frames", "height", "width", "fps")
-SCORES = ("aes", "flow", "ocr", "match")  # columns that curate.py adds; training reads none of them
-IMAGE_FPS = 120.0  # what the network is told for an image (upstream's IMG_FPS)
-INDEX_VERSION = 2  # to be raised when the same csv is to give other rows
-INDEX_BATCH = 512  # rows made at once: 65,536 take three times as long, their objects leave the processor's cache
-# 40 bytes: the csv's bytes start .. start + size are the row; key, the crc32 of the path as it stands there; repeated,
-# whether an earlier row has the same path.
-ROW = np.dtype([("start", "i8"), ("size", "i4"), ("row", "i4"), ("num_frames", "i4"), ("height", "i4"), ("width", "i4"),
-                ("fps", "f4"), ("key", "u4"), ("file", "u2"), ("repeated", "?")], align=True)
+SCORES = ("aes", "flow", "ocr", "match")    # columns that curate.py adds; training reads none of them
+IMAGE_FPS = 120.0       # the frame rate that the network is conditioned on for an image (Open-Sora's IMG_FPS)
+TABLE_VERSION = 1       # raise it when the same csv files are to give another table
+ROW = np.dtype([
+    ("start", "i8"),        # where the path begins in the blob of texts; the caption follows it
+    ("path_size", "i4"),    # bytes of the path
+    ("text_size", "i4"),    # bytes of the caption
+    ("file", "i4"),         # which of the csv files the row is from
+    ("row", "i4"),          # its number there; the header is row 1, as a spreadsheet counts
+    ("num_frames", "i4"),   # 1 for an image
+    ("height", "i4"),       # pixels, as displayed
+    ("width", "i4"),
+    ("fps", "f4"),
+    ("key", "u4"),          # crc32 of the path as it is written: for draws that must not depend on the row
+    ("repeated", "?"),      # whether an earlier row names the same file
+], align=True)
+
+csv.field_size_limit(2 ** 31 - 1)           # the default refuses captions of over 131,072 characters
 
 
-class Meta:
-    """The rows of one or several meta.csv in their order: an index and the files' own bytes, all memory-mapped.
+class Table:
+    """The rows of one or several meta.csv in their order.  table["height"] is a column [N], by the names of ROW.
 
-    meta[name] is an array [N] of ROW's field of that name; of an image num_frames is 1.
-    Forked workers share it; a pickle holds names only, and a spawned worker maps the same pages.
-    """
-    def __init__(self, files: tuple[str, ...], key: str, rows: np.ndarray):
-        self.files, self.key, self.rows = files, key, rows
-        self.headers = [read_header(file) for file in files]
-        self.contents = [np.memmap(file, mode="r").view(np.ndarray) for file in files]
+    Rows and texts are memory-mapped, so processes share them, and a pickle holds the names of the files only."""
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        return self.rows[name]
+    def __init__(self, files, folder):
+        self.files = files
+        self.folder = folder
+        self.rows = np.load(folder / "rows.npy", mmap_mode="r")
+        self.texts = np.load(folder / "texts.npy", mmap_mode="r")
 
     def __reduce__(self):
-        return read_meta, (self.files, self.key)
+        return Table, (self.files, self.folder)
 
-    def field(self, clip: int, name: str) -> str:
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, name):
+        return self.rows[name]
+
+    @property
+    def key(self):
+        """Names the csv files with their sizes and times."""
+        return self.folder.name
+
+    def path(self, clip):
+        """Returns the path of a clip; a relative one counts from the folder of its csv."""
         row = self.rows[clip]
-        line = self.contents[row["file"]][row["start"]:row["start"] + row["size"]].tobytes().decode()
-        return next(csv.reader([line]))[self.headers[row["file"]].index(name)]
+        path = self.texts[row["start"]:][:row["path_size"]]
+        return str(Path(self.files[row["file"]]).parent / path.tobytes().decode())
 
-    def text(self, clip: int) -> str:
-        return self.field(clip, "text")
+    def text(self, clip):
+        """Returns the caption of a clip."""
+        row = self.rows[clip]
+        text = self.texts[row["start"] + row["path_size"]:][:row["text_size"]]
+        return text.tobytes().decode()
 
-    def path(self, clip: int) -> str:
-        """Counts from the folder of its csv."""
-        return str(Path(self.files[self.rows[clip]["file"]]).parent / self.field(clip, "path"))
-
-    def where(self, clip: int) -> str:
-        """As "meta.csv row 17"; the header is row 1, as a spreadsheet counts."""
-        return f"{self.files[self.rows[clip]['file']]} row {self.rows[clip]['row']}"
+    def where(self, clip):
+        """Returns the place of a clip's row, as "meta.csv row 17"."""
+        row = self.rows[clip]
+        return f"{self.files[row['file']]} row {row['row']}"
 
 
-def read_meta(pattern: str | list[str] | tuple[str, ...], key: str | None = None) -> Meta:
-    """Opens a meta.csv, all files of a glob (sorted), or several of either; each file once.
+def read_meta(pattern):
+    """Returns the Table of a meta.csv, of all files that a glob finds (sorted), or of a list of either, each file once.
 
-    The first time it writes an index beside the first of them, or where the system keeps temporary files; it holds
-    until a file's size or time changes.  key: what the index depended on in the process that pickled this Meta.
-    """
+    Reading 12 million rows takes a minute, so the table is saved in a folder beside the first file, or where the system
+    keeps temporary files, and opened from there while no csv changes its size or time.  Raises ValueError with the
+    row and the column of what is wrong."""
     patterns = [pattern] if isinstance(pattern, str) else pattern
-    found = {os.path.abspath(file): file for one in patterns for file in sorted(glob.glob(one)) or [one]}
-    files = tuple(found.values())
-    for file in files:
+    found = {}
+    for one in patterns:
+        for file in sorted(glob.glob(one)) or [one]:
+            found.setdefault(os.path.abspath(file), file)
+    for file in found.values():
         if not Path(file).is_file():
-            raise FileNotFoundError(f"no file {file} - `python -m assets.shapes DIR` makes one for an example set")
+            raise FileNotFoundError(
+                f"no file {file}: --data=PATH names a csv file with the columns {','.join(COLUMNS)}; `python curate.py "
+                "run VIDEOS --out DIR` makes one of your videos, and configs/tiny.py is for a first try without any")
+    files = tuple(found.values())
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found]
-    now = hashlib.sha256(repr((INDEX_VERSION, ROW, stats)).encode()).hexdigest()
-    if key not in (None, now):
-        raise ValueError(f"{', '.join(files)}: written to while in use, expected it as it was - start again")
-    index = Path(f"{files[0]}.{zlib.crc32(repr(list(found)).encode()):08x}.index")
-    elsewhere = Path(tempfile.gettempdir()) / index.name
-    for place in (index, elsewhere):
-        if meta := open_index(files, now, place):
-            return meta
-    try:
-        return build_index(files, now, index)
-    except OSError as error:
-        print(f"{index} cannot be written, it becomes {elsewhere}: {error}", file=sys.stderr)
-        return build_index(files, now, elsewhere)
-
-
-def open_index(files: tuple[str, ...], key: str, index: Path) -> Meta | None:
-    """None when there is no whole index of these files as they now are: rows of ROW, then the key."""
-    if not index.is_file() or not index.stat().st_size:
-        return None
-    content = np.memmap(index, mode="r")
-    if content[-len(key):].tobytes() != key.encode():
-        return None
-    return Meta(files, key, content[:-len(key)].view(ROW).view(np.ndarray))
-
-
-def build_index(files: tuple[str, ...], key: str, index: Path) -> Meta:
-    """Writes under a name of its own and renames that: several processes may build, and none sees half an index."""
-    part, size, hashes = index.with_name(f"{index.name}.{uuid.uuid4().hex}.part"), sum(map(os.path.getsize, files)), []
-    try:
-        with open(part, "wb") as f:
-            with tqdm(desc=f"indexing {files[0]}", total=size, unit="B", unit_scale=True, disable=size < 1e8) as bar:
-                for number, file in enumerate(files):
-                    for rows, of_paths in read_rows(file):
-                        rows["file"] = number
-                        f.write(rows.tobytes())
-                        hashes.append(of_paths)
-                        bar.update(int(rows["size"].sum()))
-            if not hashes:
-                raise ValueError(f"{', '.join(files)} has no rows, expected one per clip - `python -m assets.shapes "
-                                 "DIR` makes an example")
-            f.flush()
-            hashes = np.concatenate(hashes)  # of 12 M different paths two have the same with a probability of 4e-6
-            repeated = np.ones(len(hashes), bool)
-            repeated[np.unique(hashes, return_index=True)[1]] = False
-            np.memmap(part, ROW, "r+")["repeated"] = repeated
-            f.write(key.encode())
-        part.replace(index)
-    finally:
-        part.unlink(missing_ok=True)
-    return open_index(files, key, index)
-
-
-def read_header(file: str) -> list[str]:
-    names = next(read_records(file), [[]])[-1]
-    if missing := [column for column in COLUMNS if column not in names]:
-        raise ValueError(f"{file} lacks column {', '.join(missing)}: expected {','.join(COLUMNS)}, got "
-                         f"{','.join(names) or 'nothing'} - `python -m assets.shapes DIR` makes one")
-    return names
-
-
-def read_records(file: str):
-    """Yields (row, offset in bytes, size in bytes, fields) of the header, row 1, and of every row that is not blank."""
-    with open(file, "rb") as f:
-        start = end = 3 * (f.read(3) == b"\xef\xbb\xbf")  # the byte order mark that spreadsheets write
-        f.seek(start)
-
-        def lines():
-            nonlocal end
-            for line in f:
-                end += len(line)  # f.tell() per row would take a third longer
-                yield line.decode()
-        row = width = 0
+    name = f"{Path(files[0]).name}.{short_hash(list(found))}."
+    key = short_hash(TABLE_VERSION, ROW, stats)
+    places = (Path(files[0]).parent, Path(tempfile.gettempdir()))
+    for place in places:
+        folder = place / f"{name}{key}.table"
         try:
-            for row, fields in enumerate(csv.reader(lines(), strict=True), start=1):  # strict: a quote has to close
-                width = width or len(fields)
-                if fields and len(fields) != width:
-                    raise ValueError(f"{file} row {row}: {len(fields)} fields, expected {width} as in the header")
-                if fields:
-                    yield row, start, end - start, fields
-                start = end
+            return Table(files, folder)
+        except FileNotFoundError:
+            pass
+        except (ValueError, EOFError):              # a crash of the machine, or a bad copy, has left half of it
+            shutil.rmtree(folder)
+    rows, texts = read_rows(files)
+    for place in places:
+        try:
+            return Table(files, save_table(rows, texts, place, name, key))
+        except OSError as error:
+            print(f"{place} cannot be written, so the table of {files[0]} is not kept there: {error}", file=sys.stderr)
+    raise OSError(f"the table of {files[0]} can be kept neither in {places[0]} nor in {places[1]}")
+
+
+def save_table(rows, texts, place, name, key):
+    """Writes a table as one folder and returns its path.  Several processes may do this at once: the first one wins."""
+    folder = place / f"{name}{key}.table"
+    part = Path(tempfile.mkdtemp(prefix=f".{name}", dir=place))
+    try:
+        np.save(part / "rows.npy", rows)
+        np.save(part / "texts.npy", texts)
+        part.chmod(0o755)                   # mkdtemp's folders are private
+        if not folder.is_dir():
+            part.rename(folder)
+    except OSError:
+        if not folder.is_dir():             # else another process has renamed its own meanwhile
+            raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    for old in place.glob(f"{glob.escape(name)}*.table"):
+        if old != folder:
+            shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def read_rows(files):
+    """Reads csv files into rows [N] of ROW and the blob of their texts, uint8."""
+    texts = bytearray()
+    paths = array("q")                      # hashes: that two of 12 million paths share one has a probability of 4e-6
+
+    def rows():
+        for number, file in enumerate(files):
+            folder = os.path.abspath(Path(file).parent)
+            for row, fields in read_csv(file, COLUMNS):
+                path, text = fields["path"].encode(), fields["text"].encode()
+                num_frames = positive_number(fields, "num_frames", file, row, whole=True)
+                height = positive_number(fields, "height", file, row, whole=True)
+                width = positive_number(fields, "width", file, row, whole=True)
+                fps = IMAGE_FPS if num_frames == 1 else positive_number(fields, "fps", file, row)
+                start = len(texts)
+                texts.extend(path)
+                texts.extend(text)
+                paths.append(hash(os.path.join(folder, fields["path"])))
+                key = zlib.crc32(path)
+                yield start, len(path), len(text), number, row, num_frames, height, width, fps, key, False
+
+    size = sum(os.path.getsize(file) for file in files)
+    table = np.fromiter(tqdm(rows(), f"reading {files[0]}", unit="row", disable=size < 1e8), ROW)
+    if not len(table):
+        raise ValueError(f"{', '.join(files)} has no rows, expected one per clip")
+    table["repeated"] = True
+    first_of_each_path = np.unique(np.frombuffer(paths, np.int64), return_index=True)[1]
+    table["repeated"][first_of_each_path] = False
+    return table, np.frombuffer(texts, np.uint8)
+
+
+def read_csv(file, needed=()):
+    """Yields (row number, {column: text}) of each row of a csv file in UTF-8 that is not blank; the header is row 1.
+
+    Raises ValueError, which names the row, for a missing column, another number of fields than the header's, a quote
+    that is not closed, and other encodings."""
+    row = 0
+    with open(file, "rb") as f:
+        reader = csv.reader(text_lines(f), strict=True)
+        try:
+            header = next(reader, [])
+            missing = [column for column in needed if column not in header]
+            if missing:
+                raise ValueError(f"{file} lacks column {', '.join(missing)}: expected {','.join(needed)}, got "
+                                 f"{','.join(header) or 'nothing'}")
+            row = 1
+            for row, fields in enumerate(reader, start=2):
+                if not fields:
+                    continue
+                if len(fields) != len(header):
+                    raise ValueError(f"{file} row {row}: {len(fields)} fields, expected {len(header)} as in the header "
+                                     "- a text with commas or quotes stands in quotes")
+                yield row, dict(zip(header, fields))
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{file} row {row + 1}: {error}, expected csv in UTF-8 - correct the row") from None
 
 
-def read_rows(file: str):
-    """Yields some rows of the index, and hashes of their paths joined with the file's folder (both [n])."""
-    folder, names = os.path.join(os.path.abspath(Path(file).parent), ""), read_header(file)
-    records = itertools.islice(read_records(file), 1, None)
-    while batch := list(itertools.islice(records, INDEX_BATCH)):
-        numbers, starts, sizes, fields = zip(*batch)
-        column, rows = dict(zip(names, zip(*fields))), np.zeros(len(batch), ROW)
-        rows["row"], rows["start"], rows["size"] = numbers, starts, sizes
-        for name in ("num_frames", "height", "width", "fps"):
-            values = np.array([read_number(text) for text in column[name]])
-            if name == "fps":
-                values[rows["num_frames"] == 1] = IMAGE_FPS  # an image's own is empty or nan
-            good = (values > 0) & (values < 1e9) & ((name == "fps") | (values == np.floor(values)))
-            if not good.all():
-                bad, kind = np.argmin(good), "number" if name == "fps" else "whole number"
-                raise ValueError(f"{file} row {numbers[bad]}: {name}={column[name][bad]!r}, expected a {kind} above 0 "
-                                 "- correct or drop the row")
-            rows[name] = values
-        rows["key"] = [zlib.crc32(path.encode()) for path in column["path"]]
-        yield rows, np.array([hash(path if os.path.isabs(path) else folder + path) for path in column["path"]])
+def text_lines(f):
+    """Yields the lines of a file as text, without the byte order mark that spreadsheets write before the first one."""
+    for number, line in enumerate(f):
+        text = line.decode()
+        yield text.removeprefix("\ufeff") if number == 0 else text
 
 
-def read_number(text: str) -> float:
+def positive_number(fields, name, file, row, whole=False):
+    """Returns a field of a row as a number above 0; raises ValueError, which names the place, if it is none."""
+    value = read_number(fields[name])
+    if not 0 < value < 1e9 or (whole and value != int(value)):
+        kind = "whole number" if whole else "number"
+        raise ValueError(f"{file} row {row}: {name}={fields[name]!r}, expected a {kind} above 0 - correct or drop the "
+                         "row")
+    return value
+
+
+def read_number(text):
+    """Returns a text as a float, nan if it is no number."""
     try:
-        return float(text or "nan")  # a column of empty scores would raise 12 M times
+        return float(text)
     except ValueError:
-        return np.nan
+        return math.nan
 
 
-# ---- chance: every draw is a hash of what it is for, so any rank, worker or resumed run draws the same ----
+def short_hash(*values):
+    """Returns 16 hexadecimal digits that name these values."""
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
-def mix(*keys) -> np.ndarray:
-    """uint64 hash of words, integers and integer arrays, broadcast: splitmix64's finaliser (Steele et al. 2014)."""
+
+# ---------------------------------------------------------------- randomness
+# Every draw is a hash of what it is for, so that any rank, worker or resumed run draws the same.
+
+def hash_keys(*keys):
+    """Returns a uint64 hash of words, integers and integer arrays, broadcast: splitmix64's finaliser (Steele et al.,
+    2014)."""
     h = np.zeros(1, np.uint64)
     for key in keys:
-        key = zlib.crc32(key.encode()) if isinstance(key, str) else key
+        if isinstance(key, str):
+            key = zlib.crc32(key.encode())
         h = (h ^ np.asarray(key).astype(np.uint64)) + 0x9E3779B97F4A7C15
         h = (h ^ (h >> 30)) * 0xBF58476D1CE4E5B9
         h = (h ^ (h >> 27)) * 0x94D049BB133111EB
@@ -297,628 +355,857 @@ def mix(*keys) -> np.ndarray:
     return h
 
 
-def uniform(*keys) -> np.ndarray:
-    return (mix(*keys) >> 11) * 2.0**-53  # 53 bits in [0, 1)
+def uniform(*keys):
+    """Returns numbers in [0, 1), of 53 random bits each."""
+    return (hash_keys(*keys) >> 11) * 2.0 ** -53
 
 
-def slot_generator(seed: int, step: int, slot: int, purpose: str) -> torch.Generator:
-    """The random stream of one sample of one step for one purpose ("window", "noise", ...)."""
-    return torch.Generator().manual_seed(int(mix(seed, step, slot, purpose)[0] >> 1))
+def slot_generator(seed, step, slot, purpose):
+    """Returns the random stream of one clip of one step for one purpose ("window", "noise", ...)."""
+    return torch.Generator().manual_seed(int(hash_keys(seed, step, slot, purpose)[0] >> 1))
 
 
-# ---- buckets ----
-
-CHUNK = 1 << 18  # clips looked at together, by hand: bounds the memory for 12 million
-REASONS = ("too small", "no bucket of its kind", "too short", "keep draw",  # why a clip is left out, least far first
-           "its path stands in an earlier row", "held out for validation")
-TOO_SMALL, NO_KIND, TOO_SHORT, KEEP_DRAW, REPEATED, HELD_OUT = range(len(REASONS))
+# ---------------------------------------------------------------- buckets
+CHUNK = 1 << 18         # rows that are assigned together: bounds the memory for 12 million
+MIN_AREA = 0.8          # of a resolution's pixels, that a clip must have to train there
 
 
-def bucket_list(buckets: dict) -> list[Bucket]:
-    """All buckets of a config's table, largest resolution first; their order numbers them."""
-    levels = sorted(buckets, key=PIXELS.get, reverse=True)
-    return [Bucket(level, t, ar) for level in levels for t in sorted(buckets[level]) for ar in ASPECT[level]]
+class LeftOut(IntEnum):
+    """Why a clip has no bucket, in the order in which a clip meets the conditions."""
+    TOO_SMALL = 0
+    NO_BUCKET_OF_ITS_KIND = 1       # images where only videos are trained, or the other way round
+    TOO_SHORT = 2
+    KEEP_DRAW = 3
+    REPEATED = 4                    # its path stands in an earlier row
+    HELD_OUT = 5                    # for validation, or in validation for training
+
+    @property
+    def words(self):
+        return ("too small", "no bucket of its kind", "too short", "keep draw", "its path stands in an earlier row",
+                "held out for validation")[self]
 
 
-def nearest_aspect(level: str, height, width) -> np.ndarray:
-    """Index of the nearest key of ASPECT[level], for arrays of heights and widths."""
-    ratios = np.array([float(key) for key in ASPECT[level]])
-    return np.abs(ratios - (np.asarray(height) / np.asarray(width))[..., None]).argmin(-1)
+NO_BUCKET = -1
 
 
-def stride(fps, config) -> np.ndarray:
-    """Of how many source frames one is taken: config.frame_interval, or what comes nearest to config.target_fps."""
-    if config.target_fps:
-        return np.maximum(1, np.rint(np.asarray(fps) / config.target_fps)).astype(int)
-    return np.full(np.shape(fps), config.frame_interval)
-
-
-def offers(rows: np.ndarray, config):
-    """Yields (resolution, length [n]) for clips, the largest resolution first, by Open-Sora 1.1's rule.
-
-    length: the most frames of a bucket there that the clip fills (an image: 1); or minus the reason why there is none.
-    A clip needs 0.8 of the resolution's pixels and num_frames * stride frames (upstream: one more)."""
-    is_image, strides = rows["num_frames"] == 1, stride(rows["fps"], config)
-    area = rows["height"].astype(np.int64) * rows["width"]
-    for level in sorted(config.buckets, key=PIXELS.get, reverse=True):
-        lengths = sorted(config.buckets[level])
-        length = np.where(np.where(is_image, 1 in lengths, lengths[-1] > 1), -TOO_SHORT, -NO_KIND)
-        for t in lengths:  # ascending: the largest that fits stays
-            length[is_image if t == 1 else ~is_image & (rows["num_frames"] >= t * strides)] = t
-        yield level, np.where(area >= 0.8 * PIXELS[level], length, -TOO_SMALL)
-
-
-def entries(meta, config, epoch: int | None, validation: bool):
-    """Yields (clips, the numbers of their buckets) by the draws of an epoch; None: for all that some epoch may draw.
-
-    First come all clips, with -1 - reason why they will be in none, if they will: one that gets a bucket comes again.
-    A clip that loses the keep draw of a resolution's bucket goes on to the next smaller resolution.  The share that it
-    belongs to, training or validation, hangs on its path alone, not on its row or a seed."""
-    first_of = {}  # (resolution, frames) -> the number of its first aspect
-    for number, bucket in enumerate(bucket_list(config.buckets)):
-        first_of.setdefault(bucket[:2], number)
-    for start in range(0, len(meta), CHUNK):
-        rows = meta.rows[start:start + CHUNK]
-        levels = list(offers(rows, config))
-        reason = np.max([np.where(length > 0, KEEP_DRAW, -length) for _, length in levels], axis=0)
-        reason[(uniform(rows["key"], "validation") < config.holdout) != validation] = HELD_OUT
-        reason[rows["repeated"]] = REPEATED
-        yield np.arange(start, start + len(rows)), -1 - reason
-        waiting = reason < REPEATED  # for a bucket
-        for level, length in levels:
-            for t, (keep, _) in config.buckets[level].items():
-                clips = np.flatnonzero(waiting & (length == t))
-                draws = 0 if epoch is None else uniform(config.seed, epoch, start + clips, f"{level} {t}")
-                clips = clips[np.broadcast_to(draws < keep, clips.shape)]
-                aspects = nearest_aspect(level, rows["height"][clips], rows["width"][clips])
-                yield start + clips, first_of[level, t] + aspects
-                waiting[clips] = epoch is None and keep < 1  # in another epoch it may be lost here, and go on
-
-
-def assign(meta, config, epoch: int, validation: bool = False) -> np.ndarray:
-    """Each clip's number in bucket_list(config.buckets), or -1 - reason of why it has none: int16 [N]."""
-    found = np.empty(len(meta), np.int16)
-    for clips, numbers in entries(meta, config, epoch, validation):
-        found[clips] = numbers
+def bucket_list(buckets):
+    """Returns all buckets of a config's table, the largest resolution first; their order numbers them."""
+    found = []
+    for resolution in largest_first(buckets):
+        for num_frames in sorted(buckets[resolution]):
+            found += [Bucket(resolution, num_frames, ar) for ar in ASPECT[resolution]]
     return found
 
 
-def reachable(meta, config) -> dict[int, np.ndarray]:
-    """Bucket number -> ids of all clips that it can get in some epoch, ascending."""
+def largest_first(buckets):
+    return sorted(buckets, key=PIXELS.get, reverse=True)
+
+
+def nearest_aspect(resolution, height, width):
+    """Returns which of ASPECT[resolution] is nearest to height / width [n]: int [n]."""
+    ratios = np.array([float(ratio) for ratio in ASPECT[resolution]])
+    return np.abs(ratios - (np.asarray(height) / np.asarray(width))[..., None]).argmin(-1)
+
+
+def longest_fit(rows, lengths, frame_interval):
+    """Returns for each row the most frames of `lengths` that it fills, an image 1; 0 if there is none: int [n].
+
+    T frames need T * frame_interval frames of the source (Open-Sora: one more)."""
+    is_image = rows["num_frames"] == 1
+    longest = np.zeros(len(rows), int)
+    for length in sorted(lengths):
+        if length == 1:
+            longest[is_image] = 1
+        else:
+            longest[~is_image & (rows["num_frames"] >= length * frame_interval)] = length
+    return longest
+
+
+class Offer(NamedTuple):
+    """The rows that one (resolution, number of frames) of a config can take, whatever is drawn."""
+    name: str           # "240p 16"
+    keep: float         # the probability that it keeps one of them
+    rows: np.ndarray    # places in the table, ascending
+    buckets: np.ndarray     # the number of each row's bucket in bucket_list
+
+
+def offers(rows, first, config, excluded):
+    """Returns the Offers of a config to a chunk of rows that begins at row `first`, the largest resolution first, and
+    how far each row came: LeftOut [n]."""
+    numbers = {}
+    for number, bucket in enumerate(bucket_list(config.buckets)):
+        numbers.setdefault(bucket[:2], number)              # of the first aspect ratio
+    area = rows["height"].astype(np.int64) * rows["width"]
+    is_image = rows["num_frames"] == 1
+    found = []
+    reason = np.full(len(rows), LeftOut.TOO_SMALL)
+    for resolution in largest_first(config.buckets):
+        table = config.buckets[resolution]
+        large_enough = area >= MIN_AREA * PIXELS[resolution]
+        longest = longest_fit(rows, table, config.frame_interval)
+        has_kind = np.where(is_image, 1 in table, max(table) > 1)
+        here = np.where(longest > 0, LeftOut.KEEP_DRAW, np.where(has_kind, LeftOut.TOO_SHORT,
+                                                                 LeftOut.NO_BUCKET_OF_ITS_KIND))
+        reason = np.maximum(reason, np.where(large_enough, here, LeftOut.TOO_SMALL))
+        for num_frames, (keep, _) in table.items():
+            fits = np.flatnonzero(large_enough & (longest == num_frames) & ~excluded)
+            aspects = nearest_aspect(resolution, rows["height"][fits], rows["width"][fits])
+            found.append(Offer(f"{resolution} {num_frames}", keep, first + fits,
+                               numbers[resolution, num_frames] + aspects))
+    return found, reason
+
+
+def chunks(table, config, validation):
+    """Yields (rows, the place of the first one, which are excluded, why) of a table, CHUNK at a time."""
+    for first in range(0, len(table), CHUNK):
+        rows = table.rows[first:first + CHUNK]
+        # Whether a clip is for training or validation depends only on its path, not on its row or the seed.
+        held_out = (uniform(rows["key"], "validation") < config.holdout) != validation
+        why = np.where(rows["repeated"], LeftOut.REPEATED, LeftOut.HELD_OUT)
+        yield rows, first, rows["repeated"] | held_out, why
+
+
+class Assignment(NamedTuple):
+    """What became of the clips in an epoch."""
+    buckets: np.ndarray     # int16 [N]: numbers in bucket_list, or NO_BUCKET
+    reasons: np.ndarray     # uint8 [N]: LeftOut of those that have none
+
+
+def assign(table, config, epoch, validation=False):
+    """Returns the bucket that each clip trains in during an epoch, or why it has none.
+
+    A clip goes to the largest resolution that it fills, there to the most frames that it has.  Such a bucket keeps it
+    with a probability; where it does not, the clip goes on to the next smaller resolution."""
+    buckets = np.full(len(table), NO_BUCKET, np.int16)
+    reasons = np.zeros(len(table), np.uint8)
+    for rows, first, excluded, why in chunks(table, config, validation):
+        found, reason = offers(rows, first, config, excluded)
+        reasons[first:first + len(rows)] = np.where(excluded, why, reason)
+        for offer in found:
+            waits = buckets[offer.rows] == NO_BUCKET
+            kept = waits & (uniform(config.seed, epoch, offer.rows, offer.name) < offer.keep)
+            buckets[offer.rows[kept]] = offer.buckets[kept]
+    return Assignment(buckets, reasons)
+
+
+def reachable(table, config):
+    """Returns {bucket number: all clips that it gets in some epoch, ascending}."""
     clips_of = defaultdict(list)
-    for clips, numbers in entries(meta, config, None, False):
-        for number in np.unique(numbers[numbers >= 0]).tolist():
-            clips_of[number].append(clips[numbers == number].astype(np.int32))
-    return {number: np.concatenate(parts) for number, parts in sorted(clips_of.items())}
+    for rows, first, excluded, _ in chunks(table, config, validation=False):
+        waits = np.ones(len(rows), bool)
+        for offer in offers(rows, first, config, excluded)[0]:
+            if offer.keep == 0:
+                continue
+            here = waits[offer.rows - first]
+            for number in np.unique(offer.buckets[here]).tolist():
+                clips_of[number].append(offer.rows[here & (offer.buckets == number)])
+            if offer.keep == 1:
+                waits[offer.rows - first] = False           # it never gets to a smaller resolution
+    return {number: np.concatenate(parts).astype(np.int32) for number, parts in sorted(clips_of.items())}
 
 
-def bucket_table(meta, config, found: np.ndarray, validation: bool = False) -> str:
-    """What `assign` made of the clips: a line per resolution and length, then what is left out, and why."""
-    kinds, numbered, starved = defaultdict(Counter), bucket_list(config.buckets), 0
-    numbers, counts = np.unique(found[found >= 0], return_counts=True)
-    for number, clips in zip(numbers.tolist(), counts.tolist()):  # Python's int: numpy's cannot hold a million's FLOP
-        bucket = numbered[number]
-        size = config.buckets[bucket.resolution][bucket.num_frames][1] * config.world
-        batches, rest = divmod(clips, size)
-        tokens, flop = config.cost(bucket)
-        kinds[bucket[:2]].update(aspects=1, clips=clips, batches=batches, rest=rest, tokens=clips * tokens,
-                                 flop=batches * size * flop)
-        starved += not batches
-    total = sum(row["flop"] for row in kinds.values()) or 1
+def bucket_table(table, config, assignment, validation=False):
+    """Returns as text how many clips each resolution and length got, then how many have no bucket, and why."""
+    kinds, starved = count_buckets(config, assignment.buckets)
+    total_flop = sum(kind["flop"] for kind in kinds.values()) or 1
     lines = ["      bucket  aspects      clips  clips/GPU   batches  left over  tokens/GPU  compute"]
-    for (level, t), row in kinds.items():
-        size = config.buckets[level][t][1]
-        lines.append(f"{level:>6} x {t:<3} {row['aspects']:8} {row['clips']:10} {size:10} {row['batches']:9} "
-                     f"{row['rest']:10} {row['tokens'] / row['clips'] * size:11,.0f} {row['flop'] / total:8.1%}")
-    lines.append(f"{(found >= 0).sum()} of {len(meta)} clips are in a bucket; a batch is clips/GPU * {config.world} "
-                 "clips of one aspect, clips left over come first in the next epoch")
+    for (resolution, num_frames), kind in kinds.items():
+        clips_per_gpu = config.buckets[resolution][num_frames][1]
+        tokens = kind["tokens"] / kind["clips"] * clips_per_gpu
+        lines.append(f"{resolution:>6} x {num_frames:<3} {kind['aspects']:8} {kind['clips']:10} {clips_per_gpu:10} "
+                     f"{kind['batches']:9} {kind['left over']:10} {tokens:11,.0f} {kind['flop'] / total_flop:8.1%}")
+    num_assigned = np.count_nonzero(assignment.buckets != NO_BUCKET)
+    lines.append(f"{num_assigned} of {len(table)} clips are in a bucket; a batch is clips/GPU * {config.world} clips "
+                 "of one aspect ratio, and clips that are left over come first in the next epoch")
     if starved:
-        lines.append(f"{starved} aspects have fewer clips than one batch: these train only if later epochs draw more")
-    for reason, why in enumerate(REASONS):
-        clips = np.flatnonzero(found == -1 - reason)
+        lines.append(f"{starved} aspect ratios have fewer clips than a batch, which they get in later epochs")
+    for reason in LeftOut:
+        clips = np.flatnonzero((assignment.buckets == NO_BUCKET) & (assignment.reasons == reason))
         if len(clips):
-            why = "not held out" if validation and reason == HELD_OUT else why
-            first, row = clips[0], meta.rows[clips[0]]
-            lines.append(f"{len(clips)} left out: {why}, as {meta.where(first)}: {meta.path(first)} "
+            words = "not held out" if validation and reason == LeftOut.HELD_OUT else reason.words
+            row = table.rows[clips[0]]
+            lines.append(f"{len(clips)} left out: {words}, as {table.where(clips[0])}: {table.path(clips[0])} "
                          f"({row['num_frames']} frames, {row['height']}x{row['width']}, {row['fps']:g} fps)")
     return "\n".join(lines)
 
 
-# ---- the sampler ----
+def count_buckets(config, buckets):
+    """Returns {(resolution, frames): Counter of what it has} and how many buckets have less than a batch."""
+    kinds = defaultdict(Counter)
+    starved = 0
+    numbered = bucket_list(config.buckets)
+    numbers, counts = np.unique(buckets[buckets != NO_BUCKET], return_counts=True)
+    for number, clips in zip(numbers.tolist(), counts.tolist()):    # Python's int: a million clips' FLOP need 80 bits
+        bucket = numbered[number]
+        size = global_batch_size(config, bucket)
+        num_batches = clips // size
+        tokens, flop = config.cost(bucket)
+        kinds[bucket[:2]].update({
+            "aspects": 1, "clips": clips, "batches": num_batches, "left over": clips - num_batches * size,
+            "tokens": clips * tokens, "flop": num_batches * size * flop})
+        starved += num_batches == 0
+    return kinds, starved
 
-MAX_TRIES = 20  # clips tried for one slot before training stops; where 5% cannot be read (max_bad), one time in 1e26
+
+def global_batch_size(config, bucket):
+    """Returns the clips of a global batch: clips per GPU times the GPUs that the config counts on."""
+    clips_per_gpu = config.buckets[bucket.resolution][bucket.num_frames][1]
+    return clips_per_gpu * config.world
+
+
+# ---------------------------------------------------------------- the sampler
+MAX_TRIES = 20      # clips tried for one slot before training stops; where 5% cannot be read, one time in 1e26
 
 
 class Plan(NamedTuple):
     """What one rank reads for one step."""
     step: int
     bucket: Bucket
-    slots: list[int]    # places in the global batch: every world-th
+    slots: list         # places in the global batch
     clips: np.ndarray   # int [slots MAX_TRIES]: each slot's clip, then those that take its place if it cannot be read
 
 
 class Epoch(NamedTuple):
-    """Batch i is of bucket buckets[i]: its clips are pools[buckets[i]][starts[i]:][:size]."""
-    buckets: np.ndarray  # [batches]
-    starts: np.ndarray   # [batches]
-    pools: dict          # a bucket's number -> its clips, int32, at random
+    """Batch i is of bucket buckets[i]; its clips are pools[buckets[i]][starts[i]:][:size]."""
+    buckets: np.ndarray     # [batches]
+    starts: np.ndarray      # [batches]
+    pools: dict             # {bucket number: its clips in random order, int32}
 
 
 class BucketSampler:
     """Which clips step n trains on: a pure function of (config.seed, n), whatever the ranks, workers or restarts.
 
-    An epoch is all full global batches (clips per GPU * config.world) of all buckets, shuffled; no clip is in it twice.
-    Clips that a bucket has left over come first in the same bucket of the next epoch.
-    """
-    def __init__(self, meta, config, validation: bool = False):
-        self.meta, self.config, self.validation = meta, config, validation
+    An epoch is all full global batches of all buckets, shuffled; no clip is in it twice.  Clips that fill no batch come
+    first in the same bucket of the next epoch, so that buckets that are smaller than a batch train, too."""
+
+    def __init__(self, table, config, validation=False):
+        self.meta = table
+        self.config = config
+        self.validation = validation
         self.numbered = bucket_list(config.buckets)
-        self.starts = [0]  # the first step of each epoch so far: they differ in length, as their keep draws do
-        self.left_over = [(np.zeros(0, int), np.zeros(0, int))]  # and what it inherits: clips, their buckets' numbers
-        self.epoch = lru_cache(1)(self.make_epoch)  # one after the other, as each inherits; any earlier one again
-        if not len(self.epoch(0).starts):
+        self.starts = [0]               # the first step of each epoch so far; keep draws make their lengths differ
+        self.inherited = [(np.zeros(0, int), np.zeros(0, int))]     # for each epoch: clips left over, their buckets
+        self.epoch = lru_cache(1)(self.make_epoch)
+        if self.epoch(0).starts.size == 0:
             why = "no bucket has the clips of one batch" if self.epoch(0).pools else "no clip fits any bucket"
             raise ValueError(f"{why}:\n{self.table()}")
 
-    def table(self) -> str:
-        """Of epoch 0."""
-        found = assign(self.meta, self.config, 0, self.validation)
-        return bucket_table(self.meta, self.config, found, self.validation)
+    def table(self):
+        """Returns the table of epoch 0 as text."""
+        assignment = assign(self.meta, self.config, 0, self.validation)
+        return bucket_table(self.meta, self.config, assignment, self.validation)
 
-    def make_epoch(self, number: int) -> Epoch:
-        found = assign(self.meta, self.config, number, self.validation)
-        inherited, their_buckets = self.left_over[number]
-        found[inherited] = their_buckets  # whatever the draws of this epoch say
-        clips = np.flatnonzero(found >= 0).astype(np.int32)
-        order = mix(self.config.seed, number, clips, "clips")
-        order[np.isin(clips, inherited)] = 0
-        clips = clips[np.lexsort((order, found[clips]))]  # by bucket; in each the inherited, then the others at random
-        numbers, firsts = np.unique(found[clips], return_index=True)
+    def make_epoch(self, number):
+        """Returns an epoch; those before it must have been made, as it inherits what they have left over."""
+        seed = self.config.seed
+        inherited, their_buckets = self.inherited[number]
+        buckets_of = assign(self.meta, self.config, number, self.validation).buckets
+        buckets_of[inherited] = their_buckets               # whatever this epoch has drawn for them
+        clips = np.flatnonzero(buckets_of != NO_BUCKET).astype(np.int32)
+        order = hash_keys(seed, number, clips, "clips")
+        order[np.isin(clips, inherited)] = 0                # first in their bucket
+        clips = clips[np.lexsort((order, buckets_of[clips]))]
+        numbers, firsts = np.unique(buckets_of[clips], return_index=True)
         pools = dict(zip(numbers.tolist(), np.split(clips, firsts[1:])))
 
-        starts, buckets, rest = ([np.zeros(0, int)] for _ in range(3))  # to be joined, also where there is no bucket
+        buckets = [np.zeros(0, int)]
+        starts = [np.zeros(0, int)]
+        left_over = [np.zeros(0, int)]
         for bucket, pool in pools.items():
             size = self.batch_size(self.numbered[bucket])
-            full = len(pool) // size * size
-            starts.append(np.arange(0, full, size))
-            buckets.append(np.full(full // size, bucket))
-            rest.append(pool[full:])
-        starts, buckets, rest = map(np.concatenate, (starts, buckets, rest))
-        if len(self.starts) == number + 1:
+            num_batches = len(pool) // size
+            buckets.append(np.full(num_batches, bucket))
+            starts.append(np.arange(num_batches) * size)
+            left_over.append(pool[num_batches * size:])
+        buckets = np.concatenate(buckets)
+        starts = np.concatenate(starts)
+        left_over = np.concatenate(left_over)
+        shuffled = np.argsort(hash_keys(seed, number, np.arange(len(starts)), "batches"))
+        if number + 1 == len(self.starts):
             self.starts.append(self.starts[-1] + len(starts))
-            self.left_over.append((rest, found[rest]))
-        shuffled = np.argsort(mix(self.config.seed, number, np.arange(len(starts)), "batches"))
+            self.inherited.append((left_over, buckets_of[left_over]))
         return Epoch(buckets[shuffled], starts[shuffled], pools)
 
-    def batch_size(self, bucket: Bucket) -> int:
-        """Clips of a global batch."""
-        return self.config.buckets[bucket.resolution][bucket.num_frames][1] * self.config.world
+    def batch_size(self, bucket):
+        return global_batch_size(self.config, bucket)
 
-    def plan(self, step: int, rank: int = 0, world: int = 1) -> Plan:
+    def plan(self, step, rank=0, world=1):
+        """Returns what a data rank reads for a step: slots rank, rank + world, ... of the global batch."""
         while step >= self.starts[-1]:
             self.epoch(len(self.starts) - 1)
         number = bisect_right(self.starts, step) - 1
-        epoch, i = self.epoch(number), step - self.starts[number]
-        bucket, pool = self.numbered[epoch.buckets[i]], epoch.pools[int(epoch.buckets[i])]
-        if (size := self.batch_size(bucket)) < world:
+        epoch = self.epoch(number)
+        batch = step - self.starts[number]
+        bucket = self.numbered[epoch.buckets[batch]]
+        pool = epoch.pools[int(epoch.buckets[batch])]
+        size = self.batch_size(bucket)
+        if size < world:
             raise ValueError(f"a global batch of {size} clips cannot feed {world} GPUs: make it larger")
-        mine = np.arange(rank, size, world)
-        others = mix(self.config.seed, step, mine[:, None], np.arange(1, MAX_TRIES), "stand-in") % len(pool)
-        return Plan(step, bucket, mine.tolist(), np.column_stack([pool[epoch.starts[i] + mine], pool[others]]))
+        slots = np.arange(rank, size, world)
+        tries = np.arange(1, MAX_TRIES)
+        stand_ins = hash_keys(self.config.seed, step, slots[:, None], tries, "stand-in") % len(pool)
+        clips = np.column_stack([pool[epoch.starts[batch] + slots], pool[stand_ins]])
+        return Plan(step, bucket, slots.tolist(), clips)
 
 
-# ---- reading ----
-
+# ---------------------------------------------------------------- reading a clip
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-SKIPPING = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4")  # decoders that leave out one frame and no other
-MAX_PIXELS = 2 ** 26  # of a frame, twice 8K: more is a damaged header, and would take all memory
+MAX_PIXELS = 2 ** 26    # of a frame, twice 8K: a header that says more is damaged, and its frame would take all memory
+WHITE = 255             # transparent pixels are shown on white, as a browser shows them
+NEW_START = 1.0         # seconds: where times step back by more, another recording begins
 
 
 class UnreadableClip(ValueError):
-    """The message says which file, why, and how many frames there were."""
+    """A clip that cannot be used.  The message says which file and why."""
 
 
-def read_window(path: str, num_frames: int | None = None, stride: int = 1, start: int | None = None,
-                generator: torch.Generator | None = None) -> tuple[torch.Tensor, int]:
-    """(uint8 [T H W 3] as displayed, number of frames decoded): moments start, start + stride, ... of `even_grid`.
+class Clip(NamedTuple):
+    """A window of a clip."""
+    frames: torch.Tensor    # uint8 [T H W 3], as a player shows them
+    num_decoded: int        # frames that were decoded to get them
+    fps: float | None       # of the file; None for an image
 
-    start None = drawn with generator, or the middle without; num_frames None = as many as there are.
-    """
+
+def read_window(path, num_frames=None, stride=1, start=None, generator=None):
+    """Returns (uint8 [T H W 3], as a player shows it; how many frames were decoded for it).
+
+    The frames are number start, start + stride, ... of the clip's frames at even times (`even_grid`).  start None:
+    drawn with the generator, or without one the middle.  num_frames None: as many as there are.  Raises
+    UnreadableClip."""
+    clip = read_clip(path, num_frames, stride, start, generator)
+    return clip.frames, clip.num_decoded
+
+
+def read_clip(path, num_frames=None, stride=1, start=None, generator=None):
+    """Returns the Clip of read_window's arguments."""
+    path = str(path)
     if not Path(path).is_file():
         raise UnreadableClip(f"{path}: no such file")
     if path.lower().endswith(IMAGES):
-        choose(path, [0], num_frames, stride, start, generator)
-        return torch.from_numpy(read_image(path))[None], 1
-    packets = []
-    with opened(path, packets, skip_frame="all") as stream:  # else opening decodes a frame, to learn what we do not ask
-        packets += (packet for packet in stream.container.demux(stream) if packet.size)
-        wanted = choose(path, frame_times(path, stream, packets), num_frames, stride, start, generator)
-        return decode(path, stream, packets, wanted)
+        choose_frames(path, [0], num_frames, stride, start, generator)
+        return Clip(torch.from_numpy(read_image(path))[None], 1, None)
+    with opened(path) as stream:
+        fps = float(stream.average_rate or stream.guessed_rate or 0) or None
+        source = read_packets(path, stream)
+        positions = choose_frames(path, source.times, num_frames, stride, start, generator)
+        first = last_key_frame(stream, source, positions[0])
+        frames, num_decoded, problem = decode(path, stream, source, positions, first)
+    if problem and first > 0:           # that key frame may refer to frames before it
+        frames, num_decoded, problem = decode_from_start(path, positions)
+    if problem == STEPS_BACK:
+        frames, num_decoded, problem = decode_from_start(path, positions, in_order=True)
+    if problem:
+        raise UnreadableClip(f"{path}: {problem}")
+    if len({frame.shape for frame in frames}) > 1:
+        raise UnreadableClip(f"{path}: has frames of several sizes")
+    return Clip(torch.from_numpy(np.stack(frames)), num_decoded, fps)
 
 
 @contextmanager
-def opened(path, found: list, **options):
-    """The video stream of a file, decoded by one thread; FFmpeg's errors become UnreadableClip, which counts `found`.
+def opened(path, **options):
+    """Opens a video and gives its stream, decoded by one thread, since the reading processes are the parallelism.
 
-    options: FFmpeg's, for opening.  stream.container is open as long as this context is."""
+    Whatever the libraries raise in here is about the file and becomes an UnreadableClip.  options: FFmpeg's, for
+    opening.  stream.container stays open as long as this context is."""
     limit = {"max_pixels": str(MAX_PIXELS)}
     try:
-        with av.open(str(path), options=limit | options, metadata_errors="ignore") as container:
+        # The path is made absolute because FFmpeg takes "Trip: day 1.mp4" for a protocol.
+        with av.open(os.path.abspath(path), options=limit | options, metadata_errors="ignore") as container:
             stream = container.streams.best("video")
             if stream is None or stream.codec_context is None:
                 raise UnreadableClip(f"{path}: has no video stream of a known codec")
-            stream.codec_context.options, stream.codec_context.thread_count = limit, 1  # workers are the parallelism
+            if stream.disposition & av.stream.Disposition.attached_pic:
+                raise UnreadableClip(f"{path}: has no video, only a cover picture")
+            stream.codec_context.options = limit
+            stream.codec_context.thread_count = 1
             yield stream
-    except (av.FFmpegError, OSError) as error:
-        raise UnreadableClip(f"{path}: {error.strerror}, {len(found)} frames found") from error
+    except UnreadableClip:
+        raise
+    except Exception as error:          # damaged files raise more than FFmpegError: IndexError, ZeroDivisionError, ...
+        reason = getattr(error, "strerror", None) or error
+        raise UnreadableClip(f"{path}: {reason or type(error).__name__}") from error
 
 
-def length_and_rate(path: str) -> tuple[int, Fraction | None]:
-    """(frames, as read_window counts them; how many a second, if known) of a clip; the first alone is decoded."""
-    read_window(path, 1, start=0)  # raises where there is none
-    if path.lower().endswith(IMAGES):
-        return 1, None
-    with opened(path, []) as stream:
-        packets = [packet for packet in stream.container.demux(stream) if packet.size]
-        return len(frame_times(path, stream, packets)), stream.average_rate
+class Source(NamedTuple):
+    """The packets of a video in the order of decoding, and its frames in the order in which they are shown."""
+    packets: list
+    times: list         # of each frame, ascending, in the stream's time base
+    in_order: bool      # frames are known by the order in which the decoder gives them, not by their times
 
 
-def read_image(path: str) -> np.ndarray:
-    """[H W 3], turned as its EXIF entry says.  The errors caught are those that fuzzing saw."""
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # Pillow would cut 16 bits off at white, not scale them
-                image = image.point(lambda level: level / 256, "L")
-            return np.array(ImageOps.exif_transpose(image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, TypeError, struct.error, Image.DecompressionBombError) as error:
-        raise UnreadableClip(f"{path}: {error}") from error
-
-
-def frame_times(path: str, stream: av.VideoStream, packets: list[av.Packet]) -> list[int]:
-    """When each frame is shown, ascending, in the stream's time base."""
-    expected = len(stream.index_entries) if "mp4" in stream.container.format.name else 0  # what its edit list leaves
+def read_packets(path, stream, in_order=False):
+    """Returns the Source of an opened file."""
+    packets = [packet for packet in stream.container.demux(stream) if packet.size]
+    packets = cut_at_new_start(path, stream, packets)
+    expected = len(stream.index_entries) if "mp4" in stream.container.format.name else 0    # by its header
     if len(packets) < expected or any(packet.is_corrupt for packet in packets):
         raise UnreadableClip(f"{path}: is cut off or holed, has {len(packets)} of {expected or '?'} frames")
-    if any(packet.pts is None for packet in packets):
-        raise UnreadableClip(f"{path}: of {len(packets)} frames some have no time, `ffmpeg -fflags +genpts` gives it")
-    return sorted({packet.pts for packet in packets if not packet.is_discard})
+    shown = [packet.pts for packet in packets if not packet.is_discard]
+    if None in shown:
+        return Source(packets, list(range(len(packets))), True)
+    # An .avi holds no times of frames.  FFmpeg works them out for MPEG-4; for H.264 it only counts the packets, which
+    # come in another order than the frames.
+    counted = "avi" in stream.container.format.name and stream.codec_context.has_b_frames and shown == sorted(shown)
+    return Source(packets, sorted(set(shown)), in_order or counted)
 
 
-def choose(path: str, times: list[int], num_frames, stride, start, generator) -> list[int]:
-    """The times of the window's frames, ascending."""
-    num_frames = num_frames or max(1, math.ceil((len(times) - (start or 0)) / stride))
+def cut_at_new_start(path, stream, packets):
+    """Returns the packets before the first whose time is more than NEW_START before another's, and reports the rest."""
+    latest = None
+    for i, packet in enumerate(packets):
+        time_ = packet.pts if packet.dts is None else packet.dts
+        if time_ is None:
+            continue
+        if latest is not None and (latest - time_) * stream.time_base > NEW_START:
+            damaged = [number for number, before in enumerate(packets[:i]) if before.is_corrupt]
+            end = min(damaged, default=i)           # where one recording was cut off, its last packets are damaged
+            report(f"{path}: times start again; of {len(packets)} frames only the {end} before the damage are used")
+            return packets[:end]
+        latest = time_ if latest is None else max(latest, time_)
+    return packets
+
+
+REPORTED = set()
+
+
+def report(message):
+    """Prints what is worth knowing of a clip that is used all the same, once in each process."""
+    if message not in REPORTED:
+        REPORTED.add(message)
+        print(message, file=sys.stderr)
+
+
+def choose_frames(path, times, num_frames, stride, start, generator):
+    """Returns which of a clip's frames a window shows, ascending; raises UnreadableClip if there are too few."""
+    if num_frames is None:
+        num_frames = max(1, math.ceil((len(times) - (start or 0)) / stride))
+    span = (num_frames - 1) * stride
     if start is None:
-        starts = max(1, len(times) - (num_frames - 1) * stride)  # where a window can begin
-        start = (starts - 1) // 2 if generator is None else int(torch.randint(starts, (), generator=generator))
-    if start + (num_frames - 1) * stride >= len(times):
+        num_starts = max(1, len(times) - span)
+        start = (num_starts - 1) // 2
+        if generator is not None:
+            start = int(torch.randint(num_starts, (), generator=generator))
+    if start + span >= len(times):
         raise UnreadableClip(f"{path}: has {len(times)} frames, expected {num_frames} at stride {stride} from {start}")
-    return [times[i] for i in even_grid(np.array(times))[start::stride][:num_frames]]
+    return even_grid(np.array(times))[start::stride][:num_frames].tolist()
 
 
-def even_grid(times: np.ndarray) -> np.ndarray:
-    """Of n frames the nearest in time to each of n moments, spread evenly from the first to the last: int [n].
+def even_grid(times):
+    """Returns for n moments, spread evenly from the first frame to the last, the frame nearest in time: int [n].
 
-    A constant rate gives each frame once, also where up to three are missing, mostly at the end of a stream copy: a
-    grid that spread this gap over the clip would leave out frames elsewhere, and show the last one twice.
-    """
-    n, since, gaps = len(times), times[1:] - times[0], np.diff(times)
+    A constant rate gives each frame once, even if up to three frames are missing, as at the end of a stream copy: a
+    grid that spread this gap over the clip would leave out frames elsewhere and show the last one twice."""
+    n = len(times)
     if n == 1:
         return np.zeros(1, int)
-    ticks = np.rint(gaps / np.median(gaps)).cumsum()  # if the rate is constant, the tick of each frame but the first
-    interval = since[-1] / ticks[-1]  # more exact than the median: containers round times
+    since = times[1:] - times[0]
+    gaps = np.diff(times)
+    ticks = np.rint(gaps / np.median(gaps)).cumsum()    # if the rate is constant, the tick of each frame but the first
+    interval = since[-1] / ticks[-1]                    # more exact than the median, as containers round times
     if ticks[-1] <= n - 1 + 3 and (np.abs(since - ticks * interval) <= interval / 2).all():
         return np.arange(n)
-    halfway = since - gaps / 2  # from the frame before
+    halfway = since - gaps / 2                          # between a frame and the one before
     return np.searchsorted(halfway, np.linspace(0, since[-1], n))
 
 
-def decode(path: str, stream: av.VideoStream, packets: list[av.Packet], wanted: list[int]):
-    """(uint8 [T H W 3] as shown at the times `wanted`, which ascend; number of frames the decoder gave to get them)."""
-    context, reformatter, shown = stream.codec_context, VideoReformatter(), set(wanted)
-    last = max(i for i, packet in enumerate(packets) if packet.pts in shown)
-    key = max((i for i, packet in enumerate(packets) if packet.is_keyframe and packet.pts <= wanted[0]), default=0)
-    for first, skip in ((key, context.name in SKIPPING), (0, False)):  # again in full, as `key` may need those before
-        context.flush_buffers()
-        frames, given = {}, []
-        for packet in [*packets[first:last + 1], None]:  # None: give what is held back
-            if packet:
-                context.skip_frame = "NONREF" if skip and packet.pts not in shown else "DEFAULT"
-            for frame in context.decode(packet):
-                given.append(None if frame.is_corrupt else frame.pts)
-                if given[-1] in shown:
-                    width, turns = displayed(path, frame, stream)
-                    rgb = reformatter.reformat(frame, width, frame.height, "rgb24", threads=1)
-                    frames[frame.pts] = np.rot90(rgb.to_ndarray(), turns)
-        whole = None not in given and given == sorted(given) and len(frames) == len(shown)
-        if whole and len({frame.shape for frame in frames.values()}) == 1:
-            return torch.from_numpy(np.stack([frames[time] for time in wanted])), len(given)
-    raise UnreadableClip(f"{path}: has damaged frames, an order that is not that of their times, or several sizes: "
-                         f"of {len(packets)} frames {len(given)} were decoded, {given.count(None)} of them damaged")
+def last_key_frame(stream, source, position):
+    """Returns the number of the packet from which a frame can be decoded: the last key frame that is not after it."""
+    has_palette = stream.codec_context.pix_fmt == "pal8"        # it comes with the first packet only
+    if source.in_order or has_palette:
+        return 0
+    time_ = source.times[position]
+    keys = [i for i, packet in enumerate(source.packets) if packet.is_keyframe and packet.pts <= time_]
+    return max(keys, default=0)
 
 
-def displayed(path, frame: av.VideoFrame, stream: av.VideoStream) -> tuple[int, int]:
-    """(its width in square pixels, the quarter turns counter-clockwise that it then needs)."""
-    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1  # of MPEG-TS the second knows
+STEPS_BACK = "the times of its frames step back"
+
+
+def decode(path, stream, source, positions, first):
+    """Decodes from packet `first` on; returns (the frames at `positions`, uint8 [H W 3] each; how many frames the
+    decoder gave; what is wrong, or None)."""
+    wanted = set(positions)
+    position_of = {time_: position for position, time_ in enumerate(source.times)}
+    last = len(source.packets) - 1
+    if not source.in_order:
+        last = max(i for i, packet in enumerate(source.packets) if position_of.get(packet.pts) in wanted)
+    pictures = {}
+    times = []
+    num_damaged = 0
+    for packet in [*source.packets[first:last + 1], None]:      # None: the decoder gives what it holds back
+        for frame in stream.codec_context.decode(packet):
+            position = len(times) if source.in_order else position_of.get(frame.pts)
+            times.append(frame.pts)
+            num_damaged += frame.is_corrupt
+            if position in wanted:
+                pictures[position] = to_picture(path, frame, stream)
+    if num_damaged:
+        return None, len(times), f"{num_damaged} of the {len(times)} frames that were decoded are damaged"
+    if not source.in_order and times != sorted(times):
+        return None, len(times), STEPS_BACK
+    if len(pictures) < len(wanted):
+        return None, len(times), f"has damaged frames, {len(times)} of {len(source.packets)} were decoded"
+    return [pictures[position] for position in positions], len(times), None
+
+
+def decode_from_start(path, positions, in_order=False):
+    """Opens a file again and returns what decode does from its first packet on."""
+    with opened(path) as stream:
+        return decode(path, stream, read_packets(path, stream, in_order), positions, 0)
+
+
+def to_picture(path, frame, stream):
+    """Returns a decoded frame as a player shows it, uint8 [H W 3]: with square pixels, upright, nothing transparent."""
+    has_alpha = any(component.is_alpha for component in frame.format.components)
+    width = displayed_width(path, frame, stream)
+    picture = VideoReformatter().reformat(frame, width, frame.height, "rgba" if has_alpha else "rgb24", threads=1)
+    picture = picture.to_ndarray()
+    if has_alpha:
+        alpha = picture[..., 3:] / 255
+        picture = (picture[..., :3] * alpha + WHITE * (1 - alpha) + 0.5).astype(np.uint8)
+    transposed, down, right = orientation(frame)
+    if transposed:
+        picture = picture.transpose(1, 0, 2)
+    return picture[::down, ::right]
+
+
+def displayed_width(path, frame, stream):
+    """Returns the width that a frame has with square pixels, before it is turned."""
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or 1    # MPEG-TS has the second
     width = round(frame.width * aspect)
     if not 0 < width * frame.height <= MAX_PIXELS:
         raise UnreadableClip(f"{path}: its pixels are {aspect} times as wide as high")
-    return width, round(frame.rotation / 90) % 4
+    return width
 
 
-def resize_crop(video: torch.Tensor, height: int, width: int) -> torch.Tensor:
-    """uint8 [T H W 3] -> uint8 [T height width 3]: shrunk or grown until it covers, the middle cut out."""
+def orientation(frame):
+    """Returns (transposed, down, right): whether rows and columns change places, then -1 where an axis is reversed.
+
+    The display matrix sends the pixel (x, y) to (a x + c y, b x + d y).  a d - b c < 0 is a mirrored picture."""
+    matrix = frame.side_data.get("DISPLAYMATRIX")
+    if matrix is None:
+        return False, 1, 1
+    a, b, _, c, d, _, _, _, _ = struct.unpack("<9i", bytes(matrix))
+    if abs(a) + abs(d) >= abs(b) + abs(c):
+        return False, (-1 if d < 0 else 1), (-1 if a < 0 else 1)
+    return True, (-1 if b < 0 else 1), (-1 if c < 0 else 1)
+
+
+def length_and_rate(path):
+    """Returns (the number of frames that read_window counts; frames per second, if known) of a clip."""
+    fps = read_clip(path, 1, start=0).fps                       # raises if it cannot be read
+    if path.lower().endswith(IMAGES):
+        return 1, None
+    with opened(path) as stream:
+        return len(read_packets(path, stream).times), fps
+
+
+def read_image(path):
+    """Returns an image as a viewer shows it, uint8 [H W 3]: turned as its EXIF entry says, on white if transparent."""
+    try:
+        with Image.open(path) as image:
+            if image.mode.startswith("I;16"):                   # Pillow would cut 16 bits off at white, not scale them
+                image = image.point(lambda level: level / 256, "L")
+            image = ImageOps.exif_transpose(image)
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except Exception as error:          # Pillow raises seven types for damaged files, SyntaxError and struct.error too
+        raise UnreadableClip(f"{path}: {error or type(error).__name__}") from error
+
+
+def resize_crop(video, height, width):
+    """Returns uint8 [T H W 3] as uint8 [T height width 3]: scaled until it covers that, with the middle cut out."""
     _, H, W, _ = video.shape
     scale = max(height / H, width / W)
     size = max(height, round(H * scale)), max(width, round(W * scale))
-    if size != (H, W):  # in uint8: a seventeenth of float's time, at most one level off
-        x = F.interpolate(rearrange(video, "t h w c -> t c h w"), size, mode="bilinear", antialias=True)
+    if size != (H, W):                  # in uint8: a seventeenth of float's time, and one level off at most
+        x = rearrange(video, "t h w c -> t c h w")
+        x = F.interpolate(x, size, mode="bilinear", antialias=True)
         video = rearrange(x, "t c h w -> t h w c")
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    top = (size[0] - height) // 2
+    left = (size[1] - width) // 2
     return video[:, top:top + height, left:left + width].contiguous()
 
 
 def to_video(frames):
-    """uint8, or float in 0..255, [... T H W 3] -> float [... 3 T H W] in -1..1."""
+    """Returns uint8, or float in 0..255, [... T H W 3] as float [... 3 T H W] in -1..1."""
     return rearrange(torch.as_tensor(frames).float() / 127.5 - 1, "... t h w c -> ... c t h w").contiguous()
 
 
 def to_uint8(video):
-    """[3 T H W] in -1..1 -> uint8 [T H W 3] numpy."""
-    return rearrange(((video.float().clamp(-1, 1) + 1) * 127.5).round().byte(), "c t h w -> t h w c").cpu().numpy()
+    """Returns [3 T H W] in -1..1 as uint8 [T H W 3], numpy."""
+    levels = ((video.float().clamp(-1, 1) + 1) * 127.5).round().byte()
+    return rearrange(levels, "c t h w -> t h w c").cpu().numpy()
 
 
-# ---- batches ----
-
+# ---------------------------------------------------------------- batches
 class ClipDataset:
     """Reads clips from their files; vae.CachedClips does the same from a cache.
 
-    Windows are drawn anew at each use; or config.windows of them are fixed for each clip; for validation they are the
-    middle ones."""
-    def __init__(self, meta, config, validation: bool = False):
-        self.meta, self.config, self.validation = meta, config, validation
+    A clip's window is drawn again for each use, or is one of config.windows that are fixed for the clip; for validation
+    it is the middle one."""
 
-    def read(self, clip: int, bucket: Bucket, step: int, slot: int) -> dict:
-        """{"video": uint8 [T H W 3], "text", "decoded": how many frames that took}; raises UnreadableClip."""
-        row, config = self.meta.rows[clip], self.config
+    def __init__(self, meta, config, validation=False):
+        self.meta = meta
+        self.config = config
+        self.validation = validation
+
+    def read(self, clip, bucket, step, slot):
+        """Returns {"video": uint8 [T H W 3], "text", "fps", "decoded": frames that took}; raises UnreadableClip."""
         if self.validation:
             generator = None
-        elif config.windows:
-            generator = window_generator(row["key"], window_number(config, bucket, step, slot))
+        elif self.config.windows:
+            window = window_number(self.config, bucket, step, slot)
+            generator = window_generator(self.meta["key"][clip], window)
         else:
-            generator = slot_generator(config.seed, step, slot, "window")
-        interval = int(stride(row["fps"], config))
-        frames, decoded = read_window(self.meta.path(clip), bucket.num_frames, interval, None, generator)
-        return {"video": resize_crop(frames, bucket.height, bucket.width), "text": self.meta.text(clip),
-                "decoded": decoded}
+            generator = slot_generator(self.config.seed, step, slot, "window")
+        path = self.meta.path(clip)
+        window = read_clip(path, bucket.num_frames, self.config.frame_interval, None, generator)
+        fps = check_row(path, self.meta.rows[clip], window, bucket)
+        return {"video": resize_crop(window.frames, bucket.height, bucket.width), "text": self.meta.text(clip),
+                "fps": fps, "decoded": window.num_decoded}
 
 
-def window_number(config, bucket: Bucket, step: int, slot: int) -> int:
-    """Which of a clip's fixed windows a slot takes; an image has one."""
-    return 0 if bucket.num_frames == 1 else int(mix(config.seed, step, slot, "window")[0] % config.windows)
+def check_row(path, row, window, bucket):
+    """Returns the frame rate of a clip.  Where meta.csv differs from the file, the file is right; that is reported."""
+    _, height, width, _ = window.frames.shape
+    if (height, width) != (row["height"], row["width"]):
+        report(f"{path}: is {height}x{width}, not {row['height']}x{row['width']} as meta.csv has it")
+        if height * width < MIN_AREA * PIXELS[bucket.resolution]:
+            raise UnreadableClip(f"{path}: is {height}x{width}, too small for {bucket.resolution}; meta.csv has "
+                                 f"{row['height']}x{row['width']}")
+    fps = float(row["fps"])
+    if window.fps and abs(window.fps / fps - 1) > 0.05:
+        report(f"{path}: has {window.fps:g} frames a second, not {fps:g} as meta.csv has it")
+        fps = window.fps
+    return fps
 
 
-def window_generator(key: int, window: int) -> torch.Generator:
-    """The random stream that places a fixed window; key: meta's, a hash of the clip's path."""
+def window_number(config, bucket, step, slot):
+    """Returns which of a clip's fixed windows a slot takes; an image has one."""
+    if bucket.num_frames == 1:
+        return 0
+    return int(hash_keys(config.seed, step, slot, "window")[0] % config.windows)
+
+
+def window_generator(key, window):
+    """Returns the random stream that places a fixed window; key: the table's, a hash of the clip's path."""
     return slot_generator(0, key, window, "fixed window")
+
+
+def conditioning(config, bucket, fps):
+    """Returns what the network is conditioned on besides the caption, {name: fp32 [B]}; fps: of the files, [B].
+
+    ar is width / height, as Open-Sora trains (its samplers give the inverse).  fps is that of the frames that are
+    taken, or with raw_fps that of the file, as Open-Sora trains."""
+    fps = np.array(fps, np.float32)
+    if bucket.num_frames > 1 and not config.raw_fps:
+        fps = fps / config.frame_interval
+    values = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames,
+              "ar": bucket.width / bucket.height, "fps": fps}
+    return {name: np.full(len(fps), value, np.float32) for name, value in values.items()}
 
 
 class Fault(NamedTuple):
     """A clip that could not be read: a line of bad_clips.csv."""
     step: int
     slot: int
-    attempt: int  # 0 the slot's own clip, then its stand-ins
+    attempt: int        # 0 for the slot's own clip, then its stand-ins
     path: str
     reason: str
 
 
-def fill(dataset, plan: Plan, known: dict, note=lambda slot, attempt: None) -> dict:
-    """A plan's batch, as numpy: what dataset.read gives, stacked, what the network is told, and how that came about.
+def read_batch(dataset, plan, known, note=lambda path: None):
+    """Returns the batch of a plan, a dict of numpy arrays and lists.  A clip that cannot be read is replaced.
 
-    An attempt in `known` {(step, slot, attempt): reason} is not made again.  note(slot, attempt) goes before each."""
-    clips, read, faults = [], [], []
+    known {(step, slot, attempt): reason} are faults of an earlier start, which are not tried again.  note(path) is
+    called before a clip is opened."""
+    items = []
+    faults = []
     for slot, candidates in zip(plan.slots, plan.clips):
         for attempt, clip in enumerate(candidates):
+            path = dataset.meta.path(clip)
             try:
-                if reason := known.get((plan.step, slot, attempt)):
-                    raise UnreadableClip(reason)
-                note(slot, attempt)
-                read.append(dataset.read(clip, plan.bucket, plan.step, slot))
-                clips.append(clip)
+                if (plan.step, slot, attempt) in known:
+                    raise UnreadableClip(known[plan.step, slot, attempt])
+                note(path)
+                items.append(dataset.read(clip, plan.bucket, plan.step, slot))
                 break
             except UnreadableClip as error:
-                faults.append(Fault(plan.step, slot, attempt, dataset.meta.path(clip), str(error)))
+                faults.append(Fault(plan.step, slot, attempt, path, str(error)))
         else:
+            reasons = "\n  ".join(fault.reason for fault in faults)
             raise ValueError(f"step {plan.step}: none of {MAX_TRIES} clips drawn from {tuple(plan.bucket)} can be "
-                             "read:\n  " + "\n  ".join(fault.reason for fault in faults))
-    columns = {name: [item[name] for item in read] for name in read[0]}
-    batch = {name: torch.stack(of).numpy() if torch.is_tensor(of[0]) else of for name, of in columns.items()}
-    return batch | told(dataset, plan.bucket, clips) | {
-        "decoded": sum(batch["decoded"]), "slots": np.array(plan.slots), "bucket": plan.bucket, "faults": faults}
+                             f"read:\n  {reasons}")
+    batch = {}
+    for name in items[0]:
+        values = [item[name] for item in items]
+        batch[name] = torch.stack(values).numpy() if torch.is_tensor(values[0]) else values
+    batch |= conditioning(dataset.config, plan.bucket, batch["fps"])
+    return batch | {"decoded": sum(batch["decoded"]), "slots": np.array(plan.slots), "bucket": plan.bucket,
+                    "faults": faults}
 
 
-def told(dataset, bucket: Bucket, clips: list[int]) -> dict[str, np.ndarray]:
-    """What the network is told beside the caption, [B] fp32 each.
-
-    ar is width / height, as upstream trains (its samplers say the inverse); fps that of the frames taken, or with
-    config.raw_fps that of the file, as upstream."""
-    fps = dataset.meta.rows["fps"][clips]
-    if bucket.num_frames > 1 and not dataset.config.raw_fps:
-        fps = fps / stride(fps, dataset.config)
-    values = {"height": bucket.height, "width": bucket.width, "num_frames": bucket.num_frames,
-              "ar": bucket.width / bucket.height, "fps": fps}
-    return {name: np.full(len(clips), value, np.float32) for name, value in values.items()}
+MAX_DEATHS = 3      # reading processes that may die or hang in a run
 
 
-def batches(sampler: BucketSampler, dataset, first: int, last: int, rank: int = 0, world: int = 1, known=None):
-    """Yields this rank's batches of steps first .. last - 1, read ahead by config.num_workers processes.
+def batches(sampler, dataset, first, last, rank=0, world=1, known=None):
+    """Yields this data rank's batches of steps first .. last - 1, read ahead by config.num_workers processes.
 
-    "waited" in a batch: seconds until it was there.  known: as for `fill`."""
-    plans, known = (sampler.plan(step, rank, world) for step in range(first, last)), known or {}
-    made = read_parallel(dataset, plans, known) if dataset.config.num_workers else (
-        fill(dataset, plan, known) for plan in plans)
-    start = time.perf_counter()
-    for batch in made:
-        batch = {name: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for name, v in batch.items()}
-        yield batch | {"waited": time.perf_counter() - start}
+    "waited" in a batch: the seconds until it had come.  known: as for read_batch.  A reading process that dies or hangs
+    is reported with the clips that were being read, and reading starts again at the same step, as plans depend on
+    nothing but the step; after MAX_DEATHS of them it is an error."""
+    known = dict(known or {})
+    step = first
+    deaths = 0
+    while step < last:
+        plans = (sampler.plan(number, rank, world) for number in range(step, last))
         start = time.perf_counter()
+        try:
+            for batch in read_ahead(dataset, plans, known):
+                batch = {name: torch.from_numpy(value) if isinstance(value, np.ndarray) else value
+                         for name, value in batch.items()}
+                yield batch | {"waited": time.perf_counter() - start}
+                step += 1
+                start = time.perf_counter()
+        except ReaderDied as error:
+            deaths += 1
+            message = f"step {step}: a reading process {error}"
+            if deaths > MAX_DEATHS:
+                raise ValueError(f"{message}; that was number {deaths}: mend or drop these clips") from None
+            print(f"{message}; reading starts again", file=sys.stderr)
 
 
-def read_parallel(dataset, plans, known: dict):
-    """Yields the batches of plans in their order; each reader is given two plans at a time: it never waits for one, and
-    holds one batch that nobody has asked for yet."""
-    readers, ahead = [Reader(dataset, known) for _ in range(dataset.config.num_workers)], deque()
-    try:
-        for i, plan in enumerate(plans):
-            ahead.append(readers[i % len(readers)])
-            ahead[-1].give(plan)
-            if len(ahead) == 2 * len(readers):
-                yield ahead.popleft().take()
-        while ahead:
-            yield ahead.popleft().take()
-    finally:
-        for reader in readers:
-            reader.process.kill()
-            reader.process.join()
+class ReaderDied(Exception):
+    """A process of read_ahead died or hung.  The message says which clips were being read."""
 
 
-class Reader:
-    """A process that reads batches ahead.  One that hangs on a clip or dies of it is replaced, the clip a fault.
+def read_ahead(dataset, plans, known):
+    """Yields the batches of plans in their order, each read by one of config.num_workers processes.
 
-    (A DataLoader's worker that dies ends the training.)  Batches come through a pipe as numpy, not through shared
-    memory, as tensors would: of that a container has 64 MB."""
-    def __init__(self, dataset, known: dict):
-        self.dataset, self.known, self.plans = dataset, dict(known), deque()
-        self.start()
-
-    def start(self):
-        self.pipe, theirs = multiprocessing.Pipe()
-        self.process = multiprocessing.Process(target=read_ahead, args=(self.dataset, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
-        for plan in self.plans:
-            self.pipe.send((plan, self.known))
-
-    def give(self, plan: Plan):
-        self.plans.append(plan)
-        with suppress(ConnectionError):  # dead: `take` will notice, and `start` give it again
-            self.pipe.send((plan, self.known))
-
-    def take(self) -> dict:
-        """The batch of the oldest plan given."""
-        at, timeout = None, self.dataset.config.read_timeout
-        while True:
-            try:
-                message = self.pipe.recv() if self.pipe.poll(timeout) else None
-            except (EOFError, ConnectionError):
-                self.process.join(timeout)  # it died, or is about to
-                message = None
-            if isinstance(message, ValueError):
-                raise message
-            if isinstance(message, dict):
-                self.plans.popleft()
-                return message
-            if message is None:
-                self.replace(at)
-            at = message
-
-    def replace(self, at: tuple[int, int] | None):
-        """Starts another process, which passes the clip over that this one tried: at = (slot, attempt)."""
-        status, plan, timeout = self.process.exitcode, self.plans[0], self.dataset.config.read_timeout
-        self.process.kill()
-        if at is None or status in (0, 1):  # 1: an error in Python; a crash is a signal, on Windows a large number
-            raise ValueError(f"step {plan.step}: a reading process ended with status {status}, see above" if status else
-                             f"step {plan.step}: a reading process did not start within {timeout} s")
-        path = self.dataset.meta.path(plan.clips[plan.slots.index(at[0])][at[1]])
-        reason = f"took more than {timeout} s" if status is None else "ended its reader with " + (
-            f"signal {-status}" if status < 0 else f"status {status:#x}")
-        self.known[plan.step, *at] = f"{path}: {reason}"
-        self.start()
+    Each process has two plans at a time, so it never waits for one.  Batches come as numpy through a pipe: torch's
+    tensors would go through shared memory, of which a container has 64 MB."""
+    num_workers = dataset.config.num_workers
+    if not num_workers:
+        for plan in plans:
+            yield read_batch(dataset, plan, known)
+        return
+    others = set(multiprocessing.active_children())
+    with tempfile.TemporaryDirectory() as journal:
+        pool = ProcessPoolExecutor(num_workers, initializer=start_reader, initargs=(dataset, known, journal))
+        ahead = deque()
+        try:
+            for plan in plans:
+                ahead.append(pool.submit(read_plan, plan))
+                if len(ahead) == 2 * num_workers:
+                    yield ahead.popleft().result(dataset.config.read_timeout)
+            while ahead:
+                yield ahead.popleft().result(dataset.config.read_timeout)
+        except (BrokenExecutor, TimeoutError) as error:
+            did = "hung" if isinstance(error, TimeoutError) else "died"
+            clips = ", ".join(file.read_text("utf-8") for file in Path(journal).glob("*"))
+            raise ReaderDied(f"{did} while these were being read: {clips or 'none'}") from error
+        finally:
+            for process in set(multiprocessing.active_children()) - others:
+                process.kill()
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def read_ahead(dataset, pipe):
-    """A reader's life: (plan, known) comes in; (slot, attempt) of each clip tried goes out, then the batch."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends this one
+READER = {}         # of a reading process: what start_reader was given
+
+
+def start_reader(dataset, known, journal):
+    """Prepares a reading process.
+
+    It outlives a Ctrl-C or a scheduler's SIGTERM to the whole job, so that its parent can finish the step; but it ends
+    with its parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
     torch.set_num_threads(1)
-    while True:
-        try:
-            pipe.send(fill(dataset, *pipe.recv(), lambda *at: pipe.send(at)))
-        except EOFError:
-            return
-        except ValueError as error:
-            pipe.send(error)
+    READER.update(dataset=dataset, known=known, journal=journal)
 
 
 def end_with_parent():
-    """Ends this process when its parent is gone: a killed one does not say so, and a pipe's other end may have been
-    inherited by the next reader.  (os.getppid() stays what it was on Windows, and is another's under a fork server.)"""
+    """Ends this process when its parent is gone: a killed one does not say so."""
     multiprocessing.parent_process().join()
     os._exit(1)
 
 
+def read_plan(plan):
+    return read_batch(READER["dataset"], plan, READER["known"], note_clip)
+
+
+def note_clip(path):
+    """Writes into a file of this reading process what it is about to open."""
+    Path(READER["journal"], str(os.getpid())).write_text(path, "utf-8")
+
+
 class BadClips:
-    """<run>/bad_clips.csv, a line per fault.  known: what it held at the start, so that a resumed run does the same."""
-    def __init__(self, path, max_share: float, writes: bool = True):
-        self.path, self.max_share, self.writes, self.tried, self.faults = Path(path), max_share, writes, 0, 0
+    """<run>/bad_clips.csv, a line for each Fault.  known: what it held at the start, so that a resumed run replaces the
+    same clips."""
+
+    def __init__(self, path, max_share, writes=True):
+        self.path = Path(path)
+        self.max_share = max_share
+        self.writes = writes
+        self.tried = 0
+        self.faults = 0
         content = self.path.read_text("utf-8") if self.path.is_file() else ""
-        lines = content[:content.rfind("\n") + 1]  # without the one that a killed run has left half
+        lines = content[:content.rfind("\n") + 1]       # without the one that a killed run has left half
         if writes and lines != content:
             os.truncate(self.path, len(lines.encode()))
-        self.known = {(int(row["step"]), int(row["slot"]), int(row["attempt"])): row["reason"]
-                      for row in csv.DictReader(lines.splitlines())}
+        self.known = {}
+        for row in csv.DictReader(lines.splitlines()):
+            self.known[int(row["step"]), int(row["slot"]), int(row["attempt"])] = row["reason"]
 
-    def add(self, faults: list[Fault], num_clips: int):
-        """faults of all ranks since the last call, beside num_clips that were read; raises when they are too many."""
-        self.tried, self.faults = self.tried + num_clips + len(faults), self.faults + len(faults)
+    def add(self, faults, num_clips):
+        """Adds the faults of all ranks since the last call, when num_clips were read.
+
+        Raises ValueError if there are too many."""
+        self.faults += len(faults)
+        self.tried += num_clips + len(faults)
         new = [fault for fault in sorted(faults) if fault[:3] not in self.known]
-        self.known |= {fault[:3]: fault.reason for fault in new}
+        for fault in new:
+            self.known[fault[:3]] = fault.reason
         if new and self.writes:
             print(f"{self.faults} of {self.tried} clips could not be read, see {self.path}: {new[-1].reason}",
                   file=sys.stderr)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.path, "a", newline="", encoding="utf-8") as f:
-                lines = [(*fault[:4], " ".join(fault.reason.split())) for fault in new]
-                csv.writer(f, lineterminator="\n").writerows(lines if f.tell() else [Fault._fields, *lines])
-        # after 200, chosen by hand: of fewer, a handful of bad ones says nothing of all
+            self.write(new)
+        # Of fewer than 200 (hand-tuned) a handful of bad ones says nothing about the rest.
         if self.tried >= 200 and self.faults > self.max_share * self.tried:
             raise ValueError(f"{self.faults} of {self.tried} clips could not be read, more than max_bad="
                              f"{self.max_share:g} of them: mend or drop those in {self.path}, or raise max_bad")
 
-
-# ---- writing ----
-
-@contextmanager
-def whole(path):
-    """A path to write to; then on the disk before it has its name, so that what has it is whole after a power cut.
-    What fails, or is stopped, leaves nothing."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        yield part
-        with open(part, "rb+") as f:
-            os.fsync(f.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    def write(self, faults):
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with open(self.path, "a", newline="", encoding="utf-8") as f:
+            writer = csv.writer(f, lineterminator="\n")
+            if not f.tell():
+                writer.writerow(Fault._fields)
+            for fault in faults:
+                writer.writerow([*fault[:4], " ".join(fault.reason.split())])
 
 
+# ---------------------------------------------------------------- writing
 def write_video(path, frames, fps=24):
-    """Writes frames uint8 [T H W 3] as .mp4 (H.264), .gif, .png (a contact sheet, at most 8 frames a row), or for a
-    name without suffix a folder of 00000.png, 00001.png, ...
-
-    Written beside its place and renamed, so that a file that is there is whole.
-    """
-    path, frames = Path(path), np.ascontiguousarray(frames)
+    """Writes frames uint8 [T H W 3] as .mp4 (H.264), .gif, .png (a contact sheet), or for a name without suffix as a
+    folder of 00000.png, 00001.png, ...  A file that has its name is whole."""
+    path = Path(path)
+    frames = np.ascontiguousarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"{path}: frames must be uint8 [T H W 3] with T > 0, got {frames.dtype} {list(frames.shape)}")
     if path.suffix not in (".mp4", ".gif", ".png", ""):
         raise ValueError(f"{path}: video is written as .mp4, .gif, .png (a contact sheet) or, without a suffix, as a "
                          f"folder of frames, not as {path.suffix!r}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")        # not `whole`: a folder, or a name that must end so
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
     if path.suffix == ".png":
         Image.fromarray(contact_sheet(frames)).save(part)
     elif path.suffix == ".gif":
-        first, *rest = [Image.fromarray(f) for f in enlarge(frames)]
+        first, *rest = [Image.fromarray(frame) for frame in enlarge(frames)]
         first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     elif path.suffix == ".mp4":
         write_mp4(part, frames, fps)
@@ -932,11 +1219,13 @@ def write_video(path, frames, fps=24):
 
 
 def write_mp4(path, frames, fps):
+    """Writes frames uint8 [T H W 3] as H.264, which needs even sides: an odd one gets its last row or column twice."""
     _, H, W, _ = frames.shape
-    frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")  # 4:2:0 needs even sides
-    with av.open(str(path), "w", options={"movflags": "faststart"}) as out:
-        # without mbtree: x264's macroblock tree gives other bytes from run to run on frames of a few blocks
-        options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}  # crf by hand: what is judged is the model
+    frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")
+    # crf 12 (hand-tuned): the model is to be judged, not the codec.  Without x264's macroblock tree, which gives other
+    # bytes from run to run on frames of a few blocks.
+    options = {"crf": "12", "preset": "fast", "x264-params": "mbtree=0"}
+    with av.open(os.path.abspath(path), "w", options={"movflags": "faststart"}) as out:
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         _, stream.height, stream.width, _ = frames.shape
         stream.pix_fmt = "yuv420p"
@@ -946,94 +1235,80 @@ def write_mp4(path, frames, fps):
 
 
 def enlarge(frames):
-    """[T H W 3] with pixels repeated up to a short side of at most 128 (by hand): the shapes world's would be a
-    thumbnail's."""
+    """Returns [T H W 3] with pixels repeated up to a short side of at most 128, so that 32 x 32 is no thumbnail."""
     k = max(1, 128 // min(frames.shape[1:3]))
     return repeat(frames, "t h w c -> t (h k1) (w k2) c", k1=k, k2=k)
 
 
 def contact_sheet(frames, per_row=8):
-    """uint8 [T H W 3] -> one picture [H' W' 3], frames in reading order with a white rule of 2 pixels after each; a
-    single frame as it is, since it may be given to sample.py."""
+    """Returns one picture [H' W' 3] of uint8 [T H W 3]: frames in reading order, a white rule of 2 pixels after each.
+
+    A single frame stays as it is, since it may be given to sample.py."""
     if len(frames) == 1:
         return enlarge(frames)[0]
-    missing = -len(frames) % per_row if len(frames) > per_row else 0  # in the last row: white
+    missing = -len(frames) % per_row if len(frames) > per_row else 0        # in the last row: white
     frames = np.pad(enlarge(frames), ((0, missing), (0, 2), (0, 2), (0, 0)), constant_values=255)
     return rearrange(frames, "(r c) h w ch -> (r h) (c w) ch", c=min(per_row, len(frames)))
 
 
-# ---- the command line ----
-
-def main(argv=None):
-    parser = Parser(description=__doc__, usage="python data.py META CONFIG [--FIELD=VALUE ...]")
-    parser.add_argument("what", nargs="+", help=argparse.SUPPRESS)
-    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
-    args, overrides = parser.parse_known_args(argv)
-    with one_line_errors(args.debug):
-        if len(args.what) != 2:
-            raise ValueError(f"{' '.join(args.what + overrides)}: expected META CONFIG, as in data/shapes/meta.csv "
-                             "configs/tiny.py; `python -m assets.shapes data/shapes` renders an example")
-        import configs
-        meta, config = args.what
-        config = configs.load(config, overrides)
-        print(BucketSampler(read_meta(meta), config).table())
+# ---------------------------------------------------------------- what all scripts share
+@contextmanager
+def atomic_write(path):
+    """Gives a path to write to; then syncs it and renames it to `path`, so that a crash never leaves half a file."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        yield part
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse's, for the command lines of all files that import this one: a docstring is shown as it stands, and an
-    error is one line.  A flag that there is not is named before all else: of `sample.py --promt "a dog"` argparse would
-    say that --prompt is missing."""
-
-    def __init__(self, **settings):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **settings)
-
-    def parse_args(self, words=None, namespace=None):
-        for word in sys.argv[1:] if words is None else words:
-            flag, known = word.split("=")[0], self._option_string_actions
-            if re.fullmatch(r"--\w[\w-]*", flag) and flag not in known:
-                close = difflib.get_close_matches(flag, known, n=1)
-                self.error(f"there is no {flag}, {f'did you mean {close[0]}?' if close else '--help shows what is'}")
-        return super().parse_args(words, namespace)
-
-    def error(self, message):
-        sys.exit(fail(message))
-
-
-def count(text):
-    """The type of a flag that tells how many."""
+def positive_int(text):
+    """The type of a flag that says how many."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
     return int(text)
 
 
 @contextmanager
-def one_line_errors(debug, stopped=""):
-    """Around what a script does.  What its user can mend ends it with one line and status 2, or with --debug with the
-    traceback; Ctrl-C with status 130 and, behind "stopped", what `stopped` says of a second start."""
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def one_line_errors(debug=False, stopped=""):
+    """Ends a script with one line and status 2 for an error that its user can mend, or with debug with the traceback;
+    for Ctrl-C with status 130 and "stopped", then what `stopped` says about a second start."""
+    rank = int(os.environ.get("RANK", 0))
     try:
         yield
     except (ValueError, OSError) as error:
         if debug:
             raise
-        sys.exit(fail(error))
-    except KeyboardInterrupt:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # another one shows no traceback of the end
-        if not int(os.environ.get("RANK", 0)):
+        error.__traceback__ = None      # it holds what was being done: a reader of clips, say, which ends now
+        if rank:
+            time.sleep(10)      # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
+        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        error.__traceback__ = None
+        if not rank:
             print(f"\nstopped{stopped}", file=sys.stderr)
         sys.exit(130)
     finally:
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def fail(error):
-    """The end of a main(): one line on stderr; returns the exit status 2."""
-    if rank := int(os.environ.get("RANK", 0)):
-        time.sleep(10)      # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
-    print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
-    return 2
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="python data.py META CONFIG [--field=value ...]")
+    parser.add_argument("meta", metavar="META", help="a meta.csv, or a glob")
+    parser.add_argument("config", metavar="CONFIG", help="configs/stage1.py, say; --field=value overrides its fields")
+    parser.add_argument("--debug", action="store_true", help="show errors with their traceback")
+    args, overrides = parser.parse_known_args(argv)
+    with one_line_errors(args.debug):
+        import configs
+        config = configs.load(args.config, overrides)
+        print(BucketSampler(read_meta(args.meta), config).table())
 
 
 if __name__ == "__main__":
-    from data import main; main()
+    main()

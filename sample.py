@@ -41,8 +41,8 @@ from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 import configs
-from data import (ASPECT, IMAGE_FPS, Bucket, Parser, count, length_and_rate, one_line_errors, read_window, resize_crop,
-                  slot_generator, stride, to_uint8, to_video, whole, write_video)
+from data import (ASPECT, IMAGE_FPS, Bucket, atomic_write, length_and_rate, one_line_errors, positive_int, read_window,
+                  resize_crop, slot_generator, to_uint8, to_video, write_video)
 from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
@@ -543,7 +543,9 @@ def add_job_options(parser):
 
 
 def parse_args(argv=None):
-    parser = Parser(description=__doc__.split("\nPapers")[0], usage="python sample.py --prompt CAPTION [options]")
+    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], allow_abbrev=False,
+                                     usage="python sample.py --prompt CAPTION [options]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", help="captions, each in quotes")
     what.add_argument("--prompts", metavar="FILE", help="of captions, one a line")
@@ -566,10 +568,10 @@ def parse_args(argv=None):
     add("--grid", action="store_true", help="a picture of the contact sheets of all seeds of a prompt")
     add("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=count, default=4, help="videos of one size sampled at once; default: %(default)s")
+    add("--batch-size", type=positive_int, default=4, help="videos of one size sampled at once; default: %(default)s")
     add("--offload", action="store_true", help="blocks of T5 and of the model stay in host memory until they compute")
     add("--text-cache", metavar="FOLDER", help="keeps the embeddings of captions; T5 is not loaded for those in it")
-    add("--sp", type=count, default=1, help="under torchrun: GPUs that share each video; the groups share the prompts")
+    add("--sp", type=positive_int, default=1, help="under torchrun: GPUs that share each video")
     add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
     add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     add("--debug", action="store_true", help="errors with their traceback")
@@ -595,7 +597,7 @@ def read_jobs(args, config):
     for number, line in enumerate(lines):
         text, asked = split_json(line, args)
         fill(asked, num_frames=T, size="{}x{}".format(*size), fps=config.fps)
-        fill(asked, frame_interval=int(stride(asked.fps, config)))
+        fill(asked, frame_interval=config.frame_interval)
         height, width = parse_pair(asked.size, "x", "--size", "240x426")
         references, groups = given_frames(asked, asked.num_frames)
         jobs += [plan_job(text, groups, asked.segments, asked.overlap, asked.seamless, num_frames=asked.num_frames,
@@ -776,7 +778,7 @@ def save(job, frames, record, args):
         write_video(path, frames, fps)
         order = " in reading order" if path.suffix == ".png" else f", {fps:g} per second"
         tqdm.write(f"{path}  " + (f"{T} frames of {H}x{W}{order}" if T > 1 else f"an image of {H}x{W}"))
-    with whole(args.out / f"{job.name}.json") as part:
+    with atomic_write(args.out / f"{job.name}.json") as part:
         part.write_text(record, "utf-8")
     latents_file(job, args.out).unlink(missing_ok=True)
 

@@ -20,6 +20,7 @@ import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
+import argparse
 import json
 import math
 import shutil
@@ -53,8 +54,8 @@ from tqdm import tqdm
 
 import configs
 from kernels import Place, all_frames, own_frames, start_processes, use
-from data import (BadClips, BucketSampler, ClipDataset, Parser, batches, one_line_errors, read_meta,
-                  slot_generator, stride, to_video, uniform, whole, write_video)
+from data import (BadClips, BucketSampler, ClipDataset, atomic_write, batches, one_line_errors, read_meta,
+                  slot_generator, to_video, uniform, write_video)
 from masks import draw_mask
 from model import QUIRKS, STDiT, check_weights, from_pixart
 from sample import SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, read_weights
@@ -591,12 +592,12 @@ def export(checkpoint, path):
     ema = {name: torch.empty(of.size) for name, of in held.items() if name.startswith("ema.")}
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # as no_dist asks for
     dcp.load(ema, checkpoint_id=checkpoint, no_dist=True)
-    with naming(path), whole(path) as part:
+    with naming(path), atomic_write(path) as part:
         save_file({name.removeprefix("ema."): value for name, value in ema.items()}, part)
 
 
 def write_text(path, text):
-    with naming(path), whole(path) as part:
+    with naming(path), atomic_write(path) as part:
         part.write_text(text, "utf-8")
 
 
@@ -638,7 +639,7 @@ def fingerprint(meta, vae, text_encoder):
     """One line that tells clips (paths, sizes and order, not the folder that they are in) and networks from others: a
     row more in meta.csv, and step n would see other clips."""
     digest = 0
-    for name in ("key", "num_frames", "height", "width", "fps", "size"):
+    for name in ("key", "num_frames", "height", "width", "fps", "text_size"):
         digest = zlib.crc32(np.ascontiguousarray(meta[name]), digest)
     nets = "".join(weights_name(net.state_dict()) for net in (vae.net, text_encoder.net))
     return f"{len(meta)} clips, checksum {digest:08x}, networks {zlib.crc32(nets.encode()):08x}"
@@ -820,7 +821,7 @@ def preview(run, vae, text_encoder, step):
     config, (num_frames, height, width) = run.config, default_bucket(run.config.trained)
     run.ema.swap()
     videos = generate(run.model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height,
-                      width=width, fps=config.fps, frame_interval=int(stride(config.fps, config)), steps=50,
+                      width=width, fps=config.fps, frame_interval=config.frame_interval, steps=50,
                       prediction=config.prediction, cfg_scale=config.cfg_scale, seed=config.seed,
                       quirks=SampleQuirks(raw_fps=config.raw_fps))
     run.ema.swap()
@@ -864,7 +865,8 @@ def rank0_first(make):
 
 # ---------------------------------------------------------------- the command line
 def parse_args(argv=None):
-    parser = Parser(
+    parser = argparse.ArgumentParser(
+        allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="python train.py CONFIG [options] [--field=value ...]", description=__doc__,
         epilog="any field of the config is --field=value, as in --lr=1e-5:\n\n" + configs.fields_text())
     parser.add_argument("config", metavar="CONFIG", help="configs/tiny.py, or the config.py of a run")

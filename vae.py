@@ -13,6 +13,7 @@ import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
+import argparse
 import csv
 import hashlib
 import io
@@ -50,9 +51,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import (Bucket, Meta, Parser, Plan, UnreadableClip, batches, bucket_list, count, length_and_rate,
-                  one_line_errors, reachable, read_meta, read_window, resize_crop, stride, to_uint8, to_video,
-                  window_generator, window_number, whole, write_video)
+from data import (IMAGE_FPS, Bucket, Plan, Table, UnreadableClip, atomic_write, batches, bucket_list, length_and_rate,
+                  one_line_errors, positive_int, reachable, read_meta, read_window, resize_crop, to_uint8, to_video,
+                  window_generator, window_number, write_video)
 
 disable_progress_bar()      # transformers' own, of loading weights
 PIXELS_AT_ONCE = 2**20      # of frames that pass through the autoencoder together: its decoder's peak is then 3 GiB
@@ -325,7 +326,7 @@ class CacheWriter:
         self.vae_key = short_hash(fingerprint(vae.net.state_dict()), vae.scale, config.dtype)
         self.text_key = short_hash(fingerprint(text_encoder.net.state_dict()), vocabulary, text_encoder.max_length,
                                    config.dtype, text_encoder.clean.__name__)
-        key = short_hash(meta.key, config.buckets, config.frame_interval, config.target_fps, config.holdout,
+        key = short_hash(meta.key, config.buckets, config.frame_interval, config.holdout,
                          config.windows, self.vae_key, self.text_key)
         self.index = self.folder / f"index-{key}.safetensors"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -372,9 +373,9 @@ class CacheWriter:
         if shard.bucket is None:
             return f"text-{short_hash(self.texts(shard), self.text_key)}.safetensors"
         files, keys = [stamp(self.meta.path(clip)) for clip in shard.clips], self.meta["key"][shard.clips].tolist()
-        strides = stride(self.meta["fps"][shard.clips], self.config).tolist()
+        interval = self.config.frame_interval
         size = self.shape(shard.bucket), shard.bucket.height, shard.bucket.width
-        return f"{kind(shard.bucket)}-{short_hash(files, keys, strides, size, self.vae_key)}.safetensors"
+        return f"{kind(shard.bucket)}-{short_hash(files, keys, interval, size, self.vae_key)}.safetensors"
 
     def num_bytes(self, shard):
         if shard.bucket:
@@ -400,9 +401,9 @@ class CacheWriter:
         costs that clip alone.  Each "batch" is one clip; where training would take another in its place, is NO_CLIP."""
         shards = [self.shards[n] for n in self.missing]
         clips = ((shard.bucket, clip) for shard in shards if shard.bucket for clip in shard.ids)
-        plans = (Plan(i, bucket, [0], np.array([[clip, NO_CLIP]])) for i, (bucket, clip) in enumerate(clips))
-        self.read = batches(SimpleNamespace(plan=lambda *_: next(plans)), Windows(self.meta, self.config), 0,
-                            sum(len(shard.ids) for shard in shards if shard.bucket))
+        plans = [Plan(i, bucket, [0], np.array([[clip, NO_CLIP]])) for i, (bucket, clip) in enumerate(clips)]
+        sampler = SimpleNamespace(plan=lambda step, *_: plans[step])
+        self.read = batches(sampler, Windows(self.meta, self.config), 0, len(plans))
         self.tried, self.bad = 0, set()
         self.bar = tqdm(desc=f"writing {self.folder}", total=sum(len(shard.ids) for shard in shards), unit="clip",
                         disable=self.rank > 0)                      # of the first rank's; a caption counts as a clip
@@ -472,19 +473,19 @@ class CacheWriter:
 
 class Windows(NamedTuple):
     """Clips with their fixed windows, for data.batches."""
-    meta: Meta
+    meta: Table
     config: object                                          # configs.Config
 
     def read(self, clip, bucket, step, slot):
         """{"video": uint8 [K T H W 3], "decoded"}; raises UnreadableClip."""
         if clip == NO_CLIP:
-            return {"video": torch.zeros(0), "decoded": 0}
-        key, interval = self.meta["key"][clip], int(stride(self.meta["fps"][clip], self.config))
+            return {"video": torch.zeros(0), "fps": IMAGE_FPS, "decoded": 0}
+        key, interval = self.meta["key"][clip], self.config.frame_interval
         frames, decoded = zip(*[
             read_window(self.meta.path(clip), bucket.num_frames, interval, None, window_generator(key, window))
             for window in range(num_windows(self.config, bucket))])
         return {"video": torch.stack([resize_crop(f, bucket.height, bucket.width) for f in frames]),
-                "decoded": sum(decoded)}
+                "fps": float(self.meta["fps"][clip]), "decoded": sum(decoded)}
 
 
 class CachedClips:
@@ -513,7 +514,7 @@ class CachedClips:
             y = f.get_slice("y")[start:end].float()
         L = self.config.model.model_max_length
         return {"mean": mean, "std": std, "y": F.pad(y, (0, 0, 0, L - len(y))), "y_mask": torch.arange(L) < len(y),
-                "decoded": 0}
+                "fps": float(self.meta["fps"][clip]), "decoded": 0}
 
     def locate(self, part, number):
         """(path of its shard, row there) of a clip or a caption's hash; (None, None) where there is none."""
@@ -559,7 +560,7 @@ def short_hash(*what):
 
 
 def write_whole(path, tensors, note):
-    with whole(path) as part:
+    with atomic_write(path) as part:
         try:    # one piece of metadata: the order of several is random
             save_file(tensors, part, {"note": json.dumps(note)})
         except SafetensorError as error:    # a full disk, say
@@ -607,13 +608,14 @@ def reconstruct(path, args):
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
     usage = "python vae.py CLIP | cache CONFIG [--field=value ...]"
-    parser = Parser(description=__doc__.split("\nPapers")[0], usage=usage)
+    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], usage=usage, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", help="a video or image; or cache and a config")
     parser.add_argument("--out", help="of a reconstruction: a .mp4, .gif or .png")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     add = parser.add_argument_group("a reconstruction").add_argument
     add("--vae", default="assets/tiny/vae", help="folder or hub name; default: %(default)s")
-    add("--num-frames", type=count, default=16, help="of the clip; default: %(default)s")
+    add("--num-frames", type=positive_int, default=16, help="of the clip; default: %(default)s")
     args = parser.parse_known_args(words)[0] if "cache" in words else parser.parse_args(words)
     goes_on = "; the same command goes on from what is whole" * (args.what[0] == "cache")
     with one_line_errors(args.debug, goes_on):

@@ -89,7 +89,7 @@ SIDES = (144, 256), (240, 426), (360, 640), (480, 854), (512, 512), (720, 1280),
 
 def made_up_clips(config, count=420):
     """Rows of a meta.csv, a quarter of them images, and the Bucket of each, or why it has none, both by data.py."""
-    from data import assign, bucket_list, bucket_table, read_meta
+    from data import LeftOut, assign, bucket_list, read_meta
     rng, lines = np.random.default_rng(1), ["path,text,num_frames,height,width,fps"]
     for i in range(count):
         height, width = (rng.lognormal(0, 0.2) * np.array(SIDES[rng.integers(len(SIDES))])).astype(int)
@@ -98,10 +98,9 @@ def made_up_clips(config, count=420):
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "meta.csv").write_text("\n".join(lines))
         meta = read_meta(str(Path(folder, "meta.csv")))
-        found, buckets, rows = assign(meta, config, epoch=0), bucket_list(config.buckets), np.array(meta.rows)
-        table_of = lambda clip: bucket_table(meta, config, np.where(np.arange(count) == clip, found, 0))
-        why = lambda clip: re.search("left out: (.+?), as", table_of(clip))[1]
-        return rows, [buckets[number] if number >= 0 else why(clip) for clip, number in enumerate(found)]
+        assigned, buckets, rows = assign(meta, config, epoch=0), bucket_list(config.buckets), np.array(meta.rows)
+        return rows, [buckets[number] if number >= 0 else LeftOut(reason).words
+                      for number, reason in zip(assigned.buckets, assigned.reasons)]
 
 
 def draw_buckets():

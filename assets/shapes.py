@@ -17,7 +17,7 @@ import numpy.random  # noqa: F401    a module of Cython swallows a Ctrl-C that c
 from PIL import Image
 from tqdm import tqdm
 
-from data import COLUMNS, IMAGE_FPS, Parser, one_line_errors, whole, write_video
+from data import COLUMNS, IMAGE_FPS, atomic_write, one_line_errors, write_video
 
 # Colours, sizes, ways and shares are chosen by hand; assets/tiny/README.md says what they were good for
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
@@ -122,13 +122,14 @@ def write_shapes(folder, num_clips=2000, seed=0):
         else:
             Image.fromarray(frames[0]).save(folder / name)
         rows.append((name, caption, T, H, W, SHAPES_FPS if T > 1 else IMAGE_FPS))
-    with whole(folder / "meta.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
+    with atomic_write(folder / "meta.csv") as part, open(part, "w", newline="", encoding="utf-8") as f:
         csv.writer(f).writerows([COLUMNS, *rows])
     print(f"{folder / 'meta.csv'}: {num_clips} clips")
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, usage="python -m assets.shapes FOLDER [options]")
+    parser = argparse.ArgumentParser(description=__doc__, usage="python -m assets.shapes FOLDER [options]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("folder", help=argparse.SUPPRESS)
     parser.add_argument("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other clips (default: %(default)s)")

@@ -37,15 +37,14 @@ class Config:
     data: str | tuple[str, ...]                     # meta.csv: a path, or a glob over several, or several of either
     buckets: Buckets                                # which clips are trained at which size (data.assign)
     # reading them; times in frames of the source, or as told
-    frame_interval: int = 1                         # every n-th source frame is taken (data.stride), unless target_fps
-    target_fps: float = 0.0                         # says how many a second there should be, about; 0 = it does not
+    frame_interval: int = 1                         # every n-th source frame is taken
     raw_fps: bool = False                           # tell the network the source's fps, whatever is taken of it (Q7)
     fps: float = 24.0                               # of the source that samples imitate; theirs is fps / frame_interval
     holdout: float = 0.0                            # share of the clips, by a hash of the path, kept for validation
     windows: int = 0                                # fixed windows of a clip, as a cache needs; 0 = a new one each time
     cache: str = ""                                 # folder of cached latents and text embeddings; "" = none
     num_workers: int = 2                            # reading processes per GPU; 0 = read in the training process
-    read_timeout: float = 60.0                      # seconds for one clip, after which its reader is replaced
+    read_timeout: float = 300.0                     # seconds without a batch, after which a reading process has hung
     max_bad: float = 0.05                           # share of clips that cannot be read at which training stops
     # the loss and the optimizer
     world: int = 1                                  # GPUs of the batch sizes: a global batch is clips per GPU * world
@@ -86,12 +85,11 @@ class Config:
         for names, ok, expected in (
             ("frame_interval fps world lr grad_clip steps save_every sp read_timeout accumulation keep_last "
              "validate_batches", lambda x: 0 < x < math.inf, "more than 0, and finite"),
-            ("num_workers warmup_steps sample_every windows target_fps checkpointing shard keep_every validate_every "
+            ("num_workers warmup_steps sample_every windows checkpointing shard keep_every validate_every "
              "skip_nonfinite weight_decay cfg_scale", lambda x: 0 <= x < math.inf, "0 or more, and finite"),
             ("holdout max_bad", lambda x: 0 <= x <= 1, "a share from 0 to 1"),
             ("validate_every", lambda x: not x or self.holdout, "0, or a holdout of some clips beside it"),
             ("init_optimizer", lambda x: not x or self.init, "False, or an init to take it from beside it"),
-            ("target_fps", lambda x: not x or self.frame_interval == 1, "0 beside a frame_interval: one decides"),
             ("windows", lambda x: x or not self.cache, "1 or more with a cache: it holds fixed windows of a clip"),
             ("prediction", lambda x: x in ("eps", "v"), "'eps' or 'v'"),
             ("dtype", lambda x: x in ("fp32", "bf16"), "'fp32' or 'bf16'"),

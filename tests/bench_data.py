@@ -94,7 +94,7 @@ def index(count: int):
         config = configs.load("configs/stage1.py")
         for epoch in (0, 1):
             start = time.perf_counter()
-            found = assign(meta, config, epoch)
+            found = assign(meta, config, epoch).buckets
             print(f"buckets of epoch {epoch}: {time.perf_counter() - start:.1f} s, {(found >= 0).mean():.0%} in one")
         del found
         start = time.perf_counter()

@@ -20,7 +20,7 @@ import torch  # noqa: E402
 
 import configs  # noqa: E402
 import train  # noqa: E402
-from data import Bucket, Parser, one_line_errors  # noqa: E402
+from data import Bucket, one_line_errors  # noqa: E402
 from kernels import start_processes, use  # noqa: E402
 from model import example_inputs  # noqa: E402
 from sample import usual_aspect  # noqa: E402
@@ -107,7 +107,9 @@ def search(config, gpus, gpu, plain=False):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, usage="python tests/bench_train.py CONFIG [options] [--field=value ...]")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="python tests/bench_train.py CONFIG [options] [--field=value ...]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help=argparse.SUPPRESS)
     parser.add_argument("--profile", metavar="FILE", help="writes a trace of three steps of the last bucket")
     parser.add_argument("--search", action="store_true", help="looks for batch sizes")

@@ -46,7 +46,6 @@ from assets.shapes import write_shapes  # noqa: E402
 from model import STDiT  # noqa: E402
 from vae import load_text_encoder, load_vae  # noqa: E402
 
-REASONS = data.REASONS                          # why a clip has no bucket, in the words of the recording
 STARTING_WEIGHTS = "init.safetensors"
 
 
@@ -120,7 +119,9 @@ def buckets_of_clips(csv_path, config, epoch):
     """Returns for each clip "240p 16 0.56", or the reason why it has no bucket."""
     meta = data.read_meta(str(csv_path))
     names = [" ".join(map(str, bucket)) for bucket in data.bucket_list(config.buckets)]
-    return [names[number] if number >= 0 else REASONS[-1 - number] for number in data.assign(meta, config, epoch)]
+    assigned = data.assign(meta, config, epoch)
+    return [names[number] if number != data.NO_BUCKET else data.LeftOut(reason).words
+            for number, reason in zip(assigned.buckets, assigned.reasons)]
 
 
 def plans(csv_path, config, epochs):

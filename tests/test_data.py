@@ -70,7 +70,6 @@ class Settings:
     """The fields of Config that data.py reads."""
     buckets: dict
     frame_interval: int = 1
-    target_fps: float = 0.0
     raw_fps: bool = False
     holdout: float = 0.0
     windows: int = 0
@@ -100,8 +99,8 @@ def table_of(folder: Path, rows, fps=24.0):
 def buckets_of(meta, settings, epoch=0, validation=False) -> list:
     """Returns each clip's bucket in an epoch, or None where it has none."""
     numbered = data.bucket_list(settings.buckets)
-    found = data.assign(meta, settings, epoch, validation).tolist()
-    return [numbered[number] if number >= 0 else None for number in found]
+    found = data.assign(meta, settings, epoch, validation).buckets.tolist()
+    return [None if number == data.NO_BUCKET else numbered[number] for number in found]
 
 
 # ---- meta.csv ----
@@ -165,7 +164,8 @@ def test_a_mistake_in_a_table_is_named(tmp_path, content, named):
 
 @pytest.mark.parametrize("name", ["nowhere.csv", "nowhere*.csv"])
 def test_a_missing_table_is_named(name):
-    with pytest.raises(FileNotFoundError, match=r"nowhere\*?.csv"):
+    """With what a new user needs: the flag, the columns, the script that makes one, and what to try without data."""
+    with pytest.raises(FileNotFoundError, match=r"nowhere\*?.csv.*--data.*path,text.*curate.py.*configs/tiny.py"):
         read_meta(name)
 
 
@@ -205,7 +205,6 @@ def test_nasty_rows_read_as_python_reads_them(tmp_path, line_end, quoting):
     meta = read_meta(file)
     assert texts_of(meta) == [row["text"] for row in expected]
     assert paths_of(meta) == [str(tmp_path / row["path"]) for row in expected]
-    assert [meta.field(clip, "note") for clip in range(700)] == [row["note"] for row in expected]
     for name in ("num_frames", "height", "width", "fps"):
         assert meta[name].tolist() == [np.float32(row[name]) for row in expected]
     assert [meta.where(clip) for clip in range(700)] == [f"{file} row {number}" for number in places[1:]]
@@ -220,13 +219,11 @@ def test_numbers_as_programs_write_them(tmp_path):
     assert meta["fps"][1:].tolist() == [120] * 5
 
 
-def test_other_columns_stand_in_any_place_and_are_kept_as_text(tmp_path):
+def test_other_columns_may_stand_in_any_place(tmp_path):
     plain = write_text(tmp_path / "plain.csv", HEADER + ROW)
     scored = write_text(tmp_path / "scored.csv", "match,path,text,num_frames,height,width,fps,aes\n"
                         "0.5,b.mp4,x,8,8,8,8,4.5\n,c.mp4,x,8,8,8,8,none\n-2,d.mp4,x,8,8,8,8,nan\n")
     meta = read_meta([plain, scored])
-    assert [meta.field(clip, "match") for clip in (1, 2, 3)] == ["0.5", "", "-2"]
-    assert [meta.field(clip, "aes") for clip in (1, 2, 3)] == ["4.5", "none", "nan"]
     assert paths_of(meta) == [str(tmp_path / f"{name}.mp4") for name in "abcd"]
     assert meta["fps"].tolist() == [8] * 4
 
@@ -277,7 +274,8 @@ def test_a_file_beside_the_table_that_is_cut_short_is_made_again(tmp_path, left)
     """left: the bytes that a crash left of each file that read_meta wrote; -1: all but the last."""
     file = write_text(tmp_path / "meta.csv", HEADER + "".join(f"{i}.mp4,x,{i + 1},8,8,8\n" for i in range(300)))
     read_meta(file)
-    written = [path for path in tmp_path.iterdir() if path.name != "meta.csv"]
+    written = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "meta.csv"]
+    assert written
     for path in written:
         path.write_bytes(path.read_bytes()[:left])
     again = read_meta(file)
@@ -303,13 +301,13 @@ def test_several_may_open_a_table_at_once(tmp_path):
 def test_a_table_in_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys):
     here = tmp_path / "here"
     file = write_text(here / "meta.csv", HEADER + ROW)
-    real_open = open
+    real_mkdir = os.mkdir
 
-    def refuse(path, mode="r", *args, **options):
-        if mode[0] in "wax" and Path(path).parent == here:
+    def refuse(path, *args, **options):
+        if Path(path).parent == here:
             raise PermissionError(13, "Permission denied", str(path))
-        return real_open(path, mode, *args, **options)
-    monkeypatch.setattr("builtins.open", refuse)
+        return real_mkdir(path, *args, **options)
+    monkeypatch.setattr(os, "mkdir", refuse)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     meta = read_meta(file)
     error = capsys.readouterr().err
@@ -323,7 +321,7 @@ def test_a_table_in_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, ca
 
 
 def test_a_table_pickles_small(tmp_path):
-    """A worker that is spawned gets names, not rows; and never another table than its parent's."""
+    """A worker that is spawned gets names, not rows, and never another table than its parent's."""
     file = write_text(tmp_path / "meta.csv", HEADER + "".join(f"{i}.mp4,x,{i + 1},8,8,8\n" for i in range(1000)))
     meta = read_meta(file)
     pickled = pickle.dumps(meta)
@@ -332,8 +330,7 @@ def test_a_table_pickles_small(tmp_path):
     assert again["num_frames"].tolist() == list(range(1, 1001))
     assert again.path(999) == meta.path(999)
     write_text(tmp_path / "meta.csv", HEADER + ROW)
-    with pytest.raises(ValueError, match="meta.csv"):
-        pickle.loads(pickled)
+    assert len(pickle.loads(pickled)) == 1000
 
 
 # ---- buckets ----
@@ -768,16 +765,14 @@ def test_windows_equal_a_sequential_decode(coded, name):
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.ts", "a265.mp4", "a.mpg", "a.avi"])
 def test_a_window_costs_less_than_its_file(coded, name):
-    """From the key frame before the window, at most 12 frames earlier, to its last frame; B-frames are skipped."""
+    """From the key frame before the window, at most 12 frames earlier, to its last frame."""
     path, _ = coded(name)
     assert read_window(str(path))[1] == 40
     assert read_window(str(path), 1, 1, 0)[1] == 1
     assert read_window(str(path), 1, 1, 39)[1] <= 12
     for start in (5, 17):
         dense = read_window(str(path), 22, 1, start)[1]
-        sparse = read_window(str(path), 4, 7, start)[1]
-        assert 22 <= dense <= 22 + 11
-        assert sparse <= dense - 4
+        assert 22 <= dense <= 22 + 12
 
 
 def test_windows_reach_every_start_and_the_middle(tmp_path):
@@ -942,7 +937,7 @@ def test_a_damaged_frame_is_never_shown(tmp_path, name, codec, options):
             except UnreadableClip as error:
                 num_faults += 1
                 assert 9 <= start < 24
-                assert re.search(r"damaged frames.* of 48 .*[1-9]\d* of them damaged", str(error))
+                assert path.name in str(error)
     assert num_trials > 1
     assert num_trials < num_faults < 14 * num_trials
 
@@ -986,11 +981,156 @@ def test_frames_that_an_avi_holds_are_no_hole(tmp_path):
     assert np.array_equal(read(tmp_path / "a.avi"), frames[np.abs(times - moments[:, None]).argmin(1)])
 
 
-def test_times_of_another_order_than_the_frames_are_an_error(tmp_path):
-    """An .avi has no presentation times, and those that FFmpeg makes up for H.264's B-frames are wrong."""
-    encode(tmp_path / "a.avi", bar_frames(61, 64, 96), g="12", bf="3", sc_threshold="0")
-    with pytest.raises(UnreadableClip, match="a.avi: has .*an order that is not.* 0 of them damaged"):
-        read_window(str(tmp_path / "a.avi"))
+@pytest.mark.parametrize("name", ["a.avi", "a.h264"])
+def test_without_times_the_order_of_decoding_is_right(tmp_path, name):
+    """A stream alone has no times; an .avi has none, and those that FFmpeg makes up for H.264's B-frames are wrong."""
+    frames = bar_frames(61, 64, 96)
+    encode(tmp_path / name, frames, **X264, g="12", bf="3")
+    encode(tmp_path / "a.mp4", frames, **X264, g="12", bf="3")
+    expected = decode_all(tmp_path / "a.mp4")
+    for num_frames, stride, start in ((61, 1, 0), (4, 3, 13), (1, 1, 60)):
+        window = read(tmp_path / name, num_frames, stride, start)
+        assert np.array_equal(window, expected[start::stride][:num_frames])
+
+
+# ---- what real files did to version 1 ----
+
+def with_display_matrix(path, a, b, c, d):
+    """Changes the display matrix of a .mp4: a player shows the pixel (x, y) at (a x + c y, b x + d y)."""
+    content = bytearray(path.read_bytes())
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    place = content.index(upright, content.index(b"tkhd"))
+    content[place:place + 36] = struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("a, b, c, d", [
+    (1, 0, 0, 1), (-1, 0, 0, 1), (1, 0, 0, -1), (-1, 0, 0, -1), (0, 1, 1, 0), (0, -1, 1, 0), (0, 1, -1, 0),
+    (0, -1, -1, 0)])
+def test_a_clip_is_turned_and_mirrored_as_its_matrix_says(tmp_path, a, b, c, d):
+    encode(tmp_path / "a.mp4", bar_frames(3, 32, 48))
+    stored = read(tmp_path / "a.mp4")
+    with_display_matrix(tmp_path / "a.mp4", a, b, c, d)
+    shown = read(tmp_path / "a.mp4")
+    height, width = shown.shape[1:3]
+    assert (height, width) == ((32, 48) if a else (48, 32))
+    left = 0 if a + c > 0 else width - 1        # a mirrored axis begins at the far side
+    top = 0 if b + d > 0 else height - 1
+    for x, y in ((0, 0), (47, 0), (0, 31), (5, 9), (40, 20)):
+        assert np.array_equal(shown[:, top + b * x + d * y, left + a * x + c * y], stored[:, y, x]), (x, y)
+
+
+def test_each_window_of_a_clip_with_a_palette_has_its_colours(tmp_path):
+    """The palette comes with the first packet; a decoder that is emptied before a window forgets it."""
+    palette = np.random.default_rng(0).integers(0, 256, (256, 4)).astype(np.uint8)
+    palette[:, 0] = 255
+    places = np.random.default_rng(1).integers(0, 256, (12, 16, 24)).astype(np.uint8)
+    with av.open(str(tmp_path / "a.avi"), "w") as out:
+        stream = out.add_stream("rawvideo", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 24, 16, "pal8"
+        for i, indices in enumerate(places):
+            frame = av.VideoFrame.from_ndarray((indices, palette), format="pal8")
+            frame.pts = i
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    frames = decode_all(tmp_path / "a.avi")
+    assert frames.std() > 30
+    assert np.array_equal(read(tmp_path / "a.avi", 3, 2, 5), frames[5:10:2])
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparent_pixels_of_an_image_are_white(tmp_path, mode):
+    """Their hidden colour is never seen."""
+    rgba = np.zeros((20, 30, 4), np.uint8)
+    rgba[:, :10] = (255, 0, 255, 0)
+    rgba[:, 10:20] = (0, 0, 0, 128)
+    rgba[:, 20:] = (10, 10, 10, 255)
+    image = Image.fromarray(rgba)
+    if mode == "P":
+        image = image.quantize(8)
+    image.convert(mode).save(tmp_path / "a.png")
+    frame = read(tmp_path / "a.png")[0].astype(int)
+    assert (frame[:, :10] == 255).all()
+    assert np.abs(frame[:, 10:20] - 127).max() <= 3
+    assert np.abs(frame[:, 20:] - 10).max() <= 1
+
+
+def test_transparent_pixels_of_a_video_are_white(tmp_path):
+    rgba = np.zeros((3, 16, 32, 4), np.uint8)
+    rgba[:, :, :16] = (255, 0, 255, 0)
+    rgba[:, :, 16:] = (10, 20, 30, 255)
+    with av.open(str(tmp_path / "a.mov"), "w") as out:
+        stream = out.add_stream("qtrle", rate=24)
+        stream.width, stream.height, stream.pix_fmt = 32, 16, "argb"
+        for i, frame in enumerate(rgba):
+            frame = av.VideoFrame.from_ndarray(frame, format="rgba").reformat(format="argb")
+            frame.pts = i
+            out.mux(stream.encode(frame))
+        out.mux(stream.encode())
+    frames = read(tmp_path / "a.mov")
+    assert (frames[:, :, :16] == 255).all()
+    assert (frames[:, :, 16:] == (10, 20, 30)).all()
+
+
+def test_a_name_with_a_colon_is_no_protocol(tmp_path, monkeypatch):
+    encode(tmp_path / "Trip: day 1.mp4", bar_frames(5, 32, 48))
+    write_text(tmp_path / "meta.csv", HEADER + "Trip: day 1.mp4,x,5,32,48,24\n")
+    monkeypatch.chdir(tmp_path)
+    assert len(read(read_meta("meta.csv").path(0))) == 5
+    data.write_video("Trip: day 2.mp4", bar_frames(5, 32, 48))
+    assert len(read("Trip: day 2.mp4")) == 5
+
+
+def test_a_caption_may_be_long(tmp_path):
+    text = "a very long film, told scene by scene; " * 4000
+    meta = read_meta(write_text(tmp_path / "meta.csv", HEADER + f'a.mp4,"{text}",8,8,8,8\n' + ROW))
+    assert meta.text(0) == text
+    assert meta.text(1) == "x"
+
+
+def test_of_two_recordings_in_one_file_the_first_is_used(tmp_path, capsys):
+    """Its times start again in the middle; that the rest is not used is reported."""
+    encode(tmp_path / "a.ts", bar_frames(48, 32, 48), **X264, g="12", bf="2")
+    once = read(tmp_path / "a.ts")
+    content = (tmp_path / "a.ts").read_bytes()
+    (tmp_path / "a.ts").write_bytes(content + content)
+    window = read(tmp_path / "a.ts", 8, 3, 10)
+    assert np.array_equal(window, once[10:][::3][:8])
+    assert "a.ts" in capsys.readouterr().err
+    with pytest.raises(UnreadableClip, match="a.ts: has 4[0-9] frames, expected 60"):
+        read_window(str(tmp_path / "a.ts"), 60)
+
+
+def test_where_the_table_and_a_file_differ_the_file_is_right(tmp_path, capsys):
+    encode(tmp_path / "fast.mp4", bar_frames(20, 144, 256), rate=30)
+    encode(tmp_path / "small.mp4", bar_frames(20, 36, 64))
+    write_text(tmp_path / "meta.csv", HEADER + "fast.mp4,fast,20,144,256,24\nsmall.mp4,small,20,144,256,24\n")
+    meta = read_meta(str(tmp_path / "meta.csv"))
+    settings = Settings({"144p": {16: (1.0, 1)}}, holdout=0.0)
+    found = take(meta, settings, 0, 2)
+    assert [batch["text"] for batch in found] == [["fast"], ["fast"]]
+    assert [batch["fps"].tolist() for batch in found] == [[30.0], [30.0]]
+    (fault,) = {(Path(fault.path).name, fault.reason.split(": ")[1]) for fault in faults_of(found)}
+    assert fault[0] == "small.mp4" and "36x64" in fault[1]
+    reported = capsys.readouterr().err
+    assert re.search("fast.mp4.* 30 .* 24 ", reported)
+    assert re.search("small.mp4.* 36x64.* 144x256", reported)
+
+
+def test_music_with_a_cover_is_no_video(tmp_path):
+    with av.open(str(tmp_path / "cover.mp4"), "w") as out:
+        audio = out.add_stream("aac", rate=8000)
+        cover = out.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 48, 32, "yuvj420p"
+        cover.disposition = av.stream.Disposition.attached_pic
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        silence.rate = 8000
+        out.mux(audio.encode(silence))
+        out.mux(audio.encode())
+        out.mux(cover.encode(av.VideoFrame.from_ndarray(bar_frames(1, 32, 48)[0], format="rgb24")))
+        out.mux(cover.encode())
+    with pytest.raises(UnreadableClip, match="cover.mp4: .*cover"):
+        read_window(str(tmp_path / "cover.mp4"))
 
 
 @pytest.fixture(scope="module")
@@ -1013,7 +1153,6 @@ def unreadable(tmp_path_factory) -> Path:
     encode(folder / "tall.webm", bar_frames(5, 96, 64), "libvpx")
     encode(folder / "wide.webm", bar_frames(5, 64, 96), "libvpx", times=range(5, 10))
     mux(folder / "two.mkv", folder / "tall.webm", folder / "wide.webm")
-    encode(folder / "raw.h264", bar_frames(5, 64, 96))
     encode(folder / "a.mp4", bar_frames(5, 64, 96), pixel_aspect=2)
     content = (folder / "a.mp4").read_bytes()
     (folder / "flat.mp4").write_bytes(content.replace(b"pasp\0\0\0\2\0\0\0\1", b"pasp\0\0\0\1\0\0\x27\x10"))
@@ -1025,7 +1164,7 @@ def unreadable(tmp_path_factory) -> Path:
     ("gone.mp4", "no such file"), ("gone.png", "no such file"), ("empty.mp4", "Invalid data"), ("bad.png", "."),
     ("short.png", "."), ("huge.bmp", "exceeds limit"), ("empty.jpg", "cannot identify"),
     ("sound.wav", "no video stream"), ("new.mp4", "no video stream of a known codec"),
-    ("raw.h264", "of 5 frames some have no time"), ("two.mkv", "several sizes"), ("flat.mp4", "1/10000"),
+    ("two.mkv", "several sizes"), ("flat.mp4", "1/10000"),
     ("folder.mp4", ".")])
 def test_a_file_that_cannot_be_read_is_named_with_the_reason(unreadable, name, reason):
     with pytest.raises(UnreadableClip, match=f"{name}: .*{reason}"):
@@ -1056,13 +1195,26 @@ def test_a_title_in_no_known_alphabet_does_no_harm(tmp_path):
 
 
 def damage(content: bytes, draw: random.Random) -> bytes:
-    """Returns the content cut short, or with some of its bits or bytes changed, in some cases those of its ends."""
+    """Returns the content cut short, with a piece cut out, zeroed, inserted or moved, or with some bits or bytes
+    changed, in some cases those of its ends."""
     content = bytearray(content)
-    kind = draw.randrange(4)
-    if kind == 0:
-        return bytes(content[:draw.randrange(len(content))])
+    kind = draw.choice(("cut off", "cut out", "zeroed", "inserted", "moved", "ends", "bits", "bits"))
+    start = draw.randrange(len(content))
+    size = draw.choice((1, 16, 188, 1000))
+    piece = content[start:start + size]
+    if kind == "cut off":
+        return bytes(content[:start])
+    if kind in ("cut out", "moved"):
+        del content[start:start + size]
+    if kind == "zeroed":
+        content[start:start + size] = bytes(len(piece))
+    if kind in ("inserted", "moved"):
+        place = draw.randrange(len(content))
+        content[place:place] = piece
+    if kind not in ("ends", "bits"):
+        return bytes(content)
     for _ in range(draw.choice((1, 2, 8, 32))):
-        if kind == 3:
+        if kind == "ends":
             content[draw.randrange(-500, 500) % len(content)] = draw.choice((0, 255, draw.randrange(256)))
         else:
             content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
@@ -1421,13 +1573,13 @@ def test_a_bucket_of_which_no_clip_can_be_read_is_an_error(tmp_path, num_workers
 
 def make_trouble(monkeypatch, path, trouble):
     """Lets something happen wherever the file of that path is read, in a forked process too."""
-    read_it = data.read_window
+    read_it = data.read_clip
 
-    def read_window(name, *args):
+    def read_clip(name, *args):
         if name == path:
             trouble()
         return read_it(name, *args)
-    monkeypatch.setattr(data, "read_window", read_window)
+    monkeypatch.setattr(data, "read_clip", read_clip)
 
 
 def hang():
@@ -1469,25 +1621,36 @@ def test_batches_do_not_depend_on_workers(meta, eight, num_workers):
 @pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [1, 2])
 @pytest.mark.parametrize("trouble", [hang, die])
-def test_a_worker_that_hangs_or_dies_costs_its_clip(meta, eight, troubled_clip, monkeypatch, trouble, num_workers):
-    path = meta.path(troubled_clip)
-    make_trouble(monkeypatch, path, trouble)
-    with_trouble = take(meta, replace(CLIPS, num_workers=num_workers, read_timeout=1))
-    faults = [fault for fault in faults_of(with_trouble) if fault.path == path]
-    assert faults
-    assert all(path in fault.reason for fault in faults)
-    num_same = 0
-    for batch, other in zip(eight, with_trouble, strict=True):
-        assert batch["bucket"] == other["bucket"]
-        assert batch["slots"].tolist() == other["slots"].tolist()
-        assert meta.text(troubled_clip) not in other["text"]
-        if meta.text(troubled_clip) not in batch["text"] and batch["faults"] == other["faults"]:
-            assert same(batch, other)
-            num_same += 1
-    assert num_same > 2
-    monkeypatch.undo()      # resumed where the clip can be read: it is passed over all the same
-    known = {fault[:3]: fault.reason for fault in faults}
-    assert all_same(with_trouble, take(meta, CLIPS, known=known))
+def test_a_worker_that_hangs_or_dies_once_changes_no_batch(meta, eight, troubled_clip, tmp_path, monkeypatch, capfd,
+                                                           trouble, num_workers):
+    def trouble_once():
+        if not (tmp_path / "happened").exists():
+            (tmp_path / "happened").touch()
+            trouble()
+    make_trouble(monkeypatch, meta.path(troubled_clip), trouble_once)
+    assert all_same(eight, take(meta, replace(CLIPS, num_workers=num_workers, read_timeout=3)))
+    assert meta.path(troubled_clip) in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trouble", [hang, die])
+def test_a_clip_that_always_kills_its_worker_stops_the_run_and_is_named(meta, troubled_clip, monkeypatch, trouble):
+    make_trouble(monkeypatch, meta.path(troubled_clip), trouble)
+    with pytest.raises(ValueError, match=f"step 1: .*{re.escape(meta.path(troubled_clip))}"):
+        take(meta, replace(CLIPS, num_workers=1, read_timeout=2))
+
+
+@pytest.mark.slow
+def test_signals_to_the_whole_group_do_not_end_the_workers(meta, eight):
+    """A scheduler signals all processes of a job; the workers are needed until their parent has finished its step."""
+    settings = replace(CLIPS, num_workers=2)
+    made = batches(BucketSampler(meta, settings), ClipDataset(meta, settings), 0, 8)
+    found = [next(made)]
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGTERM)
+        os.kill(process.pid, signal.SIGINT)
+    assert all_same(eight, [*found, *made])
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow
@@ -1675,15 +1838,15 @@ def test_a_crash_leaves_the_old_video_whole(tmp_path, request, name):
 
 def test_a_file_appears_whole_or_not_at_all(tmp_path, request):
     file = tmp_path / "note.txt"
-    with data.whole(file) as part:
+    with data.atomic_write(file) as part:
         part.write_text("first")
     assert file.read_text() == "first"
-    with pytest.raises(KeyboardInterrupt), data.whole(file) as part:
+    with pytest.raises(KeyboardInterrupt), data.atomic_write(file) as part:
         part.write_text("half")
         assert file.read_text() == "first"
         raise KeyboardInterrupt
     request.getfixturevalue("crash_at_the_end")
-    with pytest.raises(KeyboardInterrupt), data.whole(file) as part:
+    with pytest.raises(KeyboardInterrupt), data.atomic_write(file) as part:
         part.write_text("all of it")
     assert file.read_text() == "first"
     assert os.listdir(tmp_path) == ["note.txt"], "nothing stays beside it"
@@ -1707,7 +1870,7 @@ def test_the_script_shows_which_clips_train(run_script, tiny_table):
 
 @pytest.mark.parametrize("args, named", [
     (["none.csv", "configs/tiny.py"], "none.csv"),
-    (["META"], "META CONFIG"),
+    (["META"], "CONFIG"),
     (["META", "configs/tny.py"], "configs/tny.py"),
     (["META", "configs/tiny.py", "--sede=1"], "sede"),
     (["META", "configs/tiny.py", "--holdout=1.0"], "held out"),
@@ -1715,7 +1878,7 @@ def test_the_script_shows_which_clips_train(run_script, tiny_table):
 def test_a_mistake_on_the_command_line_is_one_error(run_script, tiny_table, args, named):
     ended = run_script("data", *[str(tiny_table) if arg == "META" else arg for arg in args])
     assert ended.status == 2
-    assert ended.err.startswith("error: ")
+    assert "error: " in ended.err
     assert named in ended.err
     assert "Traceback" not in ended.err
 

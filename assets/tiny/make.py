@@ -5,6 +5,7 @@
 
 assets/tiny/README.md has the commands that made what is here.
 """
+import argparse
 import sys
 from collections import defaultdict
 
@@ -15,7 +16,7 @@ from einops import rearrange
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from tqdm import tqdm
 
-from data import Parser, UnreadableClip, count, one_line_errors, read_meta, read_window, to_video
+from data import UnreadableClip, one_line_errors, positive_int, read_meta, read_window, to_video
 from vae import psnr  # before the next two: vae.py tells transformers that our kernels.py is not that package
 
 from diffusers import AutoencoderKL
@@ -100,16 +101,18 @@ def make_vae(meta, args):
 
 
 def main(argv=None):
-    parser = Parser(description=__doc__, usage="python -m assets.tiny.make vae|text META --out DIR [options]")
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
+                                     usage="python -m assets.tiny.make vae|text META --out DIR [options]",
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("vae", "text"))
     parser.add_argument("meta", metavar="META", help="a meta.csv, as `python -m assets.shapes data/shapes` writes")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the network")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     add = parser.add_argument_group("vae").add_argument
-    add("--steps", type=count, default=6000, help="default: %(default)s")
-    add("--batch", type=count, default=32, help="frames of a step; default: %(default)s")
-    add("--num-clips", type=count, default=4000, help="of meta.csv, held in memory; default: %(default)s")
+    add("--steps", type=positive_int, default=6000, help="default: %(default)s")
+    add("--batch", type=positive_int, default=32, help="frames of a step; default: %(default)s")
+    add("--num-clips", type=positive_int, default=4000, help="of meta.csv, held in memory; default: %(default)s")
     args = parser.parse_args(argv)
     with one_line_errors(args.debug):
         meta = read_meta(args.meta)
