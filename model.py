@@ -6,10 +6,11 @@ Run  `python model.py` prints parameters, FLOPs at the training shapes and the t
 Read STDiT.forward first, then Block.  Papers: DiT 2212.09748, PixArt-alpha 2310.00426, Open-Sora 2412.20404.
 
 B clips, T latent frames, S tokens per frame, N = T S, C width, D = C / heads, L text tokens, H W pixels, h w latents.
-Quirks that the published weights were trained with are fields of STDiTConfig, off for new models, on in from_upstream:
-  Q1 rope_before_norm   temporal attention rotates queries and keys before their norm, not after
-  Q2 round_conditions   t, sizes, ar and fps are rounded to the model's dtype: in bf16 t = 999 is 1000, 507 times remain
-  Q3 final_twice        the final layer modulates given frames twice: by time t as if noised, then by time 0 + size
+What the published weights were trained with by mistake is on with STDiTConfig.as_released, off for new models:
+  Q1    temporal attention rotates queries and keys before their norm, not after
+  Q2    t, sizes, ar and fps are rounded to the model's dtype: in bf16 t = 999 is 1000, 507 times remain
+  Q3    the final layer modulates given frames twice: by time t as if noised, then by time 0 + size
+  Q4-7  of the sampler (sample.py), of captions (vae.clean_caption) and of fps (data.conditioning)
 Kept in every model: positions are scaled by clip 0's size (a batch shares one); the final layer sees time but not size.
 """
 import os
@@ -24,7 +25,7 @@ import re
 import time
 import weakref
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -60,9 +61,7 @@ class STDiTConfig:
     # Add a sinusoidal embedding of the frame index to the tokens, as the ST-DiT of Open-Sora 1.0 did. Rotary attention
     # sees distances only: frames of pure noise look alike to it; a small model has no way to know which comes first.
     temporal_pos: bool = False
-    rope_before_norm: bool = False                  # Q1
-    round_conditions: bool = False                  # Q2
-    final_twice: bool = False                       # Q3
+    as_released: bool = False                       # Q1 to Q7, for the weights that Open-Sora published
 
     def __post_init__(self):
         C, heads, channels = self.hidden_size, self.num_heads, (self.in_channels, self.caption_channels)
@@ -190,7 +189,7 @@ class Attention(nn.Module):
     """Self attention of x [B T S C] along axis "space" or "time".  rotary None or (cos, sin)."""
     def __init__(self, config):
         super().__init__()
-        self.num_heads, self.rope_first = config.num_heads, config.rope_before_norm
+        self.num_heads, self.rope_first = config.num_heads, config.as_released        # Q1
         self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.q_norm = RMSNorm(config.head_dim) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim) if config.qk_norm else None
@@ -337,7 +336,7 @@ class STDiT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, mod, mod_temp, text, lengths, rotary, self.group)
 
-        if self.config.final_twice and x_mask is not None:                              # Q3
+        if self.config.as_released and x_mask is not None:                              # Q3
             again = own(x_mask), own(time_vec + size_vec)
             out = self.final_layer(tokens, self.t_embedder(t[:, None]), again)
         else:
@@ -347,7 +346,7 @@ class STDiT(nn.Module):
         return out[:, :, :T, :h, :w].to(torch.float32, copy=True)                       # FSDP2 warns of a view
 
     def condition(self, s, dtype):
-        return s.to(dtype).float() if self.config.round_conditions else s.float()       # Q2
+        return s.to(dtype).float() if self.config.as_released else s.float()            # Q2
 
     def positions(self, frames, rows, columns, pixels_per_side):
         """[T S C], or [S C] if only rotary attention is to tell the frames apart."""
@@ -426,8 +425,6 @@ def check_weights(model, weights, source="these weights"):
                          f"{model.config.hidden_size}: {'; '.join(said)}")
 
 
-QUIRKS = ("rope_before_norm", "round_conditions", "final_twice")       # those of the model, Q1 to Q3
-
 # What else upstream's config.json holds: it does not change what the model computes.
 IGNORED_KEYS = {
     "architectures", "auto_map", "dtype", "torch_dtype", "model_type", "transformers_version", "_name_or_path",
@@ -437,18 +434,18 @@ IGNORED_KEYS = {
 
 
 def from_upstream(config: dict, weights: dict) -> STDiT:
-    """Open-Sora's config.json and weights -> a model, quirks on.  ValueError if either holds what we do not know."""
+    """Open-Sora's config.json and weights -> a model as released.  ValueError if either holds what we do not know."""
     return with_weights(upstream_config(config), weights)
 
 
 def upstream_config(config: dict) -> STDiTConfig:
-    """Of Open-Sora's config.json, with the quirks on; what it leaves out is as in XL/2."""
+    """Of Open-Sora's config.json, as released; what it leaves out is as in XL/2."""
     known = {field.name for field in fields(STDiTConfig)}
     unknown = sorted(set(config) - known - IGNORED_KEYS)
     if unknown:
         raise ValueError(f"config.json: unknown keys {unknown} - expected those of STDiT2: {sorted(known)}")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in config.items() if key in known}
-    return STDiTConfig(**values | dict.fromkeys(QUIRKS, True))
+    return STDiTConfig(**values | {"as_released": True})
 
 
 def with_weights(config: STDiTConfig, weights: dict, source="these weights") -> STDiT:
@@ -555,29 +552,6 @@ def flops(config, T, h, w, L, B=1):
     return int(B * (config.depth * (products + attentions) + patches + text))
 
 
-def saved_bytes(config: STDiTConfig, B, T, h, w, L, dtype, checkpointing=0):
-    """Activations in bytes at the peak of a forward and backward of B clips [C_in T h w] with L text tokens each.
-
-    checkpointing n: blocks[::n] keep their input only; the last block, if one of them, is computed again while all
-    others still keep theirs. Backward writes in passing about eight times the tokens, GELU(x) and its gradient."""
-    one, two = (_kept(replace(config, depth=depth), B, T, h, w, L, dtype) for depth in (1, 2))
-    block, tokens = two - one, B * math.prod(config.grid(T, h, w)) * config.hidden_size * dtype.itemsize
-    thin = len(range(config.depth)[::checkpointing]) if checkpointing else 0
-    again = block - tokens if checkpointing and (config.depth - 1) % checkpointing == 0 else 0
-    return one - block + (config.depth - thin) * block + (thin + 8) * tokens + again
-
-
-@cache
-def _kept(config, B, T, h, w, L, dtype):
-    """What one forward keeps, each storage once, without parameters; on tensors that have shapes but no memory."""
-    with torch.device("meta"):
-        model = STDiT(config)
-    with FakeTensorMode():      # not meta: there attention would keep its N x N table, which no fused kernel does
-        weights, inputs = _weights_and_inputs(model, dtype, B, T, h, w, L)
-        own = {value.untyped_storage()._cdata for value in weights.values()}
-        return held_bytes(lambda: functional_call(model, weights, kwargs=inputs), own)
-
-
 def held_bytes(forward, own):
     """What autograd keeps of forward() for backward, each storage once, but for those in own (their _cdata)."""
     kept = []                   # holds the tensors: the address of a freed storage could come again
@@ -624,25 +598,6 @@ class LiveBytes(TorchDispatchMode):
     def free(self, key, size):
         self.known.discard(key)
         self.now -= size
-
-
-def state_bytes(config: STDiTConfig, shard, dtype, accumulation=1):
-    """Bytes per GPU, for FSDP over `shard` of them: sharded fp32 state, and what stands whole while computing.
-
-    Whole: two blocks (one computes, the next arrives), the last and the root in dtype, gradients of a block and the
-    root, and a block's in fp32 on their way; with accumulation all gradients in fp32 until the last part."""
-    P, root, block = layers(config)
-    whole = dtype.itemsize * (3 * block + root + block + root) + 4 * (block if accumulation == 1 else P)
-    return {"weights": 4 * P / shard, "gradients": 4 * P / shard, "Adam": 8 * P / shard, "EMA": 4 * P / shard,
-            "whole": whole}
-
-
-@cache
-def layers(config):
-    """Parameters of the model, of it without the blocks, and of one block."""
-    one = num_params(replace(config, depth=1))
-    block = num_params(replace(config, depth=2)) - one
-    return one + (config.depth - 1) * block, one - block, block
 
 
 def example_inputs(config, B=1, T=4, h=8, w=8, L=8):

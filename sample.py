@@ -46,7 +46,7 @@ from data import (ASPECT, IMAGE_FPS, Bucket, atomic_write, length_and_rate, one_
 from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
-from model import QUIRKS, STDiT, forward_bytes, num_params, upstream_config, with_weights
+from model import STDiT, forward_bytes, num_params, upstream_config, with_weights
 from vae import (DECODER_BYTES, fingerprint, frames_at_once, load_text_encoder, load_vae, read_note, remember, stamp,
                  write_whole)
 
@@ -397,10 +397,9 @@ def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
     own, upstreams = file.with_name("config.py"), file.with_name("config.json")
     if own.is_file():
         config = configs.load(str(own))
-        return file, config, SampleQuirks(raw_fps=config.raw_fps)
+        return file, config, PUBLISHED if config.model.as_released else SampleQuirks()
     shape = upstream_config(json.loads(upstreams.read_text("utf-8")) if upstreams.is_file() else {})
-    config = replace(configs.load("configs/stage3.py"), model=shape, raw_fps=True, captions_cleaned=True,
-                     buckets={"240p": {16: (1.0, 1)}})
+    config = replace(configs.load("configs/stage3.py"), model=shape, buckets={"240p": {16: (1.0, 1)}})
     return file, config, PUBLISHED
 
 
@@ -416,11 +415,10 @@ def load(ckpt, device="cpu", offload=False) -> Checkpoint:
     offload: its blocks stay in host memory.
     ValueError names weights that are missing, unknown or misshapen."""
     file, config, quirks = find_checkpoint(ckpt)
-    on = [name for name in QUIRKS if getattr(config.model, name)] + [name for name, on in asdict(quirks).items() if on]
     alone = not any(file.with_name(name).is_file() for name in ("config.py", "config.json"))
-    if (on or alone) and not (dist.is_initialized() and dist.get_rank()):
+    if config.model.as_released and not (dist.is_initialized() and dist.get_rank()):
         print(f"{ckpt}: " + "no config.json beside it, so taken for XL/2 as published; " * alone
-              + f"quirks on: {', '.join(on)}" + "; captions are cleaned" * config.captions_cleaned)
+              + "as_released: with the quirks Q1 to Q7 that its weights were trained with, captions cleaned")
     model = with_weights(config.model, read_weights(file), file).requires_grad_(False).eval()
     model.to(weight_dtype(config, device))
     return Checkpoint(visiting(model, model.blocks, device) if offload else model.to(device), config, quirks)
@@ -475,7 +473,7 @@ def encode_texts(config, captions, device="cpu", folder=None, offload=False):
     name, dtype, L = find(config.text_encoder), weight_dtype(config, device), config.model.model_max_length
 
     def load_it():
-        encoder = load_text_encoder(name, L, dtype, "cpu" if offload else device, config.captions_cleaned)
+        encoder = load_text_encoder(name, L, dtype, "cpu" if offload else device, config.model.as_released)
         if offload:
             visiting(encoder.net, encoder.net.encoder.block, device)
         for caption, length in zip(captions, encoder.lengths(captions), strict=True):
@@ -487,7 +485,7 @@ def encode_texts(config, captions, device="cpu", folder=None, offload=False):
 
     files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
     identity = [(file.name, stamp(file)[1]) for file in files] or name
-    return remember(load_it, captions, folder, (identity, str(dtype), L, config.captions_cleaned))
+    return remember(load_it, captions, folder, (identity, str(dtype), L, config.model.as_released))
 
 
 def export(ckpt, folder):
@@ -496,23 +494,22 @@ def export(ckpt, folder):
     Its config.py lies beside config.json and model.safetensors, so that `load` takes the folder for the run that it is.
     ValueError where Open-Sora would compute something else: it has no embedding of the frame, rotates queries and keys
     before QK-norm, and samples eps with a learned variance."""
-    model, config, quirks = load(ckpt)                                      # on the CPU, so in fp32
+    model, config, _ = load(ckpt)                                           # on the CPU, so in fp32
     m, folder = config.model, Path(folder)
     faults = {"model.temporal_pos=True": m.temporal_pos, "model.pred_sigma=False": not m.pred_sigma,
-              "model.rope_before_norm=False": m.qk_norm and not m.rope_before_norm,
+              "model.as_released=False": m.qk_norm and not m.as_released,
               f"prediction={config.prediction!r}": config.prediction != "eps"}
     if any(faults.values()):
         raise ValueError(f"{ckpt} was trained with {', '.join(name for name, wrong in faults.items() if wrong)}: "
                          "Open-Sora would read its weights and compute something else. Expected the opposite of each")
-    notes = {"round_conditions": "in bf16 it rounds t, sizes and fps; in fp32 it does not",
-             "final_twice": "given frames leave its last layer otherwise, and its sampler keeps that at t = 0"}
-    for name in (name for name in notes if not getattr(m, name)):
-        print(f"note: Open-Sora computes with {name}, this model was trained without: {notes[name]}")
+    if not m.as_released:
+        print("note: Open-Sora computes with as_released, this model was trained without: in bf16 it rounds t, sizes "
+              "and fps, and given frames leave its last layer otherwise")
     folder.mkdir(parents=True, exist_ok=True)
-    written = {name: value for name, value in asdict(m).items() if name not in (*QUIRKS, "temporal_pos")}
+    written = {name: value for name, value in asdict(m).items() if name not in ("as_released", "temporal_pos")}
     written |= {"model_type": "STDiT2", "architectures": ["STDiT2"], "torch_dtype": "float32"}
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", "utf-8")
-    if quirks != PUBLISHED:
+    if find_checkpoint(ckpt)[0].with_name("config.py").is_file():           # a run of ours
         (folder / "config.py").write_text(configs.dump(config), "utf-8")
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})   # transformers refuses it without
 
@@ -828,7 +825,8 @@ def print_plan(ckpt):
     """GiB that sampling one video with guidance holds on a GPU: T5 comes and goes, then the model and the VAE."""
     config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt)[1]
     m, dtype, gib = config.model, config.torch_dtype, 2**30
-    t5, vae = (configs.FROZEN.get(name) for name in (config.text_encoder, config.vae))
+    from configs.plan import FROZEN
+    t5, vae = (FROZEN.get(name) for name in (config.text_encoder, config.vae))
     t5, vae, model = (t5 or 0) * dtype.itemsize, (vae or 0) * 4, num_params(m) * dtype.itemsize
     counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
     print(f"{ckpt}, {config.dtype}, GiB: T5 {t5 / gib:.2f}, VAE {vae / gib:.2f} (fp32), model {model / gib:.2f}"

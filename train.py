@@ -2,7 +2,7 @@
 
     python train.py configs/tiny.py                                     the shapes world, 9 minutes on 2 CPU cores
     torchrun --nproc-per-node 8 train.py configs/stage1.py --data=clips/meta.csv
-    python train.py configs/stage2.py --plan --world=64 --gpu=h800      what a run would take, before a GPU is rented
+    python -m configs.plan configs/stage2.py --gpus 64 --gpu h800       what a run would take, before a GPU is rented
 
 writes <run>/config.py, clips.txt, log.jsonl, validation.jsonl, bad_clips.csv, samples/step-0000500.png, step-0000500/
 (weights, optimizer and EMA, sharded), model.safetensors (the EMA).  The same command goes on from the last checkpoint;
@@ -57,11 +57,12 @@ from kernels import Place, all_frames, own_frames, start_processes, use
 from data import (BadClips, BucketSampler, ClipDataset, atomic_write, batches, one_line_errors, read_meta,
                   slot_generator, to_video, uniform, write_video)
 from masks import draw_mask
-from model import QUIRKS, STDiT, check_weights, from_pixart
-from sample import SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, read_weights
+from model import STDiT, check_weights, from_pixart
+from sample import PUBLISHED, SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, read_weights
 from vae import CachedClips, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
 LOG_EVERY = 10              # steps, as upstream's log_every
+VALIDATION_BATCHES = 8      # global batches of held-out clips
 
 
 # ---------------------------------------------------------------- the loss
@@ -230,7 +231,7 @@ def make_run(config, place):
     model = build_model(config, place.mesh)
     model.group = place.group
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, config.lr, config.betas, weight_decay=config.weight_decay, fused=True)
+    optimizer = torch.optim.AdamW(trained, config.lr, weight_decay=config.weight_decay, fused=True)
     return Run(config, place, model, optimizer, Average(model, config.ema_decay))
 
 
@@ -318,9 +319,9 @@ def start_from(run, path):
     elif config.init_optimizer:
         raise ValueError(f"init_optimizer=True: {path} holds weights only, expected a run's folder with checkpoints")
     else:
-        off = [f"--model.{name}=True" for name in QUIRKS if not getattr(config.model, name)]
-        if off and all((path / name).is_file() for name in ("config.json", "model.safetensors")):
-            run.place.say(f"note: Open-Sora's weights were trained with what this config has off: {' '.join(off)}")
+        published = all((path / name).is_file() for name in ("config.json", "model.safetensors"))
+        if published and not config.model.as_released:
+            run.place.say("note: Open-Sora's weights were trained with --model.as_released=True, which is off here")
         load_weights(run.model, path, config.seed)
         run.ema.restart()
 
@@ -351,7 +352,7 @@ def train(config, allow_changes=False, plain=False):
     init = rank0_first(lambda: find_weights(config.init)) if config.init and not checkpoint else None
     vae = load_vae(find(config.vae), config.torch_dtype, place.device)
     text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, config.torch_dtype,
-                                     place.device, config.captions_cleaned)
+                                     place.device, config.model.as_released)
     read = fingerprint(meta, vae, text_encoder)
     if checkpoint:
         check_changes(config, read, allow_changes, place.say)
@@ -417,8 +418,7 @@ def take_steps(run, first, clips, log, encode=dict, checkpoints=None, show=None,
             optimizer.step()
             run.ema.update(step)
         else:
-            refuse(step, bucket, answers, config, log)                      # collective
-            answers = []
+            refuse(step, bucket, answers, config)                           # collective
         log.add(batch, answers)                                             # sync
         optimizer.zero_grad(set_to_none=True)
 
@@ -441,17 +441,13 @@ def take_steps(run, first, clips, log, encode=dict, checkpoints=None, show=None,
     return stop
 
 
-def refuse(step, bucket, answers, config, log):
-    """A step whose gradient is not finite is skipped, config.skip_nonfinite times; then it is an error of all ranks."""
-    log.skipped += 1
+def refuse(step, bucket, answers, config):
+    """A step whose gradient is not finite is an error of all ranks, which names bucket, ranks and times."""
     odd = gather([f"rank {dist.get_rank()} loss {loss} at t = {t}" for terms, ts, _ in answers
                   for loss, t in zip(terms["loss"].tolist(), ts.tolist()) if not math.isfinite(loss)])
     said = f"step {step}: the gradient of bucket {tuple(bucket)} is not finite, " + (
         f"{len(odd)} losses are not: {', '.join(odd[:4])}" if odd else "all losses are")
-    if log.skipped > config.skip_nonfinite:
-        raise ValueError(f"{said}; nothing of it is saved - an lr below {config.lr} or dtype fp32 may help, "
-                         f"--skip_nonfinite={config.skip_nonfinite + 10} goes past it")
-    log.place.say(f"\n{said}; skipped, {config.skip_nonfinite - log.skipped} more may be")
+    raise ValueError(f"{said}; nothing of it is saved - an lr below {config.lr} or dtype fp32 may help")
 
 
 def shared(read, place):
@@ -538,8 +534,7 @@ class Checkpoints:
         write_text(self.folder / "latest", name)
         # `latest` set back by hand leaves checkpoints past this one: they do not count, and are overwritten one by one
         for old in sorted(p for p in self.folder.glob("step-*") if p <= folder)[:-config.keep_last]:
-            if not config.keep_every or step_of(old) % config.keep_every:
-                shutil.rmtree(old)
+            shutil.rmtree(old)
         export(folder, self.folder / "model.safetensors")
 
 
@@ -568,7 +563,7 @@ def step_of(checkpoint):
 
 
 def load_state(run, checkpoint, optimizer=True):
-    """Weights, EMA and, where told, the optimizer's state; its lr, betas and decay stay the config's.
+    """Weights, EMA and, where told, the optimizer's state; its lr and decay stay the config's.
 
     What other ranks wrote, cut among another number of GPUs, is read by whoever needs it now."""
     state = {"model": run.model.state_dict(), "ema": run.ema.weights}       # the tensors themselves: filled in place
@@ -582,7 +577,7 @@ def load_state(run, checkpoint, optimizer=True):
     if optimizer:
         set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
         for group in run.optimizer.param_groups:
-            group.update(betas=run.config.betas, weight_decay=run.config.weight_decay)
+            group.update(weight_decay=run.config.weight_decay)
 
 
 def export(checkpoint, path):
@@ -615,8 +610,8 @@ def naming(path):
 # not be what config.py and the log say; whoever wants that says --allow-changes.
 FREE_TO_CHANGE = {
     "steps", "data", "num_workers", "read_timeout", "max_bad", "cache", "checkpointing", "compile", "shard", "sp",
-    "accumulation", "out", "init", "init_optimizer", "skip_nonfinite", "save_every", "keep_last", "keep_every",
-    "sample_every", "prompts", "validate_every", "validate_batches"}
+    "accumulation", "out", "init", "init_optimizer", "save_every", "keep_last", "sample_every", "prompts",
+    "validate_every"}
 
 
 def check_changes(config, read, allowed, say):
@@ -681,7 +676,7 @@ class Log:
         self.recent = deque((row.get("loss") for row in old), SPIKE_WINDOW)
         self.bad = BadClips(run.folder / "bad_clips.csv", config.max_bad, writes=leads)
         self.bar = tqdm(total=config.steps, initial=first, desc=str(run.folder), unit="step", disable=not leads)
-        self.board, self.skipped = None, 0
+        self.board = None
         self.restart()
         with suppress(ImportError):                                         # TensorBoard, where it is installed
             if leads:
@@ -712,7 +707,7 @@ class Log:
                    loss_by_t=[mean(sums, "loss", quarter) for quarter in range(4)], **more,
                    clips_per_s=rate(("clips", "all")), tokens_per_s=rate("tokens"), decoded_per_s=rate("decoded"),
                    tflop_per_s=rate("flop") / self.place.world / 1e12, data_wait=rate("waited") / self.place.share[1],
-                   save_wait=self.saving / seconds, captions_cut=sums["captions_cut"], skipped=self.skipped,
+                   save_wait=self.saving / seconds, captions_cut=sums["captions_cut"],
                    gib=peak_gib())
         faults = gather(self.faults) if sums["faults"] else []              # collective
         self.bad.add(faults, sums["clips", "all"])                          # the same on all ranks, as is its error
@@ -730,12 +725,11 @@ class Log:
                            f"{median(self.recent):.4f}; bucket {row['bucket']}")
         self.bar.update(row["step"] - self.bar.n)
         number = lambda x: "-" if x is None else f"{x:.3f}"
-        rate, peak = row["tflop_per_s"], peak_flops()
         self.bar.set_postfix_str(" | ".join([
             f"loss {number(row['loss'])}", "by t " + " ".join(map(number, row["loss_by_t"])),
             f"grad {row['grad_norm']:.2f}", f"lr {row['lr']:.1e}", "{} x {}".format(*row["bucket"]),
             f"{row['clips_per_s']:.1f} clips/s", f"{row['tokens_per_s']:,.0f} tokens/s",
-            f"MFU {rate * 1e12 / peak:.0%}" if peak else f"{rate:.2f} TFLOP/s",
+            f"{row['tflop_per_s']:.2f} TFLOP/s",
             f"data {row['data_wait']:.0%}", f"save {row['save_wait']:.0%}",
             *([f"{row['gib']:.1f} GiB"] if row["gib"] else [])]))
         for name, value in row.items() if self.board else ():
@@ -764,12 +758,6 @@ def peak_gib():
     return torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else None
 
 
-def peak_flops():
-    """Of this GPU, if it is one of configs.GPUS."""
-    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
-    return next((card.flops for gpu, card in configs.GPUS.items() if gpu in name), None)
-
-
 def open_log(path, first):
     """The log, to be appended to, and its rows.  Lines of steps that will be taken again are cut off, and what a killed
     run has left of one."""
@@ -795,7 +783,7 @@ class Validation:
         self.config = replace(config, model=model, seed=0, speed=False, mask_ratios={"mask_no": 1.0}, cache="",
                               windows=0)
         sampler = BucketSampler(meta, self.config, validation=True)
-        clips = partial(batches, sampler, ClipDataset(meta, self.config, validation=True), 0, config.validate_batches)
+        clips = partial(batches, sampler, ClipDataset(meta, self.config, validation=True), 0, VALIDATION_BATCHES)
         self.kinds = sorted({bucket[:2] for bucket in sampler.numbered})
         keep = lambda value: value.cpu() if torch.is_tensor(value) else value       # a GPU's memory is for training
         self.batches = [{name: keep(v) for name, v in encode(batch).items()} for batch in shared(clips, place)]
@@ -823,21 +811,10 @@ def preview(run, vae, text_encoder, step):
     videos = generate(run.model, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height,
                       width=width, fps=config.fps, frame_interval=config.frame_interval, steps=50,
                       prediction=config.prediction, cfg_scale=config.cfg_scale, seed=config.seed,
-                      quirks=SampleQuirks(raw_fps=config.raw_fps))
+                      quirks=PUBLISHED if config.model.as_released else SampleQuirks())
     run.ema.swap()
     if run.place.rank == 0:
         write_video(run.folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))
-
-
-# ---------------------------------------------------------------- what a run would take
-def shares_of_steps(config):
-    """{(resolution, frames): steps of an epoch}, where the clips are at hand; else None."""
-    try:
-        sampler = BucketSampler(read_meta(config.data), config)
-    except FileNotFoundError as error:
-        print(f"{error} - so each resolution and length is planned an equal share of the steps")
-        return None
-    return Counter(sampler.numbered[number][:2] for number in sampler.epoch(0).buckets)
 
 
 # ---------------------------------------------------------------- between the ranks
@@ -872,9 +849,6 @@ def parse_args(argv=None):
     parser.add_argument("config", metavar="CONFIG", help="configs/tiny.py, or the config.py of a run")
     add = parser.add_argument_group("instead of training").add_argument
     add("--print", action="store_true", help="the config, as a file that can be run")
-    add("--plan", action="store_true", help="memory, traffic and time that the run would take; no GPU is needed")
-    add("--gpu", default="h800", help=f"of --plan: {', '.join(configs.GPUS)} (default: %(default)s)")
-    add("--gpus", type=int, help="how many of them (default: the config's world)")
     add = parser.add_argument_group("training").add_argument
     add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     add("--allow-changes", action="store_true", help="go on with another config or other clips")
@@ -888,9 +862,6 @@ def main(argv=None):
         config = configs.load(args.config, overrides)
         if args.print:
             print(configs.dump(config), end="")
-        elif args.plan:
-            gpus = config.world if args.gpus is None else args.gpus
-            print(configs.plan(config, gpus, args.gpu, shares_of_steps(config)))
         elif number := train(config, args.allow_changes, args.plain):
             sys.exit(128 + number)                                          # as a shell tells of a signal
 

@@ -587,7 +587,7 @@ def cache(config, vae, text_encoder):
         dist.init_process_group("gloo", timeout=timedelta(weeks=4))     # ranks end hours apart
     vae = load_vae(vae, config.torch_dtype, device)
     text_encoder = load_text_encoder(text_encoder, config.model.model_max_length, config.torch_dtype, device,
-                                     config.captions_cleaned)
+                                     config.model.as_released)
     write_cache(read_meta(config.data), config, vae, text_encoder, rank, world, recheck=True)
 
 

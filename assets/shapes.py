@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.random  # noqa: F401    a module of Cython swallows a Ctrl-C that comes while it is imported
 from PIL import Image
 from tqdm import tqdm
 

@@ -2,7 +2,7 @@
 
 data      9.7 M videos and 2.6 M images with captions, those of the first phase
 hardware  64 GPUs of 80 GB, as upstream's 64 H800
-steps     40,000, two days there by its report: 4.3 s each.  --plan says 0.4 s, at the 30% MFU that it assumes, and at
+steps     40,000, two days there by its report: 4.3 s each.  plan.py says 0.4 s, at the 30% MFU that it assumes, and at
           most 67 GiB a GPU; of the third phase it says 0.3 s where upstream took 3.0 s
 start     the first phase's weights
 From Open-Sora 1.1's report: data, steps, time, no checkpointing, "mostly 144p", and by its word that the third phase

@@ -2,8 +2,8 @@
 
 data      9.7 M videos and 2.6 M images with captions, those of stage 1
 hardware  64 GPUs of 80 GB with gradient checkpointing, as upstream's 64 H800
-steps     22,000, one day there by its report: 3.9 s each, though the comment in its config says about 7 s.  --plan says
-          1.9 s, at the 30% MFU that it assumes, and at most 31 GiB a GPU
+steps     22,000, one day there by its report: 3.9 s each, though the comment in its config says about 7 s.  plan.py
+          says 1.9 s, at the 30% MFU that it assumes, and at most 31 GiB a GPU
 start     stage 1's weights
 From Open-Sora 1.1's report: data, steps, time, masks. From its stage-2 config: buckets, interval, lr, clip, seed.
 """
@@ -32,7 +32,7 @@ config = Config(
     ema_decay=0.9999,
     steps=22_000,
     dtype="bf16",
-    checkpointing=1,  # --plan says 131 GiB a GPU without
+    checkpointing=1,  # plan.py says 131 GiB a GPU without
     seed=42,
     out="runs/stage2",
     init="runs/stage1",

@@ -2,8 +2,6 @@
 
     python tests/bench_train.py configs/tiny.py [--field=value ...]                     also under torchrun
     python tests/bench_train.py configs/tiny.py --profile trace.json                    a trace for Perfetto
-    python tests/bench_train.py configs/stage2.py --search --gpu=h800 --world=64        batch sizes that fit, measured
-                                                    on the GPUs at hand, without one by the plan's model of --gpu
 """
 import argparse
 import gc
@@ -20,6 +18,7 @@ import torch  # noqa: E402
 
 import configs  # noqa: E402
 import train  # noqa: E402
+from configs.plan import GPUS  # noqa: E402
 from data import Bucket, one_line_errors  # noqa: E402
 from kernels import start_processes, use  # noqa: E402
 from model import example_inputs  # noqa: E402
@@ -74,7 +73,7 @@ def synthetic(run, bucket):
 def bench(config, trace=None, plain=False):
     """Times a step of each bucket.  trace: a file for three steps of the last bucket, as torch's profiler sees them."""
     place, measure = stopwatch(config, plain)
-    name, peak = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU", train.peak_flops()
+    name, peak = torch.cuda.get_device_name() if place.device.type == "cuda" else "CPU", peak_flops()
     place.say(f"{place.world} x {name}, {config.dtype}, checkpointing {config.checkpointing}, compile {config.compile},"
               f" accumulation {config.accumulation}, sp {config.sp}\n"
               "      bucket      clips  s/step  tokens/s/GPU  TFLOP/s/GPU    MFU  peak GiB")
@@ -96,14 +95,10 @@ def bench(config, trace=None, plain=False):
                                                max_name_column_width=40))
 
 
-def search(config, gpus, gpu, plain=False):
-    """Prints the batch sizes that fit: measured on the GPUs at hand, or without one by the plan's model of `gpu`."""
-    if not torch.cuda.is_available():
-        print(configs.search(config, gpus, gpu))
-        return
-    place, measure = stopwatch(config, plain)
-    seconds = lambda kind, clips: train.highest(measure(kind, clips, 3)[0])       # what one cannot hold, none may
-    place.say(configs.search(config, place.world, gpu, seconds))
+def peak_flops():
+    """Returns the FLOP/s of this GPU by its data sheet, None if configs.plan does not know it."""
+    name = torch.cuda.get_device_name().lower() if torch.cuda.is_available() else ""
+    return next((gpu.flops for known, gpu in GPUS.items() if known in name), None)
 
 
 def main(argv=None):
@@ -112,18 +107,11 @@ def main(argv=None):
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", metavar="CONFIG", help=argparse.SUPPRESS)
     parser.add_argument("--profile", metavar="FILE", help="writes a trace of three steps of the last bucket")
-    parser.add_argument("--search", action="store_true", help="looks for batch sizes")
-    parser.add_argument("--gpu", default="h800", help=f"of --search: {', '.join(configs.GPUS)} (default: %(default)s)")
-    parser.add_argument("--gpus", type=int, help="how many of them (default: the config's world)")
     parser.add_argument("--plain", action="store_true", help="each op as PyTorch has it")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     args, overrides = parser.parse_known_args(argv)
     with one_line_errors(args.debug):
-        config = configs.load(args.config, overrides)
-        if args.search:
-            search(config, config.world if args.gpus is None else args.gpus, args.gpu, args.plain)
-        else:
-            bench(config, args.profile, args.plain)
+        bench(configs.load(args.config, overrides), args.profile, args.plain)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from configs import RECIPE, Config, dump, load
-from model import QUIRKS, STDiTConfig
+from model import STDiTConfig
 
 ROOT = Path(__file__).parents[1]
 STAGES = ("image", "stage1_240p", "stage1_144p", "stage1", "stage2", "stage3")
@@ -18,7 +18,7 @@ GOOD = dict(vae="v", text_encoder="t", data="meta.csv", buckets={"144p": {16: (1
 # ---------------------------------------------------------------- what loads
 
 @pytest.mark.parametrize("name", [path.stem for path in sorted((ROOT / "configs").glob("[!_]*.py"))
-                                  if "config = " in path.read_text(encoding="utf-8")])
+                                  if path.stem != "plan"])
 def test_a_shipped_config_loads_and_survives_a_dump(name, tmp_path):
     config = load(f"configs/{name}.py")
     assert isinstance(config, Config)
@@ -78,8 +78,7 @@ def test_each_stage_starts_from_the_one_before():
     assert [config.init_optimizer for config in configs] == [False] * 5 + [True]
     finetune = load("finetune")                                         # uses the published weights as trained
     assert finetune.init == "hpcai-tech/OpenSora-STDiT-v2-stage3"
-    assert finetune.captions_cleaned and finetune.raw_fps
-    assert all(getattr(finetune.model, name) for name in QUIRKS)
+    assert finetune.model.as_released
 
 
 def test_the_phases_of_stage_1_have_the_numbers_of_open_sora():
@@ -133,7 +132,6 @@ def test_a_config_is_frozen():
     ("--steps=1.5", "steps=1.5.*int"),
     ("--steps=True", "steps=True.*int"),
     ("--speed=1", "speed=1.*bool"),
-    ("--betas=(0.9,)", r"betas=\(0.9,\)"),
     ("--prompts=('a', 1)", "prompts="),
     ("--model=4", "model=4.*STDiTConfig"),
     ("--lr=__import__('os').getcwd()", "lr=.*__import__"),              # an override is a literal: nothing is run
@@ -146,11 +144,9 @@ def test_a_config_is_frozen():
     ("--lr=0", "lr=0"),
     ("--sp=0", "sp=0"),
     ("--world=0", "world=0"),
-    ("--skip_nonfinite=-1", "skip_nonfinite=-1"),
     ("--warmup_steps=-1", "warmup_steps=-1"),
     ("--weight_decay=-0.1", "weight_decay=-0.1"),
     ("--ema_decay=1.0", "ema_decay=1.0"),
-    ("--betas=(0.9,1.0)", r"betas=\(0.9, 1.0\)"),
     ("--prediction=x0", "prediction='x0'.*'eps'.*'v'"),
     ("--dtype=fp16", "dtype='fp16'.*'fp32'.*'bf16'"),
     ("--holdout=1.5", "holdout=1.5"),
@@ -171,7 +167,7 @@ def test_a_config_is_frozen():
     ("--buckets={'144p': {1: (1.0, -4)}}", r"buckets\['144p'\]\[1\].*-4\)"),
     ("--buckets={'144p': {1: (1.5, 4)}}", r"buckets\['144p'\]\[1\].*1.5"),
     ("--buckets={'144p': {0: (1.0, 4)}}", r"buckets\['144p'\]\[0\]"),
-    ("--buckets={'144p': {1: 4}}", "buckets=.*4"),
+    ("--buckets={'144p': {1: 4}}", "buckets.*4"),
     ("--buckets={'144p': {1: (0.0, 4), 16: (0.0, None)}}", "buckets=.*no clip"),
     ("--buckets={'144p': {1: (1.0, 4)}, '240p': {}}", r"buckets\['240p'\]"),
     ("lr=1", "'lr=1'.*--key=value"),
@@ -185,8 +181,8 @@ def test_a_wrong_override_is_an_error_that_names_the_field(text, message):
 @pytest.mark.parametrize("source, message", [
     (f"from configs import Config\nconfig = Config(**{GOOD | {'learning_rate': 1.0}!r})", "'learning_rate'"),
     (f"from configs import Config\nconfig = Config(**{GOOD | {'warmup': 1}!r})", "'warmup'.*'warmup_steps'"),
-    (f"from configs import Config\nconfig = Config(**{GOOD | {'lr': '1e-4'}!r})", "lr='1e-4'.*float"),
-    (f"from configs import Config\nconfig = Config(**{GOOD | {'lr': None}!r})", "lr=None.*float"),
+    (f"from configs import Config\nconfig = Config(**{GOOD | {'lr': '1e-4'}!r})", "lr='1e-4'.*number"),
+    (f"from configs import Config\nconfig = Config(**{GOOD | {'lr': None}!r})", "lr=None.*number"),
     ("from configs import Config\nconfig = Config(lr=1.0)", "'vae'.*'steps'"),
     ("from model import STDiTConfig\nSTDiTConfig(heads=4)", "'heads'.*'num_heads'"),
     ("lr = 1.0", "config = Config"),

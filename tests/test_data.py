@@ -47,6 +47,7 @@ from data import (
     read_window,
     slot_generator,
 )
+from model import STDiTConfig
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = json.loads((ROOT / "tests/golden/d_buckets.json").read_text())
@@ -70,7 +71,7 @@ class Settings:
     """The fields of Config that data.py reads."""
     buckets: dict
     frame_interval: int = 1
-    raw_fps: bool = False
+    model: STDiTConfig = STDiTConfig()
     holdout: float = 0.0
     windows: int = 0
     num_workers: int = 0
@@ -1467,9 +1468,9 @@ def test_ranks_together_see_the_same_global_batch(meta, world):
 
 def test_the_model_is_conditioned_on_the_fps_of_the_frames_taken(meta):
     settings = Settings({"144p": {1: (1.0, 1), 8: (1.0, 2)}}, frame_interval=2)
-    for raw_fps, fps in ((False, 12.0), (True, 24.0)):      # raw_fps: that of the file, as upstream
+    for as_released, fps in ((False, 12.0), (True, 24.0)):      # as released: that of the file
         fps_of = {}
-        for batch in take(meta, replace(settings, raw_fps=raw_fps), 0, 6):
+        for batch in take(meta, replace(settings, model=STDiTConfig(as_released=as_released)), 0, 6):
             fps_of[batch["bucket"].num_frames] = batch["fps"][0].item()
         assert fps_of == {1: 120.0, 8: fps}
 

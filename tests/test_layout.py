@@ -114,7 +114,7 @@ def test_ctrl_c_ends_with_status_130(capsys):
 
 
 @pytest.mark.parametrize("command, named", [
-    ("sample --promt=x", "--promt"), ("curate run --ou=x", "--ou")])
+    ("sample --prompt=x --promt=y", "--promt"), ("curate run videos --ou=x", "--ou")])
 def test_a_flag_that_does_not_exist_is_named(run_script, command, named):
     ended = run_script(*command.split())
     assert ended.status == 2

@@ -188,11 +188,10 @@ def test_on_a_gpu_bf16_is_as_close_to_fp32_as_upstreams():
         assert_bf16_is_as_close_to_fp32_as_upstreams()
 
 
-@pytest.mark.parametrize("quirk", ["rope_before_norm", "final_twice"])
-def test_a_quirk_changes_what_the_released_weights_compute(quirk):
+def test_the_quirks_change_what_the_released_weights_compute():
     config, weights, args, golden = load_case("ii_xmask")
     net = from_upstream(config, weights)
-    clean = STDiT(replace(net.config, **{quirk: False}))
+    clean = STDiT(replace(net.config, as_released=False))
     clean.load_state_dict(weights, strict=True)
     assert error(outputs(clean, args), golden["out.out"]) > 1e-2
 
@@ -200,7 +199,7 @@ def test_a_quirk_changes_what_the_released_weights_compute(quirk):
 @pytest.mark.parametrize("rounded", [False, True])
 def test_only_the_released_model_rounds_its_conditioning_to_bf16(rounded):
     """In bf16, 501 is 500 and 1001 is 1000."""
-    net = awake(replace(SMALL, round_conditions=rounded)).to(torch.bfloat16)
+    net = awake(replace(SMALL, as_released=rounded)).to(torch.bfloat16)
     args = inputs(SMALL)
     args["height"] = torch.tensor([1000.0, 1000.0])
     out = outputs(net, args)
@@ -246,7 +245,7 @@ def test_temporal_attention_is_upstreams_only_with_the_rotation_first():
             weights[key.removeprefix("attn.")] = value
     errors = {}
     for rope_first in (True, False):
-        net = stdit.Attention(replace(SMALL, rope_before_norm=rope_first))
+        net = stdit.Attention(replace(SMALL, as_released=rope_first))
         net.load_state_dict(weights, strict=True)
         out = net(golden["attn.in"][:, :, None], "time", stdit.rotary_table(6, 12))[:, :, 0]      # [N T C]
         errors[rope_first] = error(out, golden["attn.out_rope_then_norm"])
@@ -543,10 +542,10 @@ def test_patches_are_read_as_a_convolution_does():
         assert error(embed(x), embed.proj(x).flatten(3).permute(0, 2, 3, 1)) < 1e-6
 
 
-@pytest.mark.parametrize("final_twice", [False, True])
-def test_a_given_frame_is_at_time_0(final_twice):
+@pytest.mark.parametrize("as_released", [False, True])
+def test_a_given_frame_is_at_time_0(as_released):
     """With Q3 the final layer also sees the time of the noised frames and the size."""
-    config = replace(SMALL, final_twice=final_twice)
+    config = replace(SMALL, as_released=as_released)
     net = awake(config)
     args = inputs(config)
     plain = outputs(net, args)
@@ -557,7 +556,7 @@ def test_a_given_frame_is_at_time_0(final_twice):
     assert error(all_noised, plain) < 1e-6
     assert error(one_given[0], plain[0]) < 1e-6
     assert error(one_given[1], plain[1]) > 1e-3
-    assert (error(all_given, at_0) < 1e-6) != final_twice
+    assert (error(all_given, at_0) < 1e-6) != as_released
 
 
 def test_given_frames_do_not_see_t():
@@ -718,7 +717,7 @@ def shared_clips():
     masked["x_mask"] = torch.ones(2, 5, dtype=torch.bool)
     masked["x_mask"][0, 0] = False
     masked["x_mask"][1, -1] = False
-    quirky = replace(SMALL, final_twice=True, patch_size=(1, 2, 2))
+    quirky = replace(SMALL, as_released=True, patch_size=(1, 2, 2))
     return [(SMALL, inputs(SMALL, T=5, h=3, w=5)), (quirky, masked), (SMALL, inputs(SMALL, T=1, h=3, w=5))]
 
 

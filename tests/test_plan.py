@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
-from configs import GPUS, RECIPE, Config, load, plan, plan_row, search, wire
-from model import LiveBytes, STDiT, STDiTConfig, example_inputs, forward_bytes, state_bytes
+from configs import RECIPE, Config, load
+from configs.plan import GPUS, plan, plan_step, state_bytes, traffic_bytes
+from model import LiveBytes, STDiT, STDiTConfig, example_inputs, forward_bytes
 from vae import DECODER_BYTES
 
+ROOT = Path(__file__).parents[1]
 SMALL = STDiTConfig(depth=6, hidden_size=144, num_heads=2, caption_channels=64, model_max_length=20)
 PATHS = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
 
@@ -30,10 +33,10 @@ def config():
                   mask_ratios=RECIPE, lr=1e-4, steps=10, out="runs/x")
 
 
-def row_of(config, world=1, gpu="h800"):
-    """Returns the plan's row of a config's only bucket."""
+def step_of(config, world=1, gpu="h800"):
+    """Returns the planned step of a config's only bucket."""
     (kind,) = config.trained
-    return plan_row(config, world, GPUS[gpu], *kind)
+    return plan_step(config, world, GPUS[gpu], *kind)
 
 
 # ---------------------------------------------------------------- against live tensors
@@ -61,10 +64,10 @@ def live_activations(config, shape):
 @pytest.mark.parametrize("dtype, checkpointing", [("fp32", 0), ("bf16", 1), ("bf16", 2), ("fp32", 5)])
 def test_activations_are_those_of_live_tensors(config, dtype, checkpointing):
     config = replace(config, dtype=dtype, checkpointing=checkpointing)
-    row = row_of(config)
-    bucket = row["bucket"]
+    step = step_of(config)
+    bucket = step.bucket
     shape = (1, 2, bucket.height // 8, bucket.width // 8, SMALL.model_max_length)
-    assert row["activations"] == pytest.approx(live_activations(config, shape), rel=0.1)
+    assert step.activations == pytest.approx(live_activations(config, shape), rel=0.1)
 
 
 def test_what_sharding_divides_is_that_of_a_live_optimizer(config):
@@ -78,11 +81,11 @@ def test_what_sharding_divides_is_that_of_a_live_optimizer(config):
     for state in optimizer.state.values():
         tensors += [value for name, value in state.items() if name != "step"]
     states = sum(tensor.nbytes for tensor in tensors)
-    one, half, quarter = (row_of(replace(config, shard=shard), 8)["fixed"] for shard in (1, 2, 4))
+    one, half, quarter = (step_of(replace(config, shard=shard), 8).fixed for shard in (1, 2, 4))
     assert one - half == pytest.approx(states / 2, rel=0.02)
     assert one - quarter == pytest.approx(states * 3 / 4, rel=0.02)
-    assert row_of(config, 8)["fixed"] == row_of(replace(config, shard=8), 8)["fixed"]
-    assert row_of(replace(config, shard=1), 1)["fixed"] == one
+    assert step_of(config, 8).fixed == step_of(replace(config, shard=8), 8).fixed
+    assert step_of(replace(config, shard=1), 1).fixed == one
 
 
 def test_a_forward_holds_what_live_tensors_do():
@@ -114,7 +117,7 @@ def count_states(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shard"))
     alone = init_device_mesh("cpu", (4, 1), mesh_dim_names=("replicas", "shard"))
-    meshes = {(1, 1): alone["shard"], (2, 2): pairs["shard"], (4, 4): init_device_mesh("cpu", (4,)), (4, 2): pairs}
+    meshes = {(1, 1): alone.shard, (2, 2): pairs["shard"], (4, 4): init_device_mesh("cpu", (4,)), (4, 2): pairs}
     found = {}
     for key, mesh in meshes.items():
         model = STDiT(SMALL)
@@ -170,10 +173,10 @@ def test_states_and_traffic_are_those_of_fsdp(config, tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], env=PATHS, check=True, timeout=300)
     for rank in range(4):
         for (world, shard), (states, received) in torch.load(tmp_path / f"{rank}.pt").items():
-            planned = state_bytes(SMALL, shard, torch.bfloat16)
+            planned = state_bytes(config, shard)
             for name, real in states.items():
                 assert planned[name] == pytest.approx(real, rel=0.02), (world, shard, rank, name)
-            for name, expected in wire(replace(config, shard=shard), world).items():
+            for name, expected in traffic_bytes(replace(config, shard=shard), world).items():
                 assert expected == pytest.approx(received[name], rel=0.02), (world, shard, rank, name)
 
 
@@ -181,34 +184,34 @@ def test_states_and_traffic_are_those_of_fsdp(config, tmp_path):
 
 def test_numbers_scale_with_the_world_and_with_checkpointing(config):
     config = replace(config, buckets={"144p": {2: (1.0, 8)}}, world=4)
-    row = row_of(config, 4)
-    fewer = row_of(config, 2)           # half the GPUs: each has twice the clips of the same global batch
-    assert (row["clips"], fewer["clips"]) == (8, 16)
-    assert fewer["tokens"] == row["tokens"]
-    assert fewer["flop"] == 2 * row["flop"]
-    assert fewer["activations"] == 2 * row["activations"]
-    in_parts = row_of(replace(config, accumulation=4), 4)
-    assert in_parts["activations"] == row["activations"] / 4
-    assert in_parts["flop"] == row["flop"]
-    thin = row_of(replace(config, checkpointing=1), 4)
-    every_second = row_of(replace(config, checkpointing=2), 4)
-    assert thin["activations"] < every_second["activations"] < row["activations"]
-    assert thin["flop"] == pytest.approx(row["flop"] * 4 / 3)           # one more forward of every block
-    assert every_second["flop"] == pytest.approx(row["flop"] * (1 + 1 / 6))
-    assert thin["fixed"] == row["fixed"]
+    step = step_of(config, 4)
+    fewer = step_of(config, 2)           # half the GPUs: each has twice the clips of the same global batch
+    assert (step.clips, fewer.clips) == (8, 16)
+    assert fewer.tokens == step.tokens
+    assert fewer.flop == 2 * step.flop
+    assert fewer.activations == 2 * step.activations
+    in_parts = step_of(replace(config, accumulation=4), 4)
+    assert in_parts.activations == step.activations / 4
+    assert in_parts.flop == step.flop
+    thin = step_of(replace(config, checkpointing=1), 4)
+    every_second = step_of(replace(config, checkpointing=2), 4)
+    assert thin.activations < every_second.activations < step.activations
+    assert thin.flop == pytest.approx(step.flop * 4 / 3)           # one more forward of every block
+    assert every_second.flop == pytest.approx(step.flop * (1 + 1 / 6))
+    assert thin.fixed == step.fixed
 
 
 def test_gpus_that_share_a_clip_hold_half_its_frames(config):
     config = replace(config, world=8)
-    shared = row_of(replace(config, sp=2), 8)
-    alone = row_of(config, 8)
-    assert shared["clips"] == 2 * alone["clips"]
-    assert shared["tokens"] == alone["tokens"]
-    assert shared["flop"] == alone["flop"]
-    assert shared["activations"] == pytest.approx(alone["activations"], rel=0.1)
-    bytes_per_gpu = shared["tokens"] / 8 * SMALL.hidden_size * 2        # in bf16
+    shared = step_of(replace(config, sp=2), 8)
+    alone = step_of(config, 8)
+    assert shared.clips == 2 * alone.clips
+    assert shared.tokens == alone.tokens
+    assert shared.flop == alone.flop
+    assert shared.activations == pytest.approx(alone.activations, rel=0.1)
+    bytes_per_gpu = shared.tokens / 8 * SMALL.hidden_size * 2        # in bf16
     exchanges = 4 * SMALL.depth         # there and back, forward and backward; half of a tensor stays where it is
-    assert shared["moved"]["all-to-all"] == pytest.approx(bytes_per_gpu * exchanges / 2)
+    assert shared.moved["all-to-all"] == pytest.approx(bytes_per_gpu * exchanges / 2)
 
 
 # ---------------------------------------------------------------- what fits
@@ -237,8 +240,8 @@ def test_the_plan_names_what_does_not_fit_and_what_would():
 
 
 def test_a_world_that_cannot_be_divided_is_an_error(config):
-    for change, world, message in (({"shard": 3}, 64, "world=64.*shard=3"), ({"sp": 3}, 64, "world=64.*sp=3"),
-                                   ({}, -1, "world=-1")):
+    for change, world, message in (({"shard": 3}, 64, "gpus=64.*shard=3"), ({"sp": 3}, 64, "gpus=64.*sp=3"),
+                                   ({}, -1, "gpus=-1")):
         with pytest.raises(ValueError, match=message):
             plan(replace(config, **change), world)
     with pytest.raises(ValueError, match="'h900'.*h800"):
@@ -262,14 +265,17 @@ def test_a_shipped_config_fits_where_it_says(name, world, gpu):
     assert "TOO BIG" not in plan(load(name), world, gpu)
 
 
-def test_the_search_finds_batches_that_take_about_the_same_time():
-    config = load("finetune", ["--buckets={'144p': {1: (0.5, 64), 16: (1.0, 8)}, '720p': {16: (0.2, 1)}}"])
-    cost = {("144p", 1): 1, ("144p", 16): 10, ("720p", 16): 500}
+@pytest.mark.slow
+def test_the_script_starts():
+    command = [sys.executable, "-m", "configs.plan", "configs/tiny.py", "--gpus=1", "--gpu=4090", "--data=nowhere.csv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "nowhere.csv" in done.stdout and "GPU-hours" in done.stdout
 
-    def seconds(kind, clips):           # 420 units of cost fit
-        units = cost[kind] * clips
-        return 1 + 0.01 * units if units <= 420 else float("inf")
 
-    text = search(config, 1, "4090", seconds)
-    assert "{1: (0.5, 416), 16: (1.0, 40)}" in text
-    assert "720p x 16 " in text and "not one clip fits" in text
+def test_the_script_plans_on_the_gpus_that_it_is_given(run_script):
+    ended = run_script("configs.plan", "configs/stage2.py", "--gpus=8", "--gpu=h200", "--data=nowhere.csv")
+    assert ended.status == 0
+    assert "8 x h200" in ended.out
+    ended = run_script("configs.plan", "configs/stage2.py", "--gpus=7", "--shard=2", "--data=nowhere.csv")
+    assert ended.status == 2 and "shard=2" in ended.err

@@ -169,23 +169,6 @@ def test_the_script_starts(tmp_path):
     assert len(data.read_meta(str(tmp_path / "new" / "meta.csv"))) == 3
 
 
-@pytest.mark.slow
-def test_rendering_imports_no_extension(tmp_path):
-    """A module of Cython swallows a Ctrl-C that comes while it is imported, and the rendering would continue."""
-    program = """
-import sys
-from assets import shapes
-before = set(sys.modules)
-shapes.write_shapes(sys.argv[1], num_clips=6)
-for name in set(sys.modules) - before:
-    file = getattr(sys.modules[name], "__file__", None) or ""
-    assert not file.endswith((".so", ".pyd")), name
-"""
-    ended = subprocess.run([sys.executable, "-c", program, tmp_path], cwd=ROOT, capture_output=True, text=True)
-    assert ended.returncode == 0, ended.stderr
-    assert list(tmp_path.glob("*.mp4"))
-
-
 # ---- the reader ----
 
 def looks_of(thing) -> tuple:

@@ -657,7 +657,7 @@ def test_a_disk_without_room_is_an_error_before_anything_is_written(small, write
 
 def test_the_script_writes_a_cache(run_script, small, write, tmp_path):
     """Its networks clean captions where the config says so."""
-    small = replace(small, captions_cleaned=True)
+    small = replace(small, model=replace(small.model, as_released=True))
     (tmp_path / "config.py").write_text(dump(small))
     ended = run_script("vae", "cache", tmp_path / "config.py", "--windows=3", "--seed=7")
     assert ended.status == 0
