@@ -3,7 +3,7 @@
 data      9.7 M videos and 2.6 M images with captions, those of stage 1
 hardware  64 GPUs of 80 GB with gradient checkpointing, as upstream's 64 H800
 steps     22,000, one day there by its report: 3.9 s each, though the comment in its config says about 7 s.  plan.py
-          says 1.9 s, at the 30% MFU that it assumes, and at most 31 GiB a GPU
+          says 1.9 s, at the 30% MFU that it assumes, and at most 27 GiB a GPU
 start     stage 1's weights
 From Open-Sora 1.1's report: data, steps, time, masks. From its stage-2 config: buckets, interval, lr, clip, seed.
 """
