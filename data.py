@@ -432,40 +432,37 @@ class Offer(NamedTuple):
     buckets: np.ndarray     # the number of each row's bucket in bucket_list
 
 
-def offers(rows, first, config, excluded):
-    """Returns the Offers of a config to a chunk of rows that begins at row `first`, the largest resolution first, and
-    how far each row came: LeftOut [n]."""
+def offers(table, config, validation):
+    """Yields, CHUNK rows at a time: the place of the first row; the Offers to these rows, the largest resolution first;
+    and why each row has no bucket if nobody keeps it, LeftOut [n]."""
     numbers = {}
     for number, bucket in enumerate(bucket_list(config.buckets)):
         numbers.setdefault(bucket[:2], number)              # of the first aspect ratio
-    area = rows["height"].astype(np.int64) * rows["width"]
-    is_image = rows["num_frames"] == 1
-    found = []
-    reason = np.full(len(rows), LeftOut.TOO_SMALL)
-    for resolution in largest_first(config.buckets):
-        table = config.buckets[resolution]
-        large_enough = area >= MIN_AREA * PIXELS[resolution]
-        longest = longest_fit(rows, table, config.frame_interval)
-        has_kind = np.where(is_image, 1 in table, max(table) > 1)
-        here = np.where(longest > 0, LeftOut.KEEP_DRAW, np.where(has_kind, LeftOut.TOO_SHORT,
-                                                                 LeftOut.NO_BUCKET_OF_ITS_KIND))
-        reason = np.maximum(reason, np.where(large_enough, here, LeftOut.TOO_SMALL))
-        for num_frames, (keep, _) in table.items():
-            fits = np.flatnonzero(large_enough & (longest == num_frames) & ~excluded)
-            aspects = nearest_aspect(resolution, rows["height"][fits], rows["width"][fits])
-            found.append(Offer(f"{resolution} {num_frames}", keep, first + fits,
-                               numbers[resolution, num_frames] + aspects))
-    return found, reason
-
-
-def chunks(table, config, validation):
-    """Yields (rows, the place of the first one, which are excluded, why) of a table, CHUNK at a time."""
     for first in range(0, len(table), CHUNK):
         rows = table.rows[first:first + CHUNK]
+        area = rows["height"].astype(np.int64) * rows["width"]
+        is_image = rows["num_frames"] == 1
         # Whether a clip is for training or validation depends only on its path, not on its row or the seed.
-        held_out = (uniform(rows["key"], "validation") < config.holdout) != validation
-        why = np.where(rows["repeated"], LeftOut.REPEATED, LeftOut.HELD_OUT)
-        yield rows, first, rows["repeated"] | held_out, why
+        is_held_out = (uniform(rows["key"], "validation") < config.holdout) != validation
+        is_free = ~rows["repeated"] & ~is_held_out
+        reasons = np.full(len(rows), LeftOut.TOO_SMALL)
+        found = []
+        for resolution in largest_first(config.buckets):
+            lengths = config.buckets[resolution]
+            longest = longest_fit(rows, lengths, config.frame_interval)
+            is_large = area >= MIN_AREA * PIXELS[resolution]
+            has_kind = np.where(is_image, 1 in lengths, max(lengths) > 1)
+            missing = np.where(has_kind, LeftOut.TOO_SHORT, LeftOut.NO_BUCKET_OF_ITS_KIND)
+            reason = np.where(longest > 0, LeftOut.KEEP_DRAW, missing)
+            reasons = np.maximum(reasons, np.where(is_large, reason, LeftOut.TOO_SMALL))
+            for num_frames, (keep, _) in lengths.items():
+                fits = np.flatnonzero(is_free & is_large & (longest == num_frames))
+                aspects = nearest_aspect(resolution, rows["height"][fits], rows["width"][fits])
+                buckets = numbers[resolution, num_frames] + aspects
+                found.append(Offer(f"{resolution} {num_frames}", keep, first + fits, buckets))
+        reasons[is_held_out] = LeftOut.HELD_OUT
+        reasons[rows["repeated"]] = LeftOut.REPEATED
+        yield first, found, reasons
 
 
 class Assignment(NamedTuple):
@@ -478,12 +475,11 @@ def assign(table, config, epoch, validation=False):
     """Returns the bucket that each clip trains in during an epoch, or why it has none.
 
     A clip goes to the largest resolution that it fills, there to the most frames that it has.  Such a bucket keeps it
-    with a probability; where it does not, the clip goes on to the next smaller resolution."""
+    with a probability; where it does not, the clip moves on to the next smaller resolution."""
     buckets = np.full(len(table), NO_BUCKET, np.int16)
     reasons = np.zeros(len(table), np.uint8)
-    for rows, first, excluded, why in chunks(table, config, validation):
-        found, reason = offers(rows, first, config, excluded)
-        reasons[first:first + len(rows)] = np.where(excluded, why, reason)
+    for first, found, reason in offers(table, config, validation):
+        reasons[first:first + len(reason)] = reason
         for offer in found:
             waits = buckets[offer.rows] == NO_BUCKET
             kept = waits & (uniform(config.seed, epoch, offer.rows, offer.name) < offer.keep)
@@ -494,9 +490,9 @@ def assign(table, config, epoch, validation=False):
 def reachable(table, config):
     """Returns {bucket number: all clips that it gets in some epoch, ascending}."""
     clips_of = defaultdict(list)
-    for rows, first, excluded, _ in chunks(table, config, validation=False):
-        waits = np.ones(len(rows), bool)
-        for offer in offers(rows, first, config, excluded)[0]:
+    for first, found, reason in offers(table, config, validation=False):
+        waits = np.ones(len(reason), bool)
+        for offer in found:
             if offer.keep == 0:
                 continue
             here = waits[offer.rows - first]
@@ -1085,7 +1081,7 @@ def batches(sampler, dataset, first, last, rank=0, world=1, known=None):
             message = f"step {step}: a reading process {error}"
             if deaths > MAX_DEATHS:
                 raise ValueError(f"{message}; that was number {deaths}: mend or drop these clips") from None
-            print(f"{message}; reading starts again", file=sys.stderr)
+            print(f"\n{message}; reading starts again", file=sys.stderr)
 
 
 class ReaderDied(Exception):

@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -459,6 +460,25 @@ def test_a_turned_video_is_written_upright(curated, frames_of):
     assert (row["height"], row["width"]) == ("128", "96")
     upright = np.rot90(frames_of["turned.mp4"], 1, (1, 2))
     assert np.abs(luma(curated.frames(row)) - luma(upright)).mean() < 3
+
+
+def test_a_mirrored_video_is_written_as_it_is_shown(tmp_path, run_script):
+    """Its display matrix has a negative determinant; the camera, which pans to the right, then pans to the left."""
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    frames = shot(10, 30)
+    write(videos / "mirrored.mp4", frames)
+    content = bytearray((videos / "mirrored.mp4").read_bytes())
+    upright = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    place = content.index(upright, content.index(b"tkhd"))
+    content[place:place + 36] = struct.pack(">9i", -1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+    (videos / "mirrored.mp4").write_bytes(content)
+    ended = run_script("curate", "run", videos, "--out", tmp_path / "out", "--workers=1", *CURATE)
+    assert ended.status == 0, ended.err
+    row, = read_rows(tmp_path / "out" / "meta.csv")
+    assert row["cmotion"] == "pan left"
+    clip = read_all(tmp_path / "out" / row["path"])
+    assert np.abs(luma(clip) - luma(frames[:, :, ::-1])).mean() < 3
 
 
 def test_pixels_that_are_not_square_become_square(curated, frames_of):
