@@ -62,7 +62,7 @@ from tqdm import tqdm
 from data import (COLUMNS, IMAGES, SCORES, UnreadableClip, assign, atomic_write, bucket_table, displayed_width,
                   end_with_parent, one_line_errors, opened, orientation, read_csv, read_image, read_meta, read_number,
                   read_window)
-from vae import from_pretrained  # before transformers, which it tells that our kernels.py is not the package
+from vae import from_pretrained, load_net  # before transformers, which it tells that our kernels.py is not the package
 
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
                           CLIPConfig, CLIPModel)
@@ -795,7 +795,7 @@ def fitted(frames, side: int, multiple: int = 1) -> np.ndarray:
 def net_of(cls, name, device, half=torch.float16):
     """A frozen network by folder or hub name; half precision on a GPU."""
     dtype = half if torch.device(device).type == "cuda" else torch.float32
-    return from_pretrained(cls, name, dtype=dtype).to(device).eval().requires_grad_(False)
+    return load_net(cls, name, dtype=dtype).to(device).eval().requires_grad_(False)
 
 
 # ---- CLIP: aesthetic score, match of text and picture ----

@@ -100,15 +100,34 @@ def frames_at_once(H, W):
 
 def load_vae(name, dtype=torch.float32, device="cpu"):
     """An AutoencoderKL by hub name ("stabilityai/sd-vae-ft-ema") or folder."""
-    return VAE(from_pretrained(AutoencoderKL, name, torch_dtype=dtype, low_cpu_mem_usage=False).to(device))
+    return VAE(load_net(AutoencoderKL, name, torch_dtype=dtype, low_cpu_mem_usage=False).to(device))
+
+
+def load_net(cls, name, **options):
+    """Returns a network of diffusers or transformers by hub name or folder, with all of its weights.
+
+    Both libraries fill what is missing with random numbers and carry on; here that is a ValueError that names it."""
+    if Path(name).is_dir() and not Path(name, "config.json").is_file():
+        raise FileNotFoundError(f"{cls.__name__} {name!r} has no config.json")
+    net, report = from_pretrained(cls, name, output_loading_info=True, **options)
+    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{cls.__name__} {name!r}: its weights lack {wrong[0]}{more}, expected all of them - download "
+                         "it again")
+    return net
 
 
 def from_pretrained(cls, name, **options):
+    """Returns what cls.from_pretrained does; an error of a library becomes one sentence that names the model."""
     try:
         return cls.from_pretrained(name, **options)
-    except OSError as error:  # of diffusers and transformers, for a missing folder, file or connection
+    except OSError as error:            # a folder, a file or a connection is missing
         raise FileNotFoundError(f"{cls.__name__} {name!r} is neither a folder with config.json and weights nor a model "
                                 f"that the hub gave: {str(error).splitlines()[0]}") from error
+    except (SafetensorError, RuntimeError) as error:        # the second: tensors of other sizes than config.json has
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{cls.__name__} {name!r}: its weights cannot be read, is the file whole? {reason}") from error
 
 
 def psnr(a, b):
@@ -147,15 +166,25 @@ class TextEncoder:
 
 def load_text_encoder(name, max_length, dtype=torch.float32, device="cpu", clean=False):
     """A T5 encoder and tokenizer by hub name ("DeepFloyd/t5-v1_1-xxl") or folder."""
-    net = from_pretrained(T5EncoderModel, name, dtype=dtype).to(device)
-    return TextEncoder(net, load_tokenizer(name), max_length, clean)
+    net = load_net(T5EncoderModel, name, dtype=dtype).to(device)
+    tokenizer = load_tokenizer(name)
+    if len(tokenizer) > net.config.vocab_size:
+        raise ValueError(f"text encoder {name!r}: its tokenizer has {len(tokenizer)} entries, its network has rows for "
+                         f"{net.config.vocab_size}: they do not belong together")
+    return TextEncoder(net, tokenizer, max_length, clean)
 
 
 def load_tokenizer(name):
     """T5's, of a folder or hub name.  DeepFloyd's has only SentencePiece's spiece.model, for which transformers would
-    need two more packages: that file is read here."""
-    spiece = None if file_of(name, "tokenizer.json") else file_of(name, "spiece.model")
-    return from_sentencepiece(spiece.read_bytes()) if spiece else from_pretrained(AutoTokenizer, name)
+    need two more packages: that file is read here.  Without either transformers would make up a tokenizer to which
+    every word is unknown."""
+    if file_of(name, "tokenizer.json"):
+        return from_pretrained(AutoTokenizer, name)
+    spiece = file_of(name, "spiece.model")
+    if not spiece:
+        raise FileNotFoundError(f"text encoder {name!r} has neither tokenizer.json nor spiece.model: expected one of "
+                                "them beside its config.json")
+    return from_sentencepiece(spiece.read_bytes())
 
 
 def file_of(name, file):

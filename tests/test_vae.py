@@ -22,11 +22,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 import vae as vae_module
 from assets.shapes import shapes_clip
+from assets.tiny.make import make_text_encoder
 from configs import Config, dump
 from data import (BucketSampler, ClipDataset, UnreadableClip, batches, bucket_list, reachable, read_meta, to_video,
                   window_number, write_video)
@@ -240,6 +242,75 @@ def test_embeddings_are_kept_in_a_folder(text_encoder, tmp_path):
     remember(load, ["a red circle"], tmp_path / "texts", "another key")
     remember(load, ["a red circle", "a blue square"], tmp_path / "texts", "key")
     assert num_loaded == 3
+
+
+# ---------------------------------------------------------------- nothing that a library makes up
+
+def without(folder, source, part):
+    """Returns a copy of a network's folder in which a part is missing or damaged."""
+    shutil.copytree(source, folder)
+    (weights,) = folder.glob("*.safetensors")
+    if part == "a file cut short":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif part == "no weights":
+        weights.unlink()
+    elif (folder / part).is_file():
+        (folder / part).unlink()
+    else:
+        tensors = load_file(weights)
+        del tensors[part]
+        save_file(tensors, weights, {"format": "pt"})
+    return str(folder)
+
+
+@pytest.mark.parametrize("part, named", [
+    ("tokenizer.json", "tokenizer.json"),
+    ("config.json", "T5EncoderModel"),
+    ("no weights", "T5EncoderModel"),
+    ("a file cut short", "T5EncoderModel"),
+    ("encoder.block.0.layer.1.DenseReluDense.wi.weight", "encoder.block.0.layer.1.DenseReluDense.wi.weight"),
+    ("shared.weight", "embed_tokens.weight"),           # another name of the same tensor
+])
+def test_a_text_encoder_that_is_not_whole_is_refused(tmp_path, part, named):
+    """Otherwise every word is unknown, or its weights are random numbers, and training would end well."""
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(named)):
+        load_text_encoder(without(tmp_path / "t5", TINY_TEXT, part), 16)
+
+
+@pytest.mark.parametrize("part, named", [
+    ("config.json", "AutoencoderKL"),
+    ("no weights", "AutoencoderKL"),
+    ("a file cut short", "AutoencoderKL"),
+    ("decoder.conv_out.weight", "decoder.conv_out.weight"),
+    ("encoder.conv_in.bias", "encoder.conv_in.bias"),
+])
+def test_a_vae_that_is_not_whole_is_refused(tmp_path, part, named):
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(named)):
+        load_vae(without(tmp_path / "vae", TINY_VAE, part))
+
+
+def test_a_tokenizer_of_another_network_is_refused(tmp_path):
+    folder = without(tmp_path / "t5", TINY_TEXT, "tokenizer.json")
+    make_text_encoder([f"word{i}" for i in range(60)], tmp_path / "other")
+    shutil.copy(tmp_path / "other" / "tokenizer.json", folder)
+    with pytest.raises(ValueError, match="64 entries.* 19"):
+        load_text_encoder(folder, 16)
+
+
+@pytest.mark.parametrize("script, arguments", [
+    ("sample", ["--prompt=a red circle", "--steps=1", "--sampler=ddim", "--text-encoder="]),
+    ("train", ["configs/tiny.py", "--text_encoder="]),
+    ("vae", ["cache", "configs/tiny.py", "--text_encoder="]),
+])
+def test_scripts_refuse_a_text_encoder_without_its_tokenizer(clips, tmp_path, run_script, script, arguments):
+    folder = without(tmp_path / "t5", TINY_TEXT, "tokenizer.json")
+    arguments = [*arguments[:-1], arguments[-1] + folder, f"--out={tmp_path / 'out'}"]
+    if script != "sample":
+        arguments += [f"--data={clips / 'meta.csv'}", f"--cache={tmp_path / 'cache'}",
+                      "--buckets={'32': {8: (1.0, 1)}}"]
+    ended = run_script(script, *arguments)
+    assert ended.status == 2
+    assert "error: " in ended.err and "tokenizer.json" in ended.err
 
 
 # ---------------------------------------------------------------- the cache
