@@ -1283,6 +1283,7 @@ def one_line_errors(debug=False, stopped=""):
     """Ends a script with one line and status 2 for an error that its user can mend, or with debug with the traceback;
     for Ctrl-C with status 130 and "stopped", then what `stopped` says about a second start."""
     rank = int(os.environ.get("RANK", 0))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except (ValueError, OSError) as error:
@@ -1295,6 +1296,7 @@ def one_line_errors(debug=False, stopped=""):
         sys.exit(2)
     except KeyboardInterrupt as error:
         error.__traceback__ = None
+        signal.signal(signal.SIGINT, signal.SIG_DFL)        # a second one shows no traceback of the end
         if not rank:
             print(f"\nstopped{stopped}", file=sys.stderr)
         sys.exit(130)
