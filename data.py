@@ -15,6 +15,7 @@ import argparse
 import csv
 import glob
 import hashlib
+import io
 import math
 import multiprocessing
 import os
@@ -206,8 +207,9 @@ def read_meta(pattern):
     for file in found.values():
         if not Path(file).is_file():
             raise FileNotFoundError(
-                f"no file {file}: --data=PATH names a csv file with the columns {','.join(COLUMNS)}; `python curate.py "
-                "run VIDEOS --out DIR` makes one of your videos, and configs/tiny.py is for a first try without any")
+                f"no file {file}, expected a csv with the columns {','.join(COLUMNS)} (--data=PATH names another); "
+                "`python curate.py run VIDEOS --out DIR` makes one of your videos, and configs/tiny.py is for a first "
+                "try without any")
     files = tuple(found.values())
     stats = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in found]
     name = f"{Path(files[0]).name}.{short_hash(list(found))}."
@@ -217,10 +219,8 @@ def read_meta(pattern):
         folder = place / f"{name}{key}.table"
         try:
             return Table(files, folder)
-        except FileNotFoundError:
-            pass
-        except (ValueError, EOFError):              # a crash of the machine, or a bad copy, has left half of it
-            shutil.rmtree(folder)
+        except (OSError, ValueError, EOFError):     # not there; or half of it, after a crash of the machine
+            shutil.rmtree(folder, ignore_errors=True)
     rows, texts = read_rows(files)
     for place in places:
         try:
@@ -263,7 +263,10 @@ def read_rows(files):
         for number, file in enumerate(files):
             folder = os.path.abspath(Path(file).parent)
             for row, fields in read_csv(file, COLUMNS):
-                path, text = fields["path"].encode(), fields["text"].encode()
+                if not fields["path"]:
+                    raise ValueError(f"{file} row {row}: path='', expected the name of a file")
+                path = fields["path"].encode()
+                text = fields["text"].encode()
                 num_frames = positive_number(fields, "num_frames", file, row, whole=True)
                 height = positive_number(fields, "height", file, row, whole=True)
                 width = positive_number(fields, "width", file, row, whole=True)
@@ -271,7 +274,7 @@ def read_rows(files):
                 start = len(texts)
                 texts.extend(path)
                 texts.extend(text)
-                paths.append(hash(os.path.join(folder, fields["path"])))
+                paths.append(hash(os.path.normpath(os.path.join(folder, fields["path"]))))
                 key = zlib.crc32(path)
                 yield start, len(path), len(text), number, row, num_frames, height, width, fps, key, False
 
@@ -299,6 +302,8 @@ def read_csv(file, needed=()):
             if missing:
                 raise ValueError(f"{file} lacks column {', '.join(missing)}: expected {','.join(needed)}, got "
                                  f"{','.join(header) or 'nothing'}")
+            if len(set(header)) < len(header):
+                raise ValueError(f"{file}: two columns have one name in {','.join(header)}")
             row = 1
             for row, fields in enumerate(reader, start=2):
                 if not fields:
@@ -321,7 +326,7 @@ def text_lines(f):
 def positive_number(fields, name, file, row, whole=False):
     """Returns a field of a row as a number above 0; raises ValueError, which names the place, if it is none."""
     value = read_number(fields[name])
-    if not 0 < value < 1e9 or (whole and value != int(value)):
+    if not 1e-3 < value < 1e9 or (whole and value != int(value)):
         kind = "whole number" if whole else "number"
         raise ValueError(f"{file} row {row}: {name}={fields[name]!r}, expected a {kind} above 0 - correct or drop the "
                          "row")
@@ -679,7 +684,7 @@ def read_window(path, num_frames=None, stride=1, start=None, generator=None):
 def read_clip(path, num_frames=None, stride=1, start=None, generator=None):
     """Returns the Clip of read_window's arguments."""
     path = str(path)
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UnreadableClip(f"{path}: no such file")
     if path.lower().endswith(IMAGES):
         choose_frames(path, [0], num_frames, stride, start, generator)
@@ -720,11 +725,11 @@ def opened(path, **options):
             stream.codec_context.options = limit
             stream.codec_context.thread_count = 1
             yield stream
-    except UnreadableClip:
+    except (UnreadableClip, MemoryError):
         raise
     except Exception as error:          # damaged files raise more than FFmpegError: IndexError, ZeroDivisionError, ...
-        reason = getattr(error, "strerror", None) or error
-        raise UnreadableClip(f"{path}: {reason or type(error).__name__}") from error
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UnreadableClip(f"{path}: {reason}") from error
 
 
 class Source(NamedTuple):
@@ -740,7 +745,7 @@ def read_packets(path, stream, in_order=False):
     packets = cut_at_new_start(path, stream, packets)
     expected = len(stream.index_entries) if "mp4" in stream.container.format.name else 0    # by its header
     if len(packets) < expected or any(packet.is_corrupt for packet in packets):
-        raise UnreadableClip(f"{path}: is cut off or holed, has {len(packets)} of {expected or '?'} frames")
+        raise UnreadableClip(f"{path}: is cut off or has missing packets, {len(packets)} of {expected or '?'} frames")
     shown = [packet.pts for packet in packets if not packet.is_discard]
     if None in shown:
         return Source(packets, list(range(len(packets))), True)
@@ -899,6 +904,7 @@ def orientation(frame):
 
 def length_and_rate(path):
     """Returns (the number of frames that read_window counts; frames per second, if known) of a clip."""
+    path = str(path)
     fps = read_clip(path, 1, start=0).fps                       # raises if it cannot be read
     if path.lower().endswith(IMAGES):
         return 1, None
@@ -918,7 +924,7 @@ def read_image(path):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
     except Exception as error:          # Pillow raises seven types for damaged files, SyntaxError and struct.error too
-        raise UnreadableClip(f"{path}: {error or type(error).__name__}") from error
+        raise UnreadableClip(f"{path}: {str(error) or type(error).__name__}") from error
 
 
 def resize_crop(video, height, width):
@@ -983,7 +989,7 @@ def check_row(path, row, window, bucket):
             raise UnreadableClip(f"{path}: is {height}x{width}, too small for {bucket.resolution}; meta.csv has "
                                  f"{row['height']}x{row['width']}")
     fps = float(row["fps"])
-    if window.fps and abs(window.fps / fps - 1) > 0.05:
+    if bucket.num_frames > 1 and window.fps and abs(window.fps / fps - 1) > 0.05:
         report(f"{path}: has {window.fps:g} frames a second, not {fps:g} as meta.csv has it")
         fps = window.fps
     return fps
@@ -1004,8 +1010,8 @@ def window_generator(key, window):
 def conditioning(config, bucket, fps):
     """Returns what the network is conditioned on besides the caption, {name: fp32 [B]}; fps: of the files, [B].
 
-    ar is width / height, as Open-Sora trains (its samplers give the inverse).  fps is that of the frames that are
-    taken, or with as_released that of the file, as Open-Sora trains."""
+    ar is width / height, as Open-Sora trains (its samplers give the inverse).  fps is the rate after
+    frame_interval, or with as_released that of the file, as Open-Sora trains."""
     fps = np.array(fps, np.float32)
     if bucket.num_frames > 1 and not config.model.as_released:
         fps = fps / config.frame_interval
@@ -1080,7 +1086,7 @@ def batches(sampler, dataset, first, last, rank=0, world=1, known=None):
             deaths += 1
             message = f"step {step}: a reading process {error}"
             if deaths > MAX_DEATHS:
-                raise ValueError(f"{message}; that was number {deaths}: mend or drop these clips") from None
+                raise ValueError(f"{message}; {deaths} have failed: fix or remove these clips") from None
             print(f"\n{message}; reading starts again", file=sys.stderr)
 
 
@@ -1098,25 +1104,36 @@ def read_ahead(dataset, plans, known):
         for plan in plans:
             yield read_batch(dataset, plan, known)
         return
-    others = set(multiprocessing.active_children())
+    processes = set()
     with tempfile.TemporaryDirectory() as journal:
         pool = ProcessPoolExecutor(num_workers, initializer=start_reader, initargs=(dataset, known, journal))
         ahead = deque()
         try:
             for plan in plans:
-                ahead.append(pool.submit(read_plan, plan))
+                others = set(multiprocessing.active_children())
+                ahead.append(pool.submit(read_plan, plan))          # which starts processes
+                processes |= set(multiprocessing.active_children()) - others
                 if len(ahead) == 2 * num_workers:
-                    yield ahead.popleft().result(dataset.config.read_timeout)
+                    yield batch_of(ahead.popleft(), dataset.config.read_timeout, journal)
             while ahead:
-                yield ahead.popleft().result(dataset.config.read_timeout)
-        except (BrokenExecutor, TimeoutError) as error:
-            did = "hung" if isinstance(error, TimeoutError) else "died"
-            clips = ", ".join(file.read_text("utf-8") for file in Path(journal).glob("*"))
-            raise ReaderDied(f"{did} while these were being read: {clips or 'none'}") from error
+                yield batch_of(ahead.popleft(), dataset.config.read_timeout, journal)
         finally:
-            for process in set(multiprocessing.active_children()) - others:
+            for process in processes:
                 process.kill()
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def batch_of(future, timeout, journal):
+    """Waits for a batch and returns it; raises what its process raised, or ReaderDied."""
+    try:
+        error = future.exception(timeout)
+        problem = "died" if isinstance(error, BrokenExecutor) else None
+    except TimeoutError:
+        problem = "hung"
+    if problem:
+        clips = ", ".join(file.read_text("utf-8") for file in Path(journal).glob("*"))
+        raise ReaderDied(f"{problem} while these were being read: {clips or 'none'}")
+    return future.result()
 
 
 READER = {}         # of a reading process: what start_reader was given
@@ -1159,12 +1176,12 @@ class BadClips:
         self.writes = writes
         self.tried = 0
         self.faults = 0
-        content = self.path.read_text("utf-8") if self.path.is_file() else ""
-        lines = content[:content.rfind("\n") + 1]       # without the one that a killed run has left half
+        content = self.path.read_bytes() if self.path.is_file() else b""
+        lines = content[:content.rfind(b"\n") + 1]      # without the one that a killed run has left half
         if writes and lines != content:
-            os.truncate(self.path, len(lines.encode()))
+            os.truncate(self.path, len(lines))
         self.known = {}
-        for row in csv.DictReader(lines.splitlines()):
+        for row in csv.DictReader(io.StringIO(lines.decode(), newline="")):
             self.known[int(row["step"]), int(row["slot"]), int(row["attempt"])] = row["reason"]
 
     def add(self, faults, num_clips):
@@ -1183,7 +1200,7 @@ class BadClips:
         # Of fewer than 200 (hand-tuned) a handful of bad ones says nothing about the rest.
         if self.tried >= 200 and self.faults > self.max_share * self.tried:
             raise ValueError(f"{self.faults} of {self.tried} clips could not be read, more than max_bad="
-                             f"{self.max_share:g} of them: mend or drop those in {self.path}, or raise max_bad")
+                             f"{self.max_share:g} of them: fix or drop those in {self.path}, or raise max_bad")
 
     def write(self, faults):
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -1198,11 +1215,14 @@ class BadClips:
 # ---------------------------------------------------------------- writing
 def write_video(path, frames, fps=24):
     """Writes frames uint8 [T H W 3] as .mp4 (H.264), .gif, .png (a contact sheet), or for a name without suffix as a
-    folder of 00000.png, 00001.png, ...  A file that has its name is whole."""
+    folder of 00000.png, 00001.png, ...  Writes under a temporary name first, so a crash never leaves half a file."""
     path = Path(path)
     frames = np.ascontiguousarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"{path}: frames must be uint8 [T H W 3] with T > 0, got {frames.dtype} {list(frames.shape)}")
+    foreign = [file.name for file in path.glob("*") if not file.stem.isdecimal()] if path.is_dir() else []
+    if foreign:
+        raise ValueError(f"{path} is a folder with other files, such as {foreign[0]}: choose a new name")
     if path.suffix not in (".mp4", ".gif", ".png", ""):
         raise ValueError(f"{path}: video is written as .mp4, .gif, .png (a contact sheet) or, without a suffix, as a "
                          f"folder of frames, not as {path.suffix!r}")
@@ -1281,7 +1301,7 @@ def positive_int(text):
 @contextmanager
 def one_line_errors(debug=False, stopped=""):
     """Ends a script with one line and status 2 for an error that its user can mend, or with debug with the traceback;
-    for Ctrl-C with status 130 and "stopped", then what `stopped` says about a second start."""
+    for Ctrl-C with status 130 and "stopped".  stopped: how to resume, appended to that."""
     rank = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
@@ -1307,7 +1327,7 @@ def one_line_errors(debug=False, stopped=""):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python data.py META CONFIG [--field=value ...]")
+                                     usage="python data.py META CONFIG [--field=value ...]", allow_abbrev=False)
     parser.add_argument("meta", metavar="META", help="a meta.csv, or a glob")
     parser.add_argument("config", metavar="CONFIG", help="configs/stage1.py, say; --field=value overrides its fields")
     parser.add_argument("--debug", action="store_true", help="show errors with their traceback")

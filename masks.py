@@ -40,11 +40,11 @@ def check_ratios(ratios: Mapping[str, float]) -> None:
     """Raises ValueError unless `ratios` maps known strategies to shares of clips that are >= 0 and sum to 1."""
     for name, ratio in ratios.items():
         if name not in STRATEGIES:
-            close = difflib.get_close_matches(name, STRATEGIES, n=1, cutoff=0.3)
+            close = difflib.get_close_matches(str(name), STRATEGIES, n=1, cutoff=0.3)
             meant = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"mask_ratios: unknown strategy {name!r}{meant} There are: {', '.join(STRATEGIES)}")
-        if not ratio >= 0:                                             # also catches nan
-            raise ValueError(f"mask_ratios[{name!r}] = {ratio}: a share of clips must be 0 or more")
+        if not isinstance(ratio, (int, float)) or not ratio >= 0:      # also catches nan
+            raise ValueError(f"mask_ratios[{name!r}] = {ratio!r}: a share of clips must be 0 or more")
     total = sum(ratios.values())
     if abs(total - 1) > 1e-6:
         raise ValueError(f"mask_ratios must sum to 1, got {total:g}: add {1 - total:g} to mask_no")

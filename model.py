@@ -64,6 +64,8 @@ class STDiTConfig:
     as_released: bool = False                       # Q1 to Q7, for the weights that Open-Sora published
 
     def __post_init__(self):
+        if len(self.patch_size) != 3:
+            raise ValueError(f"patch_size must be (frames, rows, columns), got {self.patch_size}")
         C, heads, channels = self.hidden_size, self.num_heads, (self.in_channels, self.caption_channels)
         if min(self.depth, C, heads, *self.patch_size, *channels, self.model_max_length) < 1:
             raise ValueError(f"depth, sizes, channels and lengths must be 1 or more, got {self}")

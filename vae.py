@@ -655,6 +655,8 @@ def main(argv=None):
                 overrides = words[words.index(path) + 1:]           # --vae is the config's here
                 config = configs.load(path, [text for text in overrides if text != "--debug"])
                 cache(config, find(config.vae), find(config.text_encoder))
+            case [path] if path != "cache" and args.out and not Path(args.out).suffix:
+                raise ValueError(f"--out {args.out}: expected a name that ends in .mp4, .gif or .png")
             case [path] if path != "cache":
                 reconstruct(path, args)
             case what:

@@ -106,8 +106,8 @@ def shapes_clip(seed, index):
 
 def write_shapes(folder, num_clips=2000, seed=0):
     """Renders the world into folder/*.mp4 and *.png (stills), and writes folder/meta.csv about them."""
-    if num_clips < 1:
-        raise ValueError(f"--num-clips {num_clips}: expected 1 or more")
+    if num_clips < 1 or seed < 0:
+        raise ValueError(f"--num-clips {num_clips} --seed {seed}: expected 1 or more, and 0 or more")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "meta.csv").unlink(missing_ok=True)  # of another world: what is stopped half way has none
@@ -129,7 +129,7 @@ def write_shapes(folder, num_clips=2000, seed=0):
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, usage="python -m assets.shapes FOLDER [options]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("folder", help=argparse.SUPPRESS)
+    parser.add_argument("folder", metavar="FOLDER", help=argparse.SUPPRESS)
     parser.add_argument("--num-clips", type=int, default=2000, help="to render (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="another one gives other clips (default: %(default)s)")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")

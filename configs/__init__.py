@@ -71,26 +71,31 @@ class Config:
     prompts: tuple = ()                             # captions of the previews
 
     def __post_init__(self):
+        for field in fields(self):
+            if not has_type(getattr(self, field.name), field.type):
+                raise wrong(self, field.name, f"a {getattr(field.type, '__name__', field.type)}")
         for name in ("frame_interval", "fps", "read_timeout", "world", "lr", "grad_clip", "steps", "sp",
                      "accumulation", "save_every", "keep_last"):
-            if not 0 < number(self, name) < math.inf:
+            if not 0 < getattr(self, name) < math.inf:
                 raise wrong(self, name, "more than 0, and finite")
         for name in ("windows", "num_workers", "cfg_scale", "weight_decay", "warmup_steps", "checkpointing", "shard",
                      "sample_every", "validate_every"):
-            if not 0 <= number(self, name) < math.inf:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise wrong(self, name, "0 or more, and finite")
         for name in ("holdout", "max_bad"):
-            if not 0 <= number(self, name) <= 1:
+            if not 0 <= getattr(self, name) <= 1:
                 raise wrong(self, name, "a share from 0 to 1")
         for name in ("data", "vae", "text_encoder", "out"):
             if not getattr(self, name):
                 raise wrong(self, name, "a path or a name")
-        if not 0 <= number(self, "ema_decay") < 1:
+        if isinstance(self.data, tuple) and not all(isinstance(path, str) for path in self.data):
+            raise wrong(self, "data", "paths")
+        if not 0 <= self.ema_decay < 1:
             raise wrong(self, "ema_decay", "0 or more and less than 1")
         if self.validate_every and not self.holdout:
-            raise wrong(self, "validate_every", "0, or a holdout of some clips beside it")
+            raise wrong(self, "validate_every", "0 unless holdout is above 0")
         if self.init_optimizer and not self.init:
-            raise wrong(self, "init_optimizer", "False, or an init to take it from beside it")
+            raise wrong(self, "init_optimizer", "False unless init is set")
         if self.cache and not self.windows:
             raise wrong(self, "windows", "1 or more with a cache: it holds fixed windows of a clip")
         if not all(isinstance(prompt, str) for prompt in self.prompts):
@@ -99,7 +104,7 @@ class Config:
             raise wrong(self, "prediction", "'eps' or 'v'")
         if self.dtype not in ("fp32", "bf16"):
             raise wrong(self, "dtype", "'fp32' or 'bf16'")
-        if not -2 ** 63 <= number(self, "seed") < 2 ** 63:
+        if not -2 ** 63 <= self.seed < 2 ** 63:
             raise wrong(self, "seed", "an integer of 64 bits")
         check_ratios(self.mask_ratios)
         check_buckets(self.buckets)
@@ -128,13 +133,11 @@ def wrong(config, name, expected):
     return ValueError(f"{name}={getattr(config, name)!r}: expected {expected}")
 
 
-def number(config, name):
-    """Returns a field that must be a number; a whole one if it is declared so."""
-    value = getattr(config, name)
-    kind = Config.__annotations__[name]
-    if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
-        raise wrong(config, name, "a number" if kind is float else "a whole number")
-    return value
+def has_type(value, kind):
+    """Returns whether a value is of a declared type; an int passes for a float, a bool for a bool alone."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
 
 
 def check_buckets(buckets):
@@ -160,7 +163,7 @@ def check_buckets(buckets):
 
 def suggest(name, known):
     """Returns the end of an error about an unknown name: the nearest known one, or all."""
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=1, cutoff=0.5)
     return f", did you mean {close[0]!r}?" if close else f", expected one of {', '.join(map(repr, known))}"
 
 
@@ -178,7 +181,7 @@ def load(path, overrides=()):
     except (SyntaxError, NameError, ImportError) as error:
         raise ValueError(f"{file}: {type(error).__name__}: {error} - expected Python that ends in "
                          "`config = Config(...)`") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise ValueError(f"{file}: {unknown_field(error) or error}") from error
     if not isinstance(config, Config):
         raise ValueError(f"{file}: expected a line `config = Config(...)`, its `config` is {config!r}")
@@ -216,11 +219,13 @@ def override(config, key, text, prefix=""):
     if not isinstance(old, str) or text.startswith("("):        # data may be a tuple of paths
         try:
             value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, TypeError, SyntaxError):
             value = text
-    allowed = (int, float) if isinstance(old, float) else (str, tuple) if name == "data" else type(old)
-    if not isinstance(value, allowed) or isinstance(value, bool) != isinstance(old, bool):
-        raise ValueError(f"{prefix}{name}={value!r} is of type {type(value).__name__}, expected {type(old).__name__}")
+    kind = type(config).__annotations__[name]
+    kind = tuple if name == "patch_size" else kind              # which is declared as three numbers
+    if not has_type(value, kind):
+        expected = getattr(kind, "__name__", kind)
+        raise ValueError(f"{prefix}{name}={value!r} is of type {type(value).__name__}, expected {expected}")
     return replace(config, **{name: value})
 
 

@@ -7,7 +7,8 @@ hardware  one RTX 4090: plan.py says 18.6 of 23.6 GiB, 14.3 of them fp32 weights
 disk      12.3 GB a checkpoint and 3.1 GB of averaged weights; twice that while a new one is written, which takes as
           much main memory meanwhile
 steps     2,000, 20 to 50 times each clip; by plan.py 2.6 s each, 1.5 hours, at the 30% MFU that it assumes. Not run
-start     the weights that Open-Sora 1.1 published, with the quirks that they were trained with: as_released (model.py).
+start     the weights that Open-Sora 1.1 published, with the quirks that they were trained with, in captions and fps
+          too: as_released (model.py).
           For --init=runs/stage3, a run of ours, turn it off
 expect    the look and the motion of your clips; the loss on those held out, in validation.jsonl, falls, and once it
           rises they are being learnt by heart: take the checkpoint before, keep_last=9 keeps all

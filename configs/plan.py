@@ -154,7 +154,11 @@ def plan_step(config, world, gpu, resolution, num_frames):
     bucket = max((Bucket(resolution, num_frames, ar) for ar in ASPECT[resolution]), key=lambda b: config.cost(b)[1])
     model, size = config.model, config.torch_dtype.itemsize
     groups = world // config.sp
-    clips = math.ceil(config.buckets[resolution][num_frames][1] * config.world / groups)
+    global_batch = config.buckets[resolution][num_frames][1] * config.world
+    if global_batch < groups:
+        raise ValueError(f"{resolution} x {num_frames}: a global batch of {global_batch} clips cannot feed {groups} "
+                         "GPUs, or groups of them: make it larger")
+    clips = math.ceil(global_batch / groups)
     parts = min(config.accumulation, clips)
     at_once = math.ceil(clips / parts)
     frames = math.ceil(num_frames / config.sp)              # of a clip on one GPU
@@ -208,9 +212,11 @@ def plan(config, world, gpu="h800", shares=None):
 
     shares: {(resolution, frames): share of the steps}; None means equal ones.  Raises ValueError."""
     shard = config.shard or world
-    if gpu not in GPUS or world < 1 or world % shard or world % config.sp:
-        raise ValueError(f"gpu={gpu!r}, gpus={world}, shard={shard}, sp={config.sp}: expected one of "
-                         f"{', '.join(GPUS)}, and a shard and an sp that divide a number of GPUs of 1 or more")
+    if gpu not in GPUS:
+        raise ValueError(f"gpu={gpu!r}: expected one of {', '.join(GPUS)}")
+    if world < 1 or world % shard or world % config.sp:
+        raise ValueError(f"gpus={world}, shard={shard}, sp={config.sp}: expected a number of GPUs of 1 or more that "
+                         "shard and sp divide")
     card = GPUS[gpu]
     steps = {kind: plan_step(config, world, card, *kind) for kind in config.trained}
     weights = {kind: shares.get(kind, 0) if shares else 1 for kind in steps}
@@ -245,23 +251,25 @@ def shares_of_steps(config):
     """Returns {(resolution, frames): steps of an epoch} if the clips are at hand, else None."""
     try:
         sampler = BucketSampler(read_meta(config.data), config)
-    except FileNotFoundError as error:
-        print(f"{error}; so each resolution and length is planned an equal share of the steps")
+    except FileNotFoundError:
+        print(f"{config.data} is not at hand: each resolution and length is planned an equal share of the steps")
         return None
     return Counter(sampler.numbered[number][:2] for number in sampler.epoch(0).buckets)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="python -m configs.plan CONFIG [options] [--field=value ...]")
+                                     usage="python -m configs.plan CONFIG [options] [--field=value ...]",
+                                     allow_abbrev=False)
     parser.add_argument("config", metavar="CONFIG", help="configs/stage2.py, say")
     parser.add_argument("--gpus", type=int, help="how many (default: the config's world)")
-    parser.add_argument("--gpu", default="h800", help=f"{', '.join(GPUS)} (default: %(default)s)")
+    parser.add_argument("--gpu", choices=GPUS, default="h800", help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="show errors with their traceback")
     args, overrides = parser.parse_known_args(argv)
     with one_line_errors(args.debug):
         config = configs.load(args.config, overrides)
         world = config.world if args.gpus is None else args.gpus
+        plan(config, world, args.gpu)                           # raises before millions of rows are read
         print(plan(config, world, args.gpu, shares_of_steps(config)))
 
 

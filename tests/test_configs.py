@@ -134,6 +134,12 @@ def test_a_config_is_frozen():
     ("--speed=1", "speed=1.*bool"),
     ("--prompts=('a', 1)", "prompts="),
     ("--model=4", "model=4.*STDiTConfig"),
+    ("--buckets={240: {16: (1.0, 4)}}", "buckets.*240"),
+    ("--buckets={[]: 1}", "buckets"),
+    ("--mask_ratios={1: 1.0}", "mask_ratios.*1"),
+    ("--mask_ratios={'mask_no': 'a'}", "mask_ratios.*'a'"),
+    ("--data=(1, 2)", r"data=\(1, 2\)"),
+    ("--model.patch_size=(1, 2)", r"patch_size.*\(1, 2\)"),
     ("--lr=__import__('os').getcwd()", "lr=.*__import__"),              # an override is a literal: nothing is run
     ("--model.depth='4'", "model.depth='4'.*int"),
     ("--model.depth=0", "depth=0"),
@@ -181,8 +187,8 @@ def test_a_wrong_override_is_an_error_that_names_the_field(text, message):
 @pytest.mark.parametrize("source, message", [
     (f"from configs import Config\nconfig = Config(**{GOOD | {'learning_rate': 1.0}!r})", "'learning_rate'"),
     (f"from configs import Config\nconfig = Config(**{GOOD | {'warmup': 1}!r})", "'warmup'.*'warmup_steps'"),
-    (f"from configs import Config\nconfig = Config(**{GOOD | {'lr': '1e-4'}!r})", "lr='1e-4'.*number"),
-    (f"from configs import Config\nconfig = Config(**{GOOD | {'lr': None}!r})", "lr=None.*number"),
+    (f"from configs import Config\nconfig = Config(**{GOOD | {'lr': '1e-4'}!r})", "lr='1e-4'.*float"),
+    (f"from configs import Config\nconfig = Config(**{GOOD | {'lr': None}!r})", "lr=None.*float"),
     ("from configs import Config\nconfig = Config(lr=1.0)", "'vae'.*'steps'"),
     ("from model import STDiTConfig\nSTDiTConfig(heads=4)", "'heads'.*'num_heads'"),
     ("lr = 1.0", "config = Config"),

@@ -166,7 +166,7 @@ def test_a_mistake_in_a_table_is_named(tmp_path, content, named):
 @pytest.mark.parametrize("name", ["nowhere.csv", "nowhere*.csv"])
 def test_a_missing_table_is_named(name):
     """With what a new user needs: the flag, the columns, the script that makes one, and what to try without data."""
-    with pytest.raises(FileNotFoundError, match=r"nowhere\*?.csv.*--data.*path,text.*curate.py.*configs/tiny.py"):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\*?.csv.*path,text.*--data.*curate.py.*configs/tiny.py"):
         read_meta(name)
 
 
@@ -282,6 +282,15 @@ def test_a_file_beside_the_table_that_is_cut_short_is_made_again(tmp_path, left)
     again = read_meta(file)
     assert again["num_frames"].tolist() == list(range(1, 301))
     assert again.path(299) == str(tmp_path / "299.mp4")
+
+
+def test_half_a_table_is_made_again(tmp_path):
+    """A crash of the machine may leave the folder without one of its files."""
+    file = write_text(tmp_path / "meta.csv", HEADER + ROW)
+    folder = read_meta(file).folder
+    (folder / "rows.npy").unlink()
+    assert read_meta(file).text(0) == "x"
+    assert read_meta(file).folder == folder
 
 
 def test_several_may_open_a_table_at_once(tmp_path):
@@ -954,7 +963,7 @@ def test_a_hole_that_the_demuxer_alone_sees_is_an_error(tmp_path):
     content = (tmp_path / "a.avi").read_bytes()
     (tmp_path / "a.avi").write_bytes(content[:len(content) * 2 // 3])
     for name in ("b.ts", "a.avi"):
-        with pytest.raises(UnreadableClip, match=f"{name}: is cut off or holed, has [2-6][0-9] of . frames"):
+        with pytest.raises(UnreadableClip, match=f"{name}: is cut off or has missing packets, [2-6][0-9] of . frames"):
             read_window(str(tmp_path / name), 8)
 
 
@@ -1805,6 +1814,13 @@ def test_a_folder_of_frames_has_those_of_the_last_time_alone(tmp_path):
 def test_odd_sizes_are_padded(tmp_path):
     data.write_video(tmp_path / "odd.mp4", np.zeros((3, 33, 31, 3), np.uint8), 24)
     assert read(tmp_path / "odd.mp4").shape == (3, 34, 32, 3)
+
+
+def test_a_folder_with_other_files_is_not_overwritten(tmp_path):
+    write_text(tmp_path / "precious" / "thesis.txt", "years of work")
+    with pytest.raises(ValueError, match="precious.*thesis.txt"):
+        data.write_video(tmp_path / "precious", bar_frames(3, 32, 48))
+    assert os.listdir(tmp_path / "precious") == ["thesis.txt"]
 
 
 @pytest.mark.parametrize("name, frames, named", [

@@ -72,6 +72,7 @@ def test_activations_are_those_of_live_tensors(config, dtype, checkpointing):
 
 def test_what_sharding_divides_is_that_of_a_live_optimizer(config):
     """Weights, gradients, AdamW's state and the averaged weights are divided by the shard; nothing else is."""
+    config = replace(config, world=8)
     model = STDiT(SMALL)
     optimizer = torch.optim.AdamW(model.parameters())
     model(**example_inputs(SMALL, T=2)).square().mean().backward()

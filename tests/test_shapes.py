@@ -146,7 +146,7 @@ def test_the_script_renders_a_world(run_script, tmp_path, rendered):
 
 
 @pytest.mark.parametrize("args, named", [
-    ([], "folder"),
+    ([], "FOLDER"),
     (["FOLDER", "--num-clips=0"], "--num-clips 0"),
     (["FOLDER", "--num-clips=many"], "many"),
     (["FOLDER", "--num_clips=3"], "--num_clips"),
