@@ -118,7 +118,7 @@ def count_states(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=4)
     pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicas", "shard"))
     alone = init_device_mesh("cpu", (4, 1), mesh_dim_names=("replicas", "shard"))
-    meshes = {(1, 1): alone.shard, (2, 2): pairs["shard"], (4, 4): init_device_mesh("cpu", (4,)), (4, 2): pairs}
+    meshes = {(1, 1): alone["shard"], (2, 2): pairs["shard"], (4, 4): init_device_mesh("cpu", (4,)), (4, 2): pairs}
     found = {}
     for key, mesh in meshes.items():
         model = STDiT(SMALL)
