@@ -749,10 +749,10 @@ def read_packets(path, stream, in_order=False):
     shown = [packet.pts for packet in packets if not packet.is_discard]
     if None in shown:
         return Source(packets, list(range(len(packets))), True)
-    # An .avi holds no times of frames.  FFmpeg works them out for MPEG-4; for H.264 it only counts the packets, which
-    # come in another order than the frames.
-    counted = "avi" in stream.container.format.name and stream.codec_context.has_b_frames and shown == sorted(shown)
-    return Source(packets, sorted(set(shown)), in_order or counted)
+    # An .avi holds no times of frames.  With B-frames, which are decoded in another order than they are shown, those
+    # that FFmpeg works out may be wrong: for H.264, and where a packet holds two frames, as DivX packs them.
+    guessed = "avi" in stream.container.format.name and stream.codec_context.has_b_frames
+    return Source(packets, sorted(set(shown)), in_order or guessed)
 
 
 def cut_at_new_start(path, stream, packets):
