@@ -350,8 +350,11 @@ def read_rows(path):
 
 
 def clip_times(folder):
-    """Clip file -> when it was written, of all clips in a folder."""
-    clips = [path for path in (folder / "clips").rglob("*") if path.is_file()]
+    """Clip file -> when it was written, of all clips in a folder that are whole.
+
+    A clip that is being written has a name that begins with a dot, and may have lost it a moment later.
+    """
+    clips = [path for path in (folder / "clips").rglob("*") if not path.name.startswith(".") and path.is_file()]
     return {path: path.stat().st_mtime_ns for path in clips}
 
 
