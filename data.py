@@ -1111,7 +1111,10 @@ def read_ahead(dataset, plans, known):
         try:
             for plan in plans:
                 others = set(multiprocessing.active_children())
-                ahead.append(pool.submit(read_plan, plan))          # which starts processes
+                try:
+                    ahead.append(pool.submit(read_plan, plan))      # which starts processes
+                except BrokenExecutor:                              # one died while the step before was trained
+                    raise reader_died("died", journal) from None
                 processes |= set(multiprocessing.active_children()) - others
                 if len(ahead) == 2 * num_workers:
                     yield batch_of(ahead.popleft(), dataset.config.read_timeout, journal)
@@ -1131,9 +1134,14 @@ def batch_of(future, timeout, journal):
     except TimeoutError:
         problem = "hung"
     if problem:
-        clips = ", ".join(file.read_text("utf-8") for file in Path(journal).glob("*"))
-        raise ReaderDied(f"{problem} while these were being read: {clips or 'none'}")
+        raise reader_died(problem, journal)
     return future.result()
+
+
+def reader_died(problem, journal):
+    """Returns a ReaderDied that names the clips which stand in the files of the reading processes."""
+    clips = ", ".join(file.read_text("utf-8") for file in Path(journal).glob("*"))
+    return ReaderDied(f"{problem} while these were being read: {clips or 'none'}")
 
 
 READER = {}         # of a reading process: what start_reader was given

@@ -1643,6 +1643,18 @@ def test_a_worker_that_hangs_or_dies_once_changes_no_batch(meta, eight, troubled
 
 
 @pytest.mark.slow
+def test_a_worker_may_die_while_a_step_is_trained(meta, eight, capfd):
+    settings = replace(CLIPS, num_workers=2)
+    made = batches(BucketSampler(meta, settings), ClipDataset(meta, settings), 0, 8)
+    found = [next(made)]
+    for process in multiprocessing.active_children():
+        process.kill()
+    time.sleep(2)                           # a step, after which the next plan goes to processes that are gone
+    assert all_same(eight, [*found, *made])
+    assert "step 1: a reading process died" in capfd.readouterr().err
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", [hang, die])
 def test_a_clip_that_always_kills_its_worker_stops_the_run_and_is_named(meta, troubled_clip, monkeypatch, trouble):
     make_trouble(monkeypatch, meta.path(troubled_clip), trouble)
