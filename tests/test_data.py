@@ -1672,6 +1672,8 @@ def test_signals_to_the_whole_group_do_not_end_the_workers(meta, eight):
         os.kill(process.pid, signal.SIGTERM)
         os.kill(process.pid, signal.SIGINT)
     assert all_same(eight, [*found, *made])
+    for process in multiprocessing.active_children():       # they were killed, which takes a moment
+        process.join(10)
     assert not multiprocessing.active_children()
 
 
