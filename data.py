@@ -98,6 +98,7 @@ def aspect_tables():
 
 
 def parse_size(text):
+    """Returns (height, width) of a text such as "144x256"."""
     height, width = text.split("x")
     return int(height), int(width)
 
@@ -1166,6 +1167,7 @@ def end_with_parent():
 
 
 def read_plan(plan):
+    """Reads a batch in a reading process."""
     return read_batch(READER["dataset"], plan, READER["known"], note_clip)
 
 
@@ -1175,8 +1177,9 @@ def note_clip(path):
 
 
 class BadClips:
-    """<run>/bad_clips.csv, a line for each Fault.  known: what it held at the start, so that a resumed run replaces the
-    same clips."""
+    """Keeps <run>/bad_clips.csv, a line for each Fault.
+
+    known: what the file held at the start, so that a resumed run replaces the same clips."""
 
     def __init__(self, path, max_share, writes=True):
         self.path = Path(path)
@@ -1185,7 +1188,7 @@ class BadClips:
         self.tried = 0
         self.faults = 0
         content = self.path.read_bytes() if self.path.is_file() else b""
-        lines = content[:content.rfind(b"\n") + 1]      # without the one that a killed run has left half
+        lines = content[:content.rfind(b"\n") + 1]      # without the half line that a killed run may have left
         if writes and lines != content:
             os.truncate(self.path, len(lines))
         self.known = {}
@@ -1288,7 +1291,7 @@ def contact_sheet(frames, per_row=8):
 # ---------------------------------------------------------------- what all scripts share
 @contextmanager
 def atomic_write(path):
-    """Gives a path to write to; then syncs it and renames it to `path`, so that a crash never leaves half a file."""
+    """Yields a path to write to; then syncs it and renames it to `path`, so that a crash never leaves half a file."""
     part = path.with_name(f".{path.name}.part")
     try:
         yield part
@@ -1300,7 +1303,7 @@ def atomic_write(path):
 
 
 def positive_int(text):
-    """The type of a flag that says how many."""
+    """Returns the value of a flag that says how many; argparse reports the error."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
     return int(text)

@@ -563,7 +563,7 @@ def step_of(checkpoint):
 
 
 def load_state(run, checkpoint, optimizer=True):
-    """Weights, EMA and, where told, the optimizer's state; its lr and decay stay the config's.
+    """Reads weights, EMA and, if asked, the optimizer's state; its lr and decay stay the config's.
 
     What other ranks wrote, cut among another number of GPUs, is read by whoever needs it now."""
     state = {"model": run.model.state_dict(), "ema": run.ema.weights}       # the tensors themselves: filled in place

@@ -509,7 +509,8 @@ class Windows(NamedTuple):
         """{"video": uint8 [K T H W 3], "decoded"}; raises UnreadableClip."""
         if clip == NO_CLIP:
             return {"video": torch.zeros(0), "fps": IMAGE_FPS, "decoded": 0}
-        key, interval = self.meta["key"][clip], self.config.frame_interval
+        key = self.meta["key"][clip]
+        interval = self.config.frame_interval
         frames, decoded = zip(*[
             read_window(self.meta.path(clip), bucket.num_frames, interval, None, window_generator(key, window))
             for window in range(num_windows(self.config, bucket))])

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from data import COLUMNS, IMAGE_FPS, atomic_write, one_line_errors, write_video
 
-# Colours, sizes, ways and shares are chosen by hand; assets/tiny/README.md says what they were good for
+# Colours, sizes, distances and shares are our choice (hand-tuned); assets/tiny/README.md says what they led to.
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
           "purple": (160, 50, 200), "cyan": (50, 210, 220)}
 SHAPES = ("circle", "square", "triangle")
@@ -38,19 +38,19 @@ class Thing(NamedTuple):
 
 
 def held_out(color, shape, direction):
-    """True for 12 of the 72 combinations, a colour for each shape and direction: for tests, never in the clips."""
+    """Returns whether no clip shows a combination, as for 12 of the 72, a colour per shape and direction: for tests."""
     return (list(COLORS).index(color) + 2 * SHAPES.index(shape) + list(DIRECTIONS).index(direction)) % 6 == 0
 
 
 def extent(shape, side):
-    """(left, right, up, down): how far the shape reaches from its centre of mass, in pixels."""
+    """Returns (left, right, up, down): how far the shape reaches from its centre of mass, in pixels."""
     edge = 2 * side / 3 ** 0.25  # of the triangle, equilateral: its area side^2 is sqrt(3)/4 edge^2, its height
     return {"circle": (side / math.pi ** 0.5,) * 4, "square": (side / 2,) * 4,  # sqrt(3)/2 edge: 2/3 up, 1/3 down
             "triangle": (edge / 2, edge / 2, edge / 3 ** 0.5, edge / 12 ** 0.5)}[shape]
 
 
 def coverage(shape, side, x, y, height, width):
-    """How much of each pixel the shape centred at (x, y) covers, 0..1 [H W], by its centre's distance to the edge."""
+    """Returns how much of each pixel the shape centred at (x, y) covers, 0..1 [H W], by its distance to the edge."""
     dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([y, x])[:, None, None]
     *_, down = extent(shape, side)  # each edge is as far from the centre as the lowest
     if shape == "circle":
@@ -63,32 +63,37 @@ def coverage(shape, side, x, y, height, width):
 
 
 def random_thing(rng, color, shape, direction, height, width):
-    """A thing that stays inside the frame and travels 0.55 to 1.0 of the way it has there, so that a direction shows in
-    8 frames."""
+    """Returns a thing that stays inside the frame and travels 0.55 to 1.0 of the distance it has there.
+
+    So 8 frames show its direction."""
     side = rng.uniform(0.33, 0.42) * min(height, width)
     left, right, up, down = extent(shape, side)
-    low, high = np.array([left, up]), np.array([width - right, height - down])  # of its centre, (x, y)
+    low = np.array([left, up])                              # of its centre, (x, y)
+    high = np.array([width - right, height - down])
     start = rng.uniform(low, high)
-    end, axis = start.copy(), 0 if direction in ("right", "left") else 1
+    end = start.copy()
+    axis = 0 if direction in ("right", "left") else 1
     travel = rng.uniform(0.55, 1.0) * (high - low)[axis]
     first = rng.uniform(low[axis], high[axis] - travel)
-    start[axis], end[axis] = first, first + travel
+    start[axis] = first
+    end[axis] = first + travel
     if sum(DIRECTIONS[direction]) < 0:  # to the left, or up
         start, end = end, start
     return Thing(color, shape, direction, side, tuple(start), tuple(end))
 
 
 def render(thing, background, num_frames, height, width):
-    """uint8 [T H W 3].  A still (one frame) shows the middle of the way."""
+    """Returns a clip, uint8 [T H W 3].  A still (one frame) shows the middle of the way."""
     shares = np.arange(num_frames) / (num_frames - 1) if num_frames > 1 else np.array([0.5])  # of the way
     centers = np.outer(1 - shares, thing.start) + np.outer(shares, thing.end)
     alpha = np.stack([coverage(thing.shape, thing.side, x, y, height, width) for x, y in centers])[..., None]
-    ground, color = np.float64(background), np.float64(COLORS[thing.color])
+    ground = np.float64(background)
+    color = np.float64(COLORS[thing.color])
     return (ground + alpha * (color - ground) + 0.5).astype(np.uint8)
 
 
 def shapes_clip(seed, index):
-    """Clip `index` of the world `seed`, a pure function: (uint8 [T H W 3], caption, Thing).
+    """Returns clip `index` of the world `seed`, a pure function: (uint8 [T H W 3], caption, Thing).
 
     4 of 10 are stills, 4 have 8 frames, 2 have 16; a quarter is wide (32 x 48).  Held-out combinations do not occur.
     """

@@ -64,12 +64,17 @@ def activation_bytes(config, B, T, h, w):
     outside = 2 * tokens + B * L * (model.caption_channels + 2 * C) * size + 10 * B * frames * C * size
     captions = B * 2 * 4 * L * model.caption_channels                   # fp32, before and after some are dropped
 
-    every = config.checkpointing
-    num_thin = len(range(model.depth)[::every]) if every else 0         # blocks that keep their input only
+    num_thin = num_checkpointed(config)
     total = outside + captions + (model.depth - num_thin) * block + num_thin * tokens
-    if every and (model.depth - 1) % every == 0:
+    if num_thin and (model.depth - 1) % config.checkpointing == 0:
         total += block - tokens         # the last block is computed again while all others keep theirs
     return total + 8 * tokens           # what backward writes in passing: gradients of the tokens and of GELU
+
+
+def num_checkpointed(config):
+    """Returns how many blocks keep their input only and are computed again for backward."""
+    every = config.checkpointing
+    return len(range(config.model.depth)[::every]) if every else 0
 
 
 def state_bytes(config, shard):
@@ -152,7 +157,8 @@ class Step(NamedTuple):
 def plan_step(config, world, gpu, resolution, num_frames):
     """Returns the Step of a resolution and length on `world` GPUs."""
     bucket = max((Bucket(resolution, num_frames, ar) for ar in ASPECT[resolution]), key=lambda b: config.cost(b)[1])
-    model, size = config.model, config.torch_dtype.itemsize
+    model = config.model
+    size = config.torch_dtype.itemsize
     groups = world // config.sp
     global_batch = config.buckets[resolution][num_frames][1] * config.world
     if global_batch < groups:
@@ -173,9 +179,8 @@ def plan_step(config, world, gpu, resolution, num_frames):
     thin = activation_bytes(replace(config, checkpointing=1), 1, *latents)
 
     tokens, flop = config.cost(bucket)                      # of a whole clip, forward and backward
-    every = config.checkpointing
-    num_again = len(range(model.depth)[::every]) if every else 0        # blocks whose forward, flop / 3, is repeated
-    flop = flop * frames / num_frames * (1 + num_again / model.depth / 3)
+    num_again = num_checkpointed(config)
+    flop = flop * frames / num_frames * (1 + num_again / model.depth / 3)       # forward, flop / 3, is repeated there
     flop += 2 * frozen.get(config.text_encoder, 0) * model.model_max_length
     if config.vae in frozen:
         flop += VAE_FLOP * frames * bucket.height * bucket.width
@@ -248,11 +253,11 @@ def plan(config, world, gpu="h800", shares=None):
 
 
 def shares_of_steps(config):
-    """Returns {(resolution, frames): steps of an epoch} if the clips are at hand, else None."""
+    """Returns {(resolution, frames): steps of an epoch} if the csv files exist, else None."""
     try:
         sampler = BucketSampler(read_meta(config.data), config)
     except FileNotFoundError:
-        print(f"{config.data} is not at hand: each resolution and length is planned an equal share of the steps")
+        print(f"{config.data} was not found: each resolution and length is planned an equal share of the steps")
         return None
     return Counter(sampler.numbered[number][:2] for number in sampler.epoch(0).buckets)
 

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5EncoderModel
 def make_text_encoder(captions, folder, width=64, seed=0):
     """Writes a random T5 encoder of one layer and a tokenizer of whole words to folder, in transformers' layout.
 
-    It stands in for T5 in the tiny world, whose few words need no 4.8 billion weights; its sizes are chosen by hand.
+    It stands in for T5 in the tiny world, whose few words need no 4.8 billion weights; its sizes are hand-tuned.
     One layer leaves a word's embedding nearly the same whatever stands beside it, so what the model learns of "red" in
     seen captions holds in unseen ones; its relative position bias still tells word order apart."""
     words = {word for caption in captions for word in caption.split()} | {"and"}  # "and": for two things in a clip
@@ -42,13 +42,13 @@ def make_text_encoder(captions, folder, width=64, seed=0):
 
 
 def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, widths=(16, 32, 64, 96), seed=0):
-    """An AutoencoderKL (8x down) fitted to frames, a list of uint8 [N H W 3], one per size.
+    """Returns an AutoencoderKL (8x down) fitted to frames, a list of uint8 [N H W 3], one per size.
 
     The loss is the mean squared error plus kl_weight times the mean KL divergence per latent value (2112.10752, section
     3.1, without its perceptual and adversarial terms: flat shapes have no texture).  The KL is a hundred times what is
     usual for photographs: the decoder then sees latents noised by about a tenth of their spread, and forgives the
     transformer's errors.  channels: a linear code of 4 gave 25 dB, at which tests/reader.py mistook a quarter of the
-    shapes, one of 12 gave 31.6 dB and 0.1%.  All else is chosen by hand, for a net that two CPU cores fit in a quarter
+    shapes, one of 12 gave 31.6 dB and 0.1%.  All else is hand-tuned, for a net that two CPU cores fit in a quarter
     of an hour (assets/tiny/README.md); larger `widths` would reconstruct better and be slower."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -59,11 +59,10 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
     share = np.array([len(of_one_size) for of_one_size in frames]) / sum(map(len, frames))
-    images = lambda frames: rearrange(to_video(frames), "c n h w -> n c h w")
     bar = tqdm(range(steps), desc="fitting the VAE")
     for step in bar:
         of_one_size = frames[rng.choice(len(frames), p=share)]
-        x = images(of_one_size[rng.integers(len(of_one_size), size=batch)])
+        x = to_images(of_one_size[rng.integers(len(of_one_size), size=batch)])
         posterior = net.encode(x).latent_dist
         again = net.decode(posterior.sample()).sample
         error = F.mse_loss(again, x)
@@ -76,14 +75,20 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
         if step % 50 == 0 or step == steps - 1:
             bar.set_postfix_str(f"psnr {psnr(again, x):.2f} dB, kl {kl.item():.3f}")
     with torch.no_grad():
-        std = net.encode(images(frames[0][:512])).latent_dist.mean.std()
+        std = net.encode(to_images(frames[0][:512])).latent_dist.mean.std()
     net.register_to_config(scaling_factor=1 / float(std))
     return net
 
 
+def to_images(frames):
+    """Returns uint8 [N H W 3] as float [N 3 H W] in -1..1."""
+    return rearrange(to_video(frames), "c n h w -> n c h w")
+
+
 def make_vae(meta, args):
     """Fits an autoencoder to the frames of the first clips of meta and writes it to args.out."""
-    by_size, skipped = defaultdict(list), 0
+    by_size = defaultdict(list)
+    skipped = 0
     for clip in tqdm(range(min(args.num_clips, len(meta))), desc="reading clips"):
         try:
             frames, _ = read_window(meta.path(clip))
