@@ -976,23 +976,25 @@ class ClipDataset:
             generator = slot_generator(self.config.seed, step, slot, "window")
         path = self.meta.path(clip)
         window = read_clip(path, bucket.num_frames, self.config.frame_interval, None, generator)
-        fps = check_row(path, self.meta.rows[clip], window, bucket)
+        _, height, width, _ = window.frames.shape
+        fps = check_row(path, self.meta.rows[clip], height, width, window.fps, bucket)
         return {"video": resize_crop(window.frames, bucket.height, bucket.width), "text": self.meta.text(clip),
                 "fps": fps, "decoded": window.num_decoded}
 
 
-def check_row(path, row, window, bucket):
-    """Returns the frame rate of a clip.  Where meta.csv differs from the file, the file is right; that is reported."""
-    _, height, width, _ = window.frames.shape
+def check_row(path, row, height, width, file_fps, bucket):
+    """Returns the frame rate of a clip.  Where meta.csv differs from the file, the file is right; that is reported.
+
+    height, width, file_fps: of the file, which may not say a rate (None or 0).  Raises UnreadableClip."""
     if (height, width) != (row["height"], row["width"]):
         report(f"{path}: is {height}x{width}, not {row['height']}x{row['width']} as meta.csv has it")
         if height * width < MIN_AREA * PIXELS[bucket.resolution]:
             raise UnreadableClip(f"{path}: is {height}x{width}, too small for {bucket.resolution}; meta.csv has "
                                  f"{row['height']}x{row['width']}")
     fps = float(row["fps"])
-    if bucket.num_frames > 1 and window.fps and abs(window.fps / fps - 1) > 0.05:
-        report(f"{path}: has {window.fps:g} frames a second, not {fps:g} as meta.csv has it")
-        fps = window.fps
+    if bucket.num_frames > 1 and file_fps and abs(file_fps / fps - 1) > 0.05:
+        report(f"{path}: has {file_fps:g} frames a second, not {fps:g} as meta.csv has it")
+        fps = file_fps
     return fps
 
 

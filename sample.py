@@ -20,7 +20,6 @@ import argparse
 import json
 import pickle
 import re
-import sys
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -34,9 +33,7 @@ import torch.distributed as dist
 from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from einops import rearrange, repeat
 from PIL import Image
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -47,8 +44,7 @@ from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
 from model import STDiT, forward_bytes, num_params, upstream_config, with_weights
-from vae import (DECODER_BYTES, fingerprint, frames_at_once, load_text_encoder, load_vae, read_note, remember, stamp,
-                 write_whole)
+from vae import (DECODER_BYTES, fetch, find, fingerprint, frames_at_once, load_text_encoder, load_vae, remember, stamp)
 
 ROOT = Path(__file__).parent
 NUM_TIMESTEPS = 1000
@@ -365,19 +361,6 @@ def show(vae, job, segments):
 
 
 # ---------------------------------------------------------------- checkpoints, in and out
-def find(name):
-    """A path of a checkpoint or config: from here, else from this repository, else as it is (a name on the hub)."""
-    return next((str(path) for path in (Path(name), ROOT / name) if path.exists()), name)
-
-
-def fetch(name, files, missing):
-    """The folder with a hub name's files, downloaded once.  FileNotFoundError: `missing`, and what the hub said."""
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=files))
-    except (OSError, HFValidationError) as error:                           # no such name, no connection
-        raise FileNotFoundError(f"{missing}, which gave: {str(error).splitlines()[0]}") from error
-
-
 def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
     """(the file of a checkpoint's weights, its config, for Open-Sora's what sampling needs of one, and the quirks to
     sample it with): before the weights are read, so that T5 can be gone when they are.  ckpt is one of
@@ -468,23 +451,17 @@ def encode_texts(config, captions, device="cpu", folder=None, offload=False):
     """A text encoder for generate() that knows these captions, all that will be asked for; T5 itself is gone again.
 
     folder: keeps the embeddings for the next time, and then T5 is not read at all.  A local T5 is told from another by
-    its files' sizes and times, one on the hub by its name.  offload: its blocks stay in host memory.
-    Warns of captions that are cut, and of words that the tokenizer does not know."""
+    its files' sizes and times, one on the hub by its name.  offload: its blocks stay in host memory."""
     name, dtype, L = find(config.text_encoder), weight_dtype(config, device), config.model.model_max_length
 
     def load_it():
         encoder = load_text_encoder(name, L, dtype, "cpu" if offload else device, config.model.as_released)
         if offload:
             visiting(encoder.net, encoder.net.encoder.block, device)
-        for caption, length in zip(captions, encoder.lengths(captions), strict=True):
-            if unknown := encoder.unknown(caption):
-                print(f"warning: {name} does not know: {', '.join(unknown)}", file=sys.stderr)
-            if length > L:
-                print(f"warning: cut at {L} of its {length} tokens: {caption}", file=sys.stderr)
         return encoder
 
     files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
-    identity = [(file.name, stamp(file)[1]) for file in files] or name
+    identity = [(file.name, *stamp(file)[1:]) for file in files] or name
     return remember(load_it, captions, folder, (identity, str(dtype), L, config.model.as_released))
 
 
@@ -716,7 +693,7 @@ def run(args):
     if not 0 <= args.rescale <= 1:
         raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
     jobs = [args.job] if args.again else read_jobs(args, config)
-    vae, weights = load_vae(find(args.vae), device=place.device), fingerprint(read_weights(file))
+    vae, weights = load_vae(args.vae, device=place.device), fingerprint(read_weights(file))
     check_jobs(jobs, read_references, vae.down, config.model.patch_size)
     if args.again and args.weights != weights:
         place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
@@ -793,6 +770,19 @@ def there(job, record, args, place):
 
 def latents_file(job, out):
     return Path(out) / f".{job.name}.safetensors"
+
+
+def write_whole(path, tensors, note):
+    with atomic_write(path) as part:
+        try:
+            save_file(tensors, part, {"note": json.dumps(note)})
+        except SafetensorError as error:                                    # a full disk, say
+            raise OSError(f"{path}: {error}") from error
+
+
+def read_note(path):
+    with safe_open(path, "pt") as f:
+        return json.loads(f.metadata()["note"])
 
 
 def read_latents(job, record, out, device="cpu"):

@@ -58,8 +58,8 @@ from data import (BadClips, BucketSampler, ClipDataset, atomic_write, batches, o
                   slot_generator, to_video, uniform, write_video)
 from masks import draw_mask
 from model import STDiT, check_weights, from_pixart
-from sample import PUBLISHED, SampleQuirks, default_bucket, fetch, find, generate, noise_schedule, read_weights
-from vae import CachedClips, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
+from sample import PUBLISHED, SampleQuirks, default_bucket, generate, noise_schedule, read_weights
+from vae import fetch, find, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
 LOG_EVERY = 10              # steps, as upstream's log_every
 VALIDATION_BATCHES = 8      # global batches of held-out clips
@@ -170,11 +170,11 @@ def to_latents(batch, vae, text_encoder, group=None):
     The VAE says a Gaussian for each value of a latent: its mean and std stay, loss_of draws from it.
     The ranks of a group, which share the clips, encode some frames each."""
     if "video" in batch:
-        cut, video = text_encoder.cut, batch.pop("video")                   # [B T H W 3]
+        cut, video = text_encoder.num_cut, batch.pop("video")                   # [B T H W 3]
         own = to_video(own_frames(video, video.shape[1], group).to(vae.device))
         batch["mean"], batch["std"] = (all_frames(z, video.shape[1], group, dim=2) for z in vae.moments(own))
         batch["y"], batch["y_mask"] = text_encoder(batch.pop("text"))
-        batch["cut"] = text_encoder.cut - cut
+        batch["cut"] = text_encoder.num_cut - cut
     return batch
 
 
@@ -350,8 +350,8 @@ def train(config, allow_changes=False, plain=False):
     sampler = BucketSampler(meta, config)
     place.say(sampler.table())
     init = rank0_first(lambda: find_weights(config.init)) if config.init and not checkpoint else None
-    vae = load_vae(find(config.vae), config.torch_dtype, place.device)
-    text_encoder = load_text_encoder(find(config.text_encoder), config.model.model_max_length, config.torch_dtype,
+    vae = load_vae(config.vae, config.torch_dtype, place.device)
+    text_encoder = load_text_encoder(config.text_encoder, config.model.model_max_length, config.torch_dtype,
                                      place.device, config.model.as_released)
     read = fingerprint(meta, vae, text_encoder)
     if checkpoint:
@@ -374,8 +374,8 @@ def train(config, allow_changes=False, plain=False):
     dataset = ClipDataset(meta, config)
     if config.cache:
         patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))    # ranks end hours apart
-        index = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
-        dataset, encode = CachedClips(meta, config, index), dict
+        dataset = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
+        encode = dict
     del text_encoder
 
     run = make_run(config, place)

@@ -1,120 +1,268 @@
-"""The frozen networks: pixels <-> latents (AutoencoderKL, frame by frame) and captions -> embeddings (T5 encoder).
+"""The frozen networks: pixels to latents (AutoencoderKL, frame by frame) and captions to embeddings (a T5 encoder).
 
-    python vae.py clip.mp4 --vae assets/tiny/vae            encode, decode, print the PSNR (--out pair.png shows both)
-    python vae.py cache configs/tiny.py                     write what training reads; also under torchrun
+    python vae.py clip.mp4 --vae assets/tiny/vae        encodes and decodes a clip and prints the PSNR
+    python vae.py cache configs/tiny.py                 writes what training reads; torchrun shares the work
 
-in    video [B 3 T H W] in -1..1, captions
-out   z [B C T h w], h = H // 8, scaled to about unit variance; y [B L C], y_mask [B L]
+In    video [B 3 T H W] in -1..1; captions.
+Out   latents z [B C T h w], h = H // 8, of about unit variance; embeddings y [B L C] with y_mask [B L].
 
 Papers: latent diffusion (arXiv 2112.10752) for the autoencoder, T5 (arXiv 1910.10683) for the text encoder.
 """
-import os
-import signal
-if __name__ in ("__main__", "__mp_main__"):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
 import argparse
 import csv
 import hashlib
-import io
-import json
 import math
+import os
 import re
+import secrets
 import shutil
-import struct
 import sys
-import tempfile
 import unicodedata
-from collections import defaultdict
 from datetime import timedelta
-from html import unescape
+from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
-from typing import NamedTuple
-from urllib.parse import unquote_plus
-
-import transformers.utils.import_utils
-for module in (transformers.utils, transformers.utils.import_utils):
-    module.is_kernels_available = lambda *_: False      # else it takes our kernels.py for the package of that name
+from types import FunctionType, SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha
 from einops import rearrange
-from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, T5EncoderModel
+from transformers import PreTrainedTokenizerFast, T5EncoderModel
 from transformers.utils.logging import disable_progress_bar
 
-from data import (IMAGE_FPS, Bucket, Plan, Table, UnreadableClip, atomic_write, batches, bucket_list, length_and_rate,
-                  one_line_errors, positive_int, reachable, read_meta, read_window, resize_crop, to_uint8, to_video,
-                  window_generator, window_number, write_video)
+from data import (IMAGE_FPS, Plan, UnreadableClip, batches, bucket_list, check_row, length_and_rate, one_line_errors,
+                  positive_int, reachable, read_clip, read_meta, read_window, report, resize_crop, short_hash,
+                  to_uint8, to_video, window_generator, window_number, write_video)
 
-disable_progress_bar()      # transformers' own, of loading weights
-PIXELS_AT_ONCE = 2**20      # of frames that pass through the autoencoder together: its decoder's peak is then 3 GiB
-DECODER_BYTES = 768 * 4     # that sd-vae-ft-ema's decoder holds for a pixel at its peak, in fp32; its encoder less
+ROOT = Path(__file__).parent
+disable_progress_bar()      # transformers' own, which it shows while weights load
 
 
 # ---------------------------------------------------------------- pixels <-> latents
+PIXELS_AT_ONCE = 2 ** 20    # in one call of the autoencoder, so that its decoder holds at most 3 GiB
+DECODER_BYTES = 768 * 4     # that sd-vae-ft-ema's decoder holds per pixel at its peak, in fp32; its encoder holds less
+
+
 class VAE:
-    """diffusers' AutoencoderKL over video: each frame by itself, PIXELS_AT_ONCE, frozen."""
+    """diffusers' AutoencoderKL for video: frozen, and each frame by itself."""
 
     def __init__(self, net):
         self.net = net.eval().requires_grad_(False)
-        self.scale = net.config.scaling_factor      # 1 / the latents' spread (2112.10752, appendix G): 0.18 in Stable's
+        self.scale = net.config.scaling_factor      # 1 / the latents' standard deviation (2112.10752, appendix G)
         self.channels = net.config.latent_channels
         self.device = net.device
+        self.dtype = net.dtype
         self.down = 2 ** (len(net.config.block_out_channels) - 1)           # each block but the last halves the sides
 
     @torch.no_grad()
     def moments(self, video):
-        """Mean and standard deviation of the posterior, scaled: two [B C T h w] for video [B 3 T H W] in -1..1."""
+        """Returns the scaled mean and standard deviation of the posterior, two [B C T h w], of video [B 3 T H W]."""
         if video.ndim != 5 or video.shape[1] != 3 or min(video.shape[3:]) < self.down:
             raise ValueError(f"video must be [B 3 T H W] with H and W {self.down} or more, got {list(video.shape)}")
-        frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.net.dtype)
-        posteriors = [self.net.encode(part).latent_dist for part in frames.split(frames_at_once(*video.shape[3:]))]
-        join = lambda parts: rearrange(torch.cat(parts).float() * self.scale, "(b t) c h w -> b c t h w", b=len(video))
-        return join([p.mean for p in posteriors]), join([p.std for p in posteriors])
+        frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.dtype)
+        means = []
+        stds = []
+        for part in frames.split(frames_at_once(*video.shape[3:])):
+            posterior = self.net.encode(part).latent_dist
+            means.append(posterior.mean)
+            stds.append(posterior.std)
+        mean = torch.cat(means).float() * self.scale
+        std = torch.cat(stds).float() * self.scale
+        B = len(video)
+        return (rearrange(mean, "(b t) c h w -> b c t h w", b=B),
+                rearrange(std, "(b t) c h w -> b c t h w", b=B))
 
     def encode(self, video):
-        """z [B C T h w] of video [B 3 T H W]: the posterior's mean."""
-        return self.moments(video)[0]
+        """Returns the mean of the posterior, z [B C T h w], of video [B 3 T H W]."""
+        mean, _ = self.moments(video)
+        return mean
 
     @torch.no_grad()
     def decode(self, z):
-        """video [B 3 T 8h 8w] in -1..1, fp32, of z [B C T h w]."""
-        frames = rearrange(z / self.scale, "b c t h w -> (b t) c h w").to(self.net.dtype)
-        parts = frames.split(frames_at_once(*(self.down * side for side in z.shape[3:])))
-        video = torch.cat([self.net.decode(part).sample.float() for part in parts])
-        return rearrange(video, "(b t) c h w -> b c t h w", b=len(z)).clamp(-1, 1)
+        """Returns video [B 3 T 8h 8w] in -1..1, fp32, of z [B C T h w]."""
+        frames = rearrange(z / self.scale, "b c t h w -> (b t) c h w").to(self.dtype)
+        _, _, h, w = frames.shape
+        decoded = []
+        for part in frames.split(frames_at_once(self.down * h, self.down * w)):
+            decoded.append(self.net.decode(part).sample.float())
+        return rearrange(torch.cat(decoded), "(b t) c h w -> b c t h w", b=len(z)).clamp(-1, 1)
 
 
 def frames_at_once(H, W):
+    """Returns how many frames pass through the autoencoder together."""
     return max(1, PIXELS_AT_ONCE // (H * W))
 
 
+def psnr(a, b):
+    """Returns the peak signal-to-noise ratio in dB of two tensors of one shape in -1..1."""
+    mean_squared_error = F.mse_loss(a.float(), b.float()).item()
+    return 10 * math.log10(4 / max(mean_squared_error, 1e-12))
+
+
+# ---------------------------------------------------------------- captions -> embeddings
+MAX_WARNINGS = 20       # lines about captions that the text encoder cannot take as they are
+
+
+class TextEncoder:
+    """transformers' T5EncoderModel with its tokenizer, frozen.
+
+    clean: whether captions pass through clean_caption first.  num_cut: how many captions so far were longer than
+    max_length.  Those, and words that the tokenizer does not know, are warned of."""
+
+    def __init__(self, net, tokenizer, max_length, clean=False):
+        self.net = net.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.clean = clean
+        self.num_cut = 0
+        self.num_warnings = 0
+
+    @torch.no_grad()
+    def __call__(self, captions):
+        """Returns y [B L C], fp32, and y_mask [B L], False where y is padding, of captions; L = max_length."""
+        texts = [self.prepare(caption) for caption in captions]
+        tokens = self.tokenizer(texts, max_length=self.max_length, padding="max_length", truncation=True,
+                                return_tensors="pt")
+        self.check(captions, tokens.input_ids)
+        tokens = tokens.to(self.net.device)
+        y = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
+        return y.float(), tokens.attention_mask.bool()
+
+    def prepare(self, caption):
+        return clean_caption(caption) if self.clean else caption
+
+    def lengths(self, captions):
+        """Returns how many tokens each caption has before it is cut at max_length."""
+        texts = [self.prepare(caption) for caption in captions]
+        return [len(ids) for ids in self.tokenizer(texts, verbose=False).input_ids]
+
+    def unknown(self, caption):
+        """Returns the words of a caption that the tokenizer does not know: the network reads each of them as <unk>."""
+        return [word for word in self.prepare(caption).split()
+                if self.tokenizer.unk_token_id in self.tokenizer(word).input_ids]
+
+    def check(self, captions, input_ids):
+        """Warns of captions that are cut or have unknown words; input_ids [B L] are their tokens."""
+        has_unknown = (input_ids == self.tokenizer.unk_token_id).any(dim=1).tolist()
+        for caption, length, unknown in zip(captions, self.lengths(captions), has_unknown):
+            if length > self.max_length:
+                self.num_cut += 1
+                self.warn(f"cut at {self.max_length} of its {length} tokens: {caption}")
+            if unknown:
+                self.warn(f"{self.net.name_or_path} does not know: {', '.join(self.unknown(caption))}")
+
+    def warn(self, message):
+        if self.num_warnings < MAX_WARNINGS:
+            report(f"warning: {message}")
+        if self.num_warnings == MAX_WARNINGS:
+            report(f"warning: more captions than {MAX_WARNINGS} are cut or have unknown words; the others are not shown")
+        self.num_warnings += 1
+
+
+class PlainText(HTMLParser):
+    """Stands in for bs4's BeautifulSoup in diffusers' cleaner: `text` is the markup without its tags and comments."""
+
+    def __init__(self, markup, features):
+        super().__init__()
+        self.text = ""
+        self.feed(markup)
+        self.close()
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def fix_text(text):
+    """Stands in for ftfy.fix_text in diffusers' cleaner: ligatures, full-width characters, curly quotes, then NFC.
+
+    ftfy also mends text that was decoded wrongly, such as "â€œ", which stays here, and removes control characters."""
+    text = re.sub("[ĲĳŉǄ-ǌǱ-ǳ\ufb00-\ufb06\u3000\uff01-\uffef]",
+                  lambda found: unicodedata.normalize("NFKC", found[0]), text)
+    text = re.sub("[\u02bc\u2018-\u201b]", "'", text)
+    text = re.sub("[\u201c-\u201f]", '"', text)
+    return unicodedata.normalize("NFC", text)
+
+
+# diffusers has the cleaner of Open-Sora's captions, which is DeepFloyd's.  It asks for two packages; the stand-ins are
+# used whether they are installed or not, so that a caption gives the same everywhere.
+PIXART = pipeline_pixart_alpha.PixArtAlphaPipeline
+STAND_INS = {"BeautifulSoup": PlainText, "ftfy": SimpleNamespace(fix_text=fix_text)}
+CLEAN_ONCE = FunctionType(PIXART._clean_caption.__code__, vars(pipeline_pixart_alpha) | STAND_INS)
+
+
+def clean_caption(text):
+    """Returns a caption as the T5 of Open-Sora's weights saw it: lower case, without addresses, tags and odd signs."""
+    for _ in range(2):      # as Open-Sora does: the second time finds what the first one laid bare
+        text = CLEAN_ONCE(PIXART, text)
+    return text
+
+
+# ---------------------------------------------------------------- loading networks
+# transformers and diffusers fill what is missing with random numbers or an empty tokenizer, and report success.  Here
+# each of that is an error which names what is missing.
+T5_VOCABULARY = 32128                   # rows of the published T5 networks: 32,100 pieces, rounded up
+T5_TOKENIZER = "google-t5/t5-base"      # all of them have its pieces
+
+
 def load_vae(name, dtype=torch.float32, device="cpu"):
-    """An AutoencoderKL by hub name ("stabilityai/sd-vae-ft-ema") or folder."""
-    return VAE(load_net(AutoencoderKL, name, torch_dtype=dtype, low_cpu_mem_usage=False).to(device))
+    """Returns the VAE of a folder or hub name, such as "stabilityai/sd-vae-ft-ema"."""
+    return VAE(load_net(AutoencoderKL, find(name), torch_dtype=dtype, low_cpu_mem_usage=False).to(device))
+
+
+def load_text_encoder(name, max_length, dtype=torch.float32, device="cpu", clean=False):
+    """Returns the TextEncoder of a folder or hub name, such as "DeepFloyd/t5-v1_1-xxl"."""
+    name = find(name)
+    net = load_net(T5EncoderModel, name, dtype=dtype)
+    tokenizer = load_tokenizer(name, net.config.vocab_size)
+    return TextEncoder(net.to(device), tokenizer, max_length, clean)
+
+
+def load_tokenizer(name, vocab_size):
+    """Returns the tokenizer of a T5 encoder: its tokenizer.json, or T5's for a network with T5's vocabulary.
+
+    DeepFloyd's T5-XXL, which Open-Sora uses, has no tokenizer.json.  vocab_size: the rows that the network has."""
+    file = file_of(name, "tokenizer.json")
+    if file is None and vocab_size == T5_VOCABULARY:
+        file = file_of(T5_TOKENIZER, "tokenizer.json")
+        if file:
+            report(f"note: {name} has no tokenizer.json; that of {T5_TOKENIZER} is used, which has the same pieces")
+    if file is None:
+        whose = f"that of {T5_TOKENIZER}" if vocab_size == T5_VOCABULARY else "the one that it was trained with"
+        folder = name if Path(name).is_dir() else "a folder with its config.json and weights, and name that folder"
+        raise FileNotFoundError(f"text encoder {name!r} has no tokenizer.json: put {whose} into {folder}")
+    try:
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+    except Exception as error:          # of the tokenizers library, which has no class of errors of its own
+        raise ValueError(f"{file} cannot be read as a tokenizer: {str(error).splitlines()[0]}") from error
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    missing = sorted(set(special.values()) - set(tokenizer.get_vocab()))
+    if missing:
+        raise ValueError(f"{file} has no entry {missing[0]}, expected the tokenizer of a T5")
+    tokenizer.add_special_tokens(special)
+    if len(tokenizer) > vocab_size:
+        raise ValueError(f"{file} has {len(tokenizer)} entries and the network of {name!r} has rows for {vocab_size}: "
+                         "they do not belong together")
+    return tokenizer
 
 
 def load_net(cls, name, **options):
-    """Returns a network of diffusers or transformers by hub name or folder, with all of its weights.
-
-    Both libraries fill what is missing with random numbers and carry on; here that is a ValueError that names it."""
+    """Returns a network of diffusers or transformers by hub name or folder, with all of its weights or not at all."""
     if Path(name).is_dir() and not Path(name, "config.json").is_file():
         raise FileNotFoundError(f"{cls.__name__} {name!r} has no config.json")
-    net, report = from_pretrained(cls, name, output_loading_info=True, **options)
-    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
+    net, info = from_pretrained(cls, name, output_loading_info=True, **options)
+    wrong = [str(key) for key in (*info["missing_keys"], *info["mismatched_keys"])]
     if wrong:
-        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
-        raise ValueError(f"{cls.__name__} {name!r}: its weights lack {wrong[0]}{more}, expected all of them - download "
-                         "it again")
+        others = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise ValueError(f"{cls.__name__} {name!r}: its weights lack {min(wrong)}{others}, expected all of them - "
+                         "download it again")
     return net
 
 
@@ -130,449 +278,67 @@ def from_pretrained(cls, name, **options):
         raise ValueError(f"{cls.__name__} {name!r}: its weights cannot be read, is the file whole? {reason}") from error
 
 
-def psnr(a, b):
-    """Peak signal to noise ratio in dB of two tensors of one shape in -1..1."""
-    return 10 * math.log10(4 / max(F.mse_loss(a.float(), b.float()).item(), 1e-12))
+def find(name):
+    """Returns the path of a file or folder, from here or else from this repository; else the name, one on the hub."""
+    for path in (Path(name), ROOT / name):
+        if path.exists():
+            return str(path)
+    return name
 
 
-# ---------------------------------------------------------------- captions -> embeddings
-class TextEncoder:
-    """transformers' T5EncoderModel with its tokenizer, frozen.  cut: how many captions were longer than max_length.
+def fetch(name, files, missing):
+    """Downloads those files (glob patterns) of a model on the hub that are not there yet, and returns their folder.
 
-    clean: captions pass through clean_caption first."""
-
-    def __init__(self, net, tokenizer, max_length, clean=False):
-        self.net, self.tokenizer, self.max_length = net.eval().requires_grad_(False), tokenizer, max_length
-        self.clean, self.cut = clean_caption if clean else str, 0
-
-    @torch.no_grad()
-    def __call__(self, captions):
-        """y [B L C], fp32, and y_mask [B L] (True = a token, not padding) of a list of captions; L = max_length."""
-        tokens = self.tokenizer([self.clean(caption) for caption in captions], max_length=self.max_length,
-                                padding="max_length", truncation=True, return_tensors="pt").to(self.net.device)
-        self.cut += sum(length > self.max_length for length in self.lengths(captions))
-        y = self.net(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask).last_hidden_state
-        return y.float(), tokens.attention_mask.bool()
-
-    def lengths(self, captions):
-        """How many tokens each caption has, before it is cut at max_length."""
-        captions = [self.clean(caption) for caption in captions]
-        return [len(tokens) for tokens in self.tokenizer(captions, verbose=False).input_ids]
-
-    def unknown(self, caption):
-        """The words of a caption that the tokenizer does not know."""
-        return [w for w in self.clean(caption).split() if self.tokenizer.unk_token_id in self.tokenizer(w).input_ids]
-
-
-def load_text_encoder(name, max_length, dtype=torch.float32, device="cpu", clean=False):
-    """A T5 encoder and tokenizer by hub name ("DeepFloyd/t5-v1_1-xxl") or folder."""
-    net = load_net(T5EncoderModel, name, dtype=dtype).to(device)
-    tokenizer = load_tokenizer(name)
-    if len(tokenizer) > net.config.vocab_size:
-        raise ValueError(f"text encoder {name!r}: its tokenizer has {len(tokenizer)} entries, its network has rows for "
-                         f"{net.config.vocab_size}: they do not belong together")
-    return TextEncoder(net, tokenizer, max_length, clean)
-
-
-def load_tokenizer(name):
-    """T5's, of a folder or hub name.  DeepFloyd's has only SentencePiece's spiece.model, for which transformers would
-    need two more packages: that file is read here.  Without either transformers would make up a tokenizer to which
-    every word is unknown."""
-    if file_of(name, "tokenizer.json"):
-        return from_pretrained(AutoTokenizer, name)
-    spiece = file_of(name, "spiece.model")
-    if not spiece:
-        raise FileNotFoundError(f"text encoder {name!r} has neither tokenizer.json nor spiece.model: expected one of "
-                                "them beside its config.json")
-    return from_sentencepiece(spiece.read_bytes())
+    missing: what to say if they cannot be had; the hub's reason follows it."""
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=files))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(f"{missing}, which gave: {str(error).splitlines()[0]}") from error
 
 
 def file_of(name, file):
-    """The path of a file of a folder, or of a model on the hub; None where there is none."""
+    """Returns the path of a file of a folder or of a model on the hub, or None if there is none."""
     try:
-        path = Path(name) / file if Path(name).is_dir() else Path(hf_hub_download(str(name), file))
+        path = Path(name, file) if Path(name).is_dir() else Path(hf_hub_download(str(name), file))
     except OSError:         # the hub has no such file, or is out of reach
         return None
     return path if path.is_file() else None
 
 
-def from_sentencepiece(data):
-    """T5's tokenizer from the bytes of its spiece.model, with the 100 <extra_id_N> that transformers adds.
-
-    Fields read, by sentencepiece_model.proto: ModelProto 1 pieces, 3 normalizer_spec; SentencePiece 1 piece, 2 score;
-    NormalizerSpec 2 precompiled_charsmap."""
-    try:
-        message = list(protobuf(data))
-        pieces = [dict(protobuf(value)) for number, value in message if number == 1]
-        vocabulary = [(piece[1].decode(), struct.unpack("<f", piece[2])[0]) for piece in pieces]
-        charsmap = dict(protobuf(dict(message).get(3, b""))).get(2)     # without one, text stays as it is
-        unknown, end, _ = map([piece for piece, _ in vocabulary].index, ("<unk>", "</s>", "<pad>"))
-    except (LookupError, ValueError, TypeError, struct.error) as error:
-        raise ValueError(f"spiece.model: expected T5's pieces as SentencePiece writes them ({error!r})") from error
-    extra = [f"<extra_id_{i}>" for i in reversed(range(100))]
-    tokenizer = Tokenizer(models.Unigram(vocabulary + [(piece, 0.0) for piece in extra], unk_id=unknown))
-    if charsmap:
-        tokenizer.normalizer = normalizers.Precompiled(charsmap)        # mostly Unicode's NFKC
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()])
-    tokenizer.decoder = decoders.Metaspace()
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-                                   extra_special_tokens=extra)
-
-
-def protobuf(message):
-    """The fields of a message (protobuf.dev, "Encoding") as (number, value): an int, or the bytes of all else.
-
-    A field is a varint, 8 * number + kind, and its value.  Kind 0: a varint; 1 and 5: 8 and 4 bytes, a double or float;
-    2: a varint that tells how many bytes follow, text or a message within this one."""
-    stream = io.BytesIO(message)
-
-    def varint():           # 7 bits a byte, the lowest first; the last byte is below 128
-        byte = stream.read(1)[0]
-        return byte if byte < 128 else byte - 128 + (varint() << 7)
-
-    while stream.tell() < len(message):
-        number, kind = divmod(varint(), 8)
-        size = {1: 8, 5: 4}[kind] if kind in (1, 5) else varint()
-        value = stream.read(size) if kind else size
-        if kind and len(value) < size:
-            raise ValueError(f"ends at byte {len(message)}, {size - len(value)} too early")
-        yield number, value
-
-
-# What the captions of the published weights went through, written anew from recorded pairs, which are in
-# tests/golden/e_clean_caption.json: in this order, a pattern -> what takes its place.
-CLEANING = [(re.compile(pattern), new) for pattern, new in (
-    (r"https?:\S*|www\.\S+|\b[\w.-]+\.(?:com|net|org|edu|gov)\b(?:/[\w/-]*)?", ""),         # addresses
-    (r"<(person)>", r"\1"), (r"</?[a-z!][^<>]*>", ""),                                        # HTML
-    (r"@\w+", ""),                                                                            # users
-    (r"[`´«»“”¨]", '"'), (r"[‘’]", "'"), (r'""+', '"'),
-    (r"#(?:\d{1,3}|\d{5,})\b|\b\d{6,}\b", ""),                                               # numbers of articles
-    (r"\S+\.(?:png|jpe?g|bmp|webp|pdf|mp4)\b|\bmp4\b", ""),                                  # files
-    (r"[#®•©™&@·º½¾¿¡§~()\[\]{}|\\/*]+|\.\.+|\s\.\s", " "),
-    (r"[\ufb00-\ufb06\uff01-\uffef]", lambda wide: unicodedata.normalize("NFKC", wide[0])),  # ligatures, full width
-    (r"\b(?:[a-z]{1,3}\d{3,15}|[a-z]+\d+[a-z]+(?:\d+[a-z\d]*)?|\d+[a-z]+\d+)\b", ""),        # jc6640, 6640vc231
-    (r"\bclick\s(?:for|on)\s\w+|\bpage\s+\d+\b", ""),
-    (r"\b\s+:\s+", ": "), (r"(\D[,.])\b", r"\1 "), (r"\s+", " "),
-    (r"^\s+|\s+$", ""), (r"""^["'](.+)["']$""", r"\1"), (r"^['_,:;-]|['_,:+-]$|^\.\S+$", ""), (r"^\s+|\s+$", ""),
-)]
-
-
-def clean_caption(text):
-    """A caption in lower case without addresses, numbers of articles and odd signs: what Open-Sora gives to its T5.
-
-    Upstream also mends wrongly decoded text (with ftfy) and parses HTML (with bs4).  Here text like "â€œ" stays, and of
-    HTML goes what looks like a tag.  T5's tokenizer makes wide letters and ligatures plain anyway."""
-    for _ in range(2):      # the second time it finds what the first laid bare: ":;,start" -> ";, start" -> ", start"
-        text = unescape(unescape(unquote_plus(str(text)).strip().lower()))
-        if len(re.findall("[-_]", text)) > 3:                   # this_is_the_name_of_a_file
-            text = re.sub("[-_]", " ", text)
-        for pattern, new in CLEANING:
-            text = pattern.sub(new, text)
-    return text
-
-
-def remember(load, captions, folder=None, key=()):
-    """The text encoder of these captions alone, without a network: T5-XXL takes 9 GiB in bf16.
-
-    load() gives the TextEncoder that encodes them, one by one, so that none depends on the others, and is then let go.
-    folder: where embeddings stay for the next time, a file per caption under a hash of it and of key, which names all
-    else that they depend on; load() is called only for a caption that is not there."""
-    known, encoder = {}, None
-    for caption in dict.fromkeys(captions):
-        path = folder and Path(folder) / f"text-{short_hash(key, caption)}.safetensors"
-        if path and path.is_file():
-            known[caption] = load_file(path)
-            continue
-        encoder = encoder or load()
-        y, y_mask = (part.cpu() for part in encoder([caption]))
-        known[caption] = {"y": y[y_mask], "y_mask": y_mask[0]}          # [tokens C], [L]
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=path.parent) as scratch:   # two processes may write the same caption
-                save_file(known[caption], f"{scratch}/text")
-                os.replace(f"{scratch}/text", path)
-
-    def encode(captions):
-        """y [B L C], 0 where y_mask [B L] is False."""
-        rows = [known[caption] for caption in captions]
-        tokens, y_mask = torch.cat([row["y"] for row in rows]), torch.stack([row["y_mask"] for row in rows])
-        y = tokens.new_zeros(*y_mask.shape, tokens.shape[-1])
-        y[y_mask] = tokens
-        return y, y_mask
-
-    return encode
-
-
 # ---------------------------------------------------------------- the cache
-SHARD_BYTES = 256e6         # what a rank of a killed run makes again, at most: 1,000 clips of 16 frames of 256 x 256
-NO_CLIP = -1                # the second choice of a plan whose clip cannot be read
+# Frozen networks give the same in every epoch, so that training can read their outputs from files, in two folders:
+#   latents/3f/3f09c1....safetensors    one for each clip, bucket and window: "moments" [2 C T h w], mean and std,
+#                                       and "source" [3], the height, width and frame rate of the clip's file
+#   captions/a4/a4e21b....safetensors   one for each distinct caption: "y" [tokens C], "y_mask" [L]
+# A file's name is a hash of all that it depends on, so that none is ever stale.  It appears whole or not at all, so
+# that a run which was stopped continues with those that are missing, and ranks share nothing.  This is for up to about
+# a million clips: of more, train from pixels.
+
+def cache_file(folder, kind, *what):
+    """Returns the path in a cache of what depends on these values, in one of 256 subfolders."""
+    name = short_hash(*what)
+    return Path(folder, kind, name[:2], f"{name}.safetensors")
 
 
-def write_cache(meta, config, vae, text_encoder, rank=0, world=1, group=None, recheck=False):
-    """Encodes all clips for all buckets that they can reach, and their captions; the Path of an index for CachedClips.
-
-    Frozen networks say the same in every epoch: with a cache the tiny world trains on 1.27 times as many clips a second
-    (README.md), and the 9 GiB of T5-XXL need not stay beside the model.
-
-    The folder config.cache then holds, floats in config.dtype:
-      32-8-1.00-<hash>.safetensors  "moments" [N K 2 C T h w]: scaled mean and std of N clips of a bucket, at each of
-                                    their K = config.windows fixed windows (images: 1)
-      text-<hash>.safetensors       "y" [tokens width]: distinct captions end to end, unpadded; "ends" [captions + 1]
-      index-<hash>.safetensors      of each bucket and of "text": "ids" [all N], the clips or the captions' hashes,
-                                    ascending; "first" [shards + 1], where in ids each shard begins; the shards' names
-      bad_clips.csv                 path and reason of the clips that could not be read: they are in no shard
-    A shard has up to 256 MB and is there whole or not at all.  Its hash is of all that it depends on, files' sizes and
-    times among it: it is never stale, and configs that share a bucket share its shards.  The index's hash is of what
-    that comes to without a look at each clip: the csv files' sizes and times.  It is taken as it is but for `recheck`.
-
-    Rank r of world makes shards r, r + world, ...: collective on `group`, whose timeout has to outlast the slowest.
-    Raises ValueError where the disk has no room, too many clips cannot be read (config.max_bad), or none of a bucket.
-    """
-    writer = CacheWriter(meta, config, vae, text_encoder, rank, world, group)
-    if recheck or not all(writer.exchange(is_whole(writer.index))):
-        writer.plan()
-        writer.make()
-        writer.finish()
-    return writer.index
-
-
-class Shard(NamedTuple):
-    bucket: Bucket | None   # None: captions
-    ids: np.ndarray         # clips, or captions' hashes; ascending
-    clips: np.ndarray       # the same clips, or for each caption one that has it
-
-
-class CacheWriter:
-    """The steps of write_cache, as one rank takes them."""
-
-    def __init__(self, meta, config, vae, text_encoder, rank, world, group):
-        self.meta, self.config, self.vae, self.text_encoder = meta, config, vae, text_encoder
-        self.rank, self.world, self.group = rank, world, group
-        self.folder, self.dtype, self.width = Path(config.cache), config.torch_dtype, text_encoder.net.config.d_model
-        assert vae.net.dtype == text_encoder.net.dtype == self.dtype, "a cache is kept in the dtype it is computed in"
-        vocabulary = sorted(text_encoder.tokenizer.get_vocab().items())
-        self.vae_key = short_hash(fingerprint(vae.net.state_dict()), vae.scale, config.dtype)
-        self.text_key = short_hash(fingerprint(text_encoder.net.state_dict()), vocabulary, text_encoder.max_length,
-                                   config.dtype, text_encoder.clean.__name__)
-        key = short_hash(meta.key, config.buckets, config.frame_interval, config.holdout,
-                         config.windows, self.vae_key, self.text_key)
-        self.index = self.folder / f"index-{key}.safetensors"
-        self.folder.mkdir(parents=True, exist_ok=True)
-
-    def exchange(self, mine):
-        """[world]: what each rank gives."""
-        given = [mine] * self.world
-        if self.world > 1:
-            dist.all_gather_object(given, mine, self.group)
-        return given
-
-    def plan(self):
-        """shards: all, the captions' last; names {number: name} of this rank's; missing: the numbers not yet there."""
-        reached, buckets = reachable(self.meta, self.config), bucket_list(self.config.buckets)
-        if not reached:
-            raise ValueError(f"{self.config.data}: no clip fits any bucket - `python data.py META CONFIG` says why")
-        clips = np.unique(np.concatenate(list(reached.values())))
-        hashes = np.fromiter((caption_hash(self.meta.text(clip)) for clip in clips), np.int64, len(clips))
-        hashes, first = np.unique(hashes, return_index=True)
-        parts = [Shard(buckets[number], of, of) for number, of in reached.items()] + [Shard(None, hashes, clips[first])]
-        self.shards = []
-        for bucket, ids, of in parts:
-            size = max(1, int(SHARD_BYTES / self.row_bytes(bucket)))
-            self.shards += [Shard(bucket, ids[i:i + size], of[i:i + size]) for i in range(0, len(ids), size)]
-        self.names = {n: self.name(self.shards[n]) for n in range(self.rank, len(self.shards), self.world)}
-        self.missing = [n for n, name in self.names.items() if not (self.folder / name).is_file()]
-        windows = sum(len(part.ids) * num_windows(self.config, part.bucket) for part in parts[:-1])
-        self.announce(f"{len(clips):,} clips, {windows:,} windows in {len(reached)} buckets, {len(hashes):,} captions")
-
-    def shape(self, bucket):
-        """[K 2 C T h w] of a clip's moments."""
-        h, w = bucket.height // self.vae.down, bucket.width // self.vae.down
-        return num_windows(self.config, bucket), 2, self.vae.channels, bucket.num_frames, h, w
-
-    def row_bytes(self, bucket):
-        """Of a clip, or of a caption at most."""
-        return self.dtype.itemsize * (math.prod(self.shape(bucket)) if bucket else
-                                      self.text_encoder.max_length * self.width)
-
-    def texts(self, shard):
-        return [self.meta.text(clip) for clip in shard.clips]
-
-    def name(self, shard):
-        if shard.bucket is None:
-            return f"text-{short_hash(self.texts(shard), self.text_key)}.safetensors"
-        files, keys = [stamp(self.meta.path(clip)) for clip in shard.clips], self.meta["key"][shard.clips].tolist()
-        interval = self.config.frame_interval
-        size = self.shape(shard.bucket), shard.bucket.height, shard.bucket.width
-        return f"{kind(shard.bucket)}-{short_hash(files, keys, interval, size, self.vae_key)}.safetensors"
-
-    def num_bytes(self, shard):
-        if shard.bucket:
-            return len(shard.ids) * self.row_bytes(shard.bucket)
-        lengths = np.minimum(self.text_encoder.lengths(self.texts(shard)), self.text_encoder.max_length)
-        return int(lengths.sum()) * self.width * self.dtype.itemsize
-
-    def announce(self, what):
-        """Prints what will be written; raises ValueError if there is no room for it."""
-        needed, free = sum(self.num_bytes(self.shards[n]) for n in self.missing), shutil.disk_usage(self.folder).free
-        needed, missing, free = zip(*self.exchange((needed / 1e6, len(self.missing), free / 1e6)))
-        if self.rank == 0:
-            print(f"{self.folder}: {what}; {sum(missing):,} of {len(self.shards):,} files to write, "
-                  f"{sum(needed):,.1f} MB of {free[0]:,.1f} MB free")
-        if sum(needed) > free[0]:
-            raise ValueError(f"{self.folder} has {free[0]:,.1f} MB free, expected {sum(needed):,.1f} MB for the cache: "
-                             "make room or pass another --cache=DIR")
-
-    def make(self):
-        """Writes the missing shards.
-
-        Clips come through data.batches as in training: processes read ahead, and a clip that hangs or kills one of them
-        costs that clip alone.  Each "batch" is one clip; where training would take another in its place, is NO_CLIP."""
-        shards = [self.shards[n] for n in self.missing]
-        clips = ((shard.bucket, clip) for shard in shards if shard.bucket for clip in shard.ids)
-        plans = [Plan(i, bucket, [0], np.array([[clip, NO_CLIP]])) for i, (bucket, clip) in enumerate(clips)]
-        sampler = SimpleNamespace(plan=lambda step, *_: plans[step])
-        self.read = batches(sampler, Windows(self.meta, self.config), 0, len(plans))
-        self.tried, self.bad = 0, set()
-        self.bar = tqdm(desc=f"writing {self.folder}", total=sum(len(shard.ids) for shard in shards), unit="clip",
-                        disable=self.rank > 0)                      # of the first rank's; a caption counts as a clip
-        for n, shard in zip(self.missing, shards):
-            path = self.folder / self.names[n]
-            tensors, note = self.encode_clips(shard) if shard.bucket else self.encode_captions(shard)
-            # 200: as data.BadClips
-            if self.tried >= 200 and len(self.bad) > self.config.max_bad * self.tried:
-                raise ValueError(f"{len(self.bad)} of {self.tried} clips could not be read, more than max_bad="
-                                 f"{self.config.max_bad:g} of them, see above: mend or drop them, or raise max_bad")
-            if self.name(shard) != path.name:
-                raise ValueError(f"{path}: its clips' files changed while they were read - start again")
-            write_whole(path, tensors, note)
-
-    def encode_clips(self, shard):
-        """A shard's tensors and note.  The batches that are read next are its clips."""
-        moments, unreadable = torch.empty(len(shard.ids), *self.shape(shard.bucket), dtype=self.dtype), {}
-        self.tried += len(shard.ids)
-        for place, batch in zip(range(len(shard.ids)), self.read):
-            self.bar.update()
-            for fault in batch["faults"]:
-                unreadable[place] = fault.reason
-                if fault.path not in self.bad:
-                    print(f"skipped, {len(self.bad)} before it: {fault.reason}", file=sys.stderr)
-                self.bad.add(fault.path)
-            if not batch["faults"]:
-                video = to_video(batch["video"][0].to(self.vae.device))                         # [K 3 T H W]
-                moments[place - len(unreadable)] = torch.stack(self.vae.moments(video), dim=1)  # [K 2 C T h w]
-        return {"moments": moments[:len(shard.ids) - len(unreadable)]}, {"unreadable": unreadable, "cut": 0}
-
-    def encode_captions(self, shard):
-        parts, lengths, cut, texts = [], [0], self.text_encoder.cut, self.texts(shard)
-        for i in range(0, len(texts), 64):          # at once, by hand
-            y, y_mask = self.text_encoder(texts[i:i + 64])
-            parts.append(y[y_mask].to("cpu", self.dtype))
-            lengths += y_mask.sum(1).tolist()
-            self.bar.update(len(y))
-        note = {"unreadable": {}, "cut": self.text_encoder.cut - cut}
-        return {"y": torch.cat(parts), "ends": torch.tensor(lengths).cumsum(0)}, note
-
-    def finish(self):
-        """Rank 0 writes bad_clips.csv and the index from what all shards say."""
-        names, ids, bad, cut = defaultdict(list), defaultdict(list), {}, 0
-        told = self.exchange({n: (name, read_note(self.folder / name)) for n, name in self.names.items()})
-        for n, shard in enumerate(self.shards):
-            name, note = told[n % self.world][n]
-            places = [int(place) for place in note["unreadable"]]
-            names[kind(shard.bucket)].append(name)
-            ids[kind(shard.bucket)].append(np.delete(shard.ids, places))
-            bad |= zip(map(self.meta.path, shard.ids[places]), note["unreadable"].values())
-            cut += note["cut"]
-        arrays = {f"{part}.ids": torch.from_numpy(np.concatenate(of)) for part, of in ids.items()}
-        arrays |= {f"{part}.first": torch.tensor([0, *map(len, of)]).cumsum(0) for part, of in ids.items()}
-        empty = [part for part in ids if not len(arrays[f"{part}.ids"])]
-        if self.rank == 0:
-            with open(self.folder / "bad_clips.csv", "w", newline="", encoding="utf-8") as f:
-                csv.writer(f, lineterminator="\n").writerows([("path", "reason"), *bad.items()])
-            if not empty:
-                write_whole(self.index, arrays, names)
-                print(f"{self.index}: {cut:,} captions were cut at {self.text_encoder.max_length} tokens, {len(bad):,} "
-                      "clips could not be read" + f", see {self.folder}/bad_clips.csv" * bool(bad))
-        self.exchange(None)     # both are there
-        if empty:
-            raise ValueError(f"none of the clips of bucket {empty[0]} could be read: mend or drop those in "
-                             f"{self.folder}/bad_clips.csv")
-
-
-class Windows(NamedTuple):
-    """Clips with their fixed windows, for data.batches."""
-    meta: Table
-    config: object                                          # configs.Config
-
-    def read(self, clip, bucket, step, slot):
-        """{"video": uint8 [K T H W 3], "decoded"}; raises UnreadableClip."""
-        if clip == NO_CLIP:
-            return {"video": torch.zeros(0), "fps": IMAGE_FPS, "decoded": 0}
-        key = self.meta["key"][clip]
-        interval = self.config.frame_interval
-        frames, decoded = zip(*[
-            read_window(self.meta.path(clip), bucket.num_frames, interval, None, window_generator(key, window))
-            for window in range(num_windows(self.config, bucket))])
-        return {"video": torch.stack([resize_crop(f, bucket.height, bucket.width) for f in frames]),
-                "fps": float(self.meta["fps"][clip]), "decoded": sum(decoded)}
-
-
-class CachedClips:
-    """Reads what write_cache wrote, as data.ClipDataset does clips: of a shard no more than the rows asked for.
-
-    The index is memory-mapped.  A shard is opened for each read, in 0.03 ms, and none stays open."""
-
-    def __init__(self, meta, config, index):
-        self.meta, self.config, self.index, self.names = meta, config, Path(index), read_note(index)
-        with safe_open(index, "pt") as f:
-            self.arrays = {name: f.get_tensor(name).numpy() for name in f.keys()}
-
-    def __reduce__(self):
-        return CachedClips, (self.meta, self.config, self.index)
-
-    def read(self, clip, bucket, step, slot):
-        """{"mean", "std" [C T h w], "y" [L width] in fp32, "y_mask" [L], "decoded"}; raises UnreadableClip."""
-        path, row = self.locate(kind(bucket), clip)
-        if path is None:
-            raise UnreadableClip(f"{self.meta.path(clip)}: is not in the cache (could not be read when it was written)")
-        with safe_open(path, "pt") as f:
-            mean, std = f.get_slice("moments")[row, window_number(self.config, bucket, step, slot)].float()
-        path, row = self.locate("text", caption_hash(self.meta.text(clip)))
-        with safe_open(path, "pt") as f:
-            start, end = f.get_slice("ends")[row:row + 2].tolist()
-            y = f.get_slice("y")[start:end].float()
-        L = self.config.model.model_max_length
-        return {"mean": mean, "std": std, "y": F.pad(y, (0, 0, 0, L - len(y))), "y_mask": torch.arange(L) < len(y),
-                "fps": float(self.meta["fps"][clip]), "decoded": 0}
-
-    def locate(self, part, number):
-        """(path of its shard, row there) of a clip or a caption's hash; (None, None) where there is none."""
-        ids, first = self.arrays[f"{part}.ids"], self.arrays[f"{part}.first"]
-        at = np.searchsorted(ids, ids.dtype.type(number))
-        if at == len(ids) or ids[at] != number:
-            return None, None
-        shard = np.searchsorted(first, at, "right") - 1
-        return self.index.parent / self.names[part][shard], int(at - first[shard])
-
-
-def kind(bucket):
-    return "-".join(map(str, bucket)) if bucket else "text"
-
-
-def num_windows(config, bucket):
-    return 1 if bucket.num_frames == 1 else config.windows
-
-
-def caption_hash(text):
-    """64 bits: that any two of 12 million captions share one has a probability of 4e-6."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
+def save_whole(path, tensors):
+    """Writes {name: tensor} to a file that is whole or absent, even if a process is killed or two write the same."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
+        with open(part, "rb+") as f:
+            os.fsync(f.fileno())
+        part.replace(path)
+    except SafetensorError as error:        # the disk is full, say
+        raise OSError(f"{path}: {error}") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def fingerprint(weights):
-    """A name for these weights, a dict of tensors: the first 64 values of each, in the order of their names, hashed.
+    """Returns a name for weights {name: tensor}: a hash of the first 64 values of each, in the order of their names.
 
-    Training and rounding change every tensor, so that these tell, and 9 GiB of T5-XXL need not be gone through."""
+    Training and rounding change every tensor, so that these suffice, and 9 GiB of T5-XXL need not be gone through."""
     sha = hashlib.sha1()
     for _, value in sorted(weights.items()):
         sha.update(value.flatten()[:64].float().cpu().numpy().tobytes())
@@ -580,89 +346,270 @@ def fingerprint(weights):
 
 
 def stamp(path):
-    """A file's path, size and time of change; the path alone if it is not there."""
-    status = os.stat(path) if os.path.isfile(path) else None
-    return path, status and (status.st_size, status.st_mtime_ns)
+    """Returns a file's path, size and time of change; None for the last two if it does not exist."""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return path, None, None
+    return path, status.st_size, status.st_mtime_ns
 
 
-def short_hash(*what):
-    return hashlib.sha1(repr(what).encode()).hexdigest()[:12]
+def encode_caption(text_encoder, caption):
+    """Returns {"y" [tokens C], "y_mask" [L]} of a caption, by itself, so that it does not depend on others."""
+    y, y_mask = text_encoder([caption])
+    return {"y": y[y_mask].to(text_encoder.net.dtype).cpu(), "y_mask": y_mask[0].cpu()}
 
 
-def write_whole(path, tensors, note):
-    with atomic_write(path) as part:
-        try:    # one piece of metadata: the order of several is random
-            save_file(tensors, part, {"note": json.dumps(note)})
-        except SafetensorError as error:    # a full disk, say
-            raise OSError(f"{path}: {error}") from error
+def padded(caption):
+    """Returns y [L C], fp32 and 0 where it is padding, and y_mask [L] of what encode_caption returned."""
+    y = torch.zeros(len(caption["y_mask"]), caption["y"].shape[1])
+    y[caption["y_mask"]] = caption["y"].float()
+    return y, caption["y_mask"]
 
 
-def read_note(path):
-    with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["note"])
+def remember(load, captions, folder=None, key=()):
+    """Returns a text encoder of these captions alone, which needs no network: T5-XXL takes 9 GiB in bf16.
+
+    load() returns the TextEncoder; it is called only if a caption is not in `folder` yet, where embeddings stay for the
+    next time.  key: all that they depend on besides the caption."""
+    known = {}
+    encoder = None
+    for caption in dict.fromkeys(captions):
+        path = folder and cache_file(folder, "captions", key, caption)
+        if path and path.is_file():
+            known[caption] = load_file(path)
+            continue
+        encoder = encoder or load()
+        known[caption] = encode_caption(encoder, caption)
+        if path:
+            save_whole(path, known[caption])
+
+    def encode(captions):
+        """Returns y [B L C] and y_mask [B L]."""
+        y, y_mask = zip(*(padded(known[caption]) for caption in captions))
+        return torch.stack(y), torch.stack(y_mask)
+
+    return encode
 
 
-def is_whole(index):
-    """True where an index is there, and all shards that it names."""
-    return index.is_file() and set().union(*read_note(index).values()) <= set(os.listdir(index.parent))
+class CachedClips:
+    """Reads from a cache what training needs of a clip, as data.ClipDataset reads its pixels."""
+
+    def __init__(self, meta, config, vae, text_encoder):
+        self.meta = meta
+        self.config = config
+        vocabulary = sorted(text_encoder.tokenizer.get_vocab().items())
+        self.vae_key = short_hash(fingerprint(vae.net.state_dict()), vae.scale, vae.dtype)
+        self.text_key = short_hash(fingerprint(text_encoder.net.state_dict()), vocabulary, text_encoder.max_length,
+                                   text_encoder.clean, text_encoder.net.dtype)
+
+    def latents_file(self, clip, bucket, window):
+        """Returns the path of a clip's latents.  It depends on the clip's file, which therefore has to stay."""
+        source = stamp(os.path.abspath(self.meta.path(clip)))
+        key = int(self.meta["key"][clip])       # which places the window
+        return cache_file(self.config.cache, "latents", source, key, window, self.config.frame_interval, tuple(bucket),
+                          bucket.height, bucket.width, self.vae_key)
+
+    def caption_file(self, caption):
+        return cache_file(self.config.cache, "captions", self.text_key, caption)
+
+    def read(self, clip, bucket, step, slot):
+        """Returns {"mean", "std" [C T h w], "y" [L C], "y_mask" [L], "fps", "decoded"}; raises UnreadableClip."""
+        path = self.meta.path(clip)
+        latents = self.load(path, self.latents_file(clip, bucket, window_number(self.config, bucket, step, slot)))
+        y, y_mask = padded(self.load(path, self.caption_file(self.meta.text(clip))))
+        height, width, fps = latents["source"].tolist()
+        fps = check_row(path, self.meta.rows[clip], int(height), int(width), fps, bucket)
+        mean, std = latents["moments"].float()
+        return {"mean": mean, "std": std, "y": y, "y_mask": y_mask, "fps": fps, "decoded": 0}
+
+    def load(self, path, file):
+        try:
+            return load_file(file)
+        except FileNotFoundError:
+            raise UnreadableClip(f"{path}: is not in the cache {self.config.cache}: it could not be read when that was "
+                                 "written, or has changed since") from None
+        except SafetensorError as error:
+            raise UnreadableClip(f"{path}: its {file} in the cache is damaged ({error}): delete that file, and the "
+                                 "next start writes it again") from None
 
 
-def cache(config, vae, text_encoder):
-    """Writes the cache of a config, alone or as one of torchrun's processes."""
-    if not config.cache:
-        raise ValueError("cache='': expected a folder to write it to - pass --cache=DIR")
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+class WindowsToCache:
+    """Reads the pixels of a clip's window number `slot`, for data.batches; a clip that cannot be read has an error."""
+
+    def __init__(self, cached):
+        self.cached = cached
+        self.meta = cached.meta
+        self.config = cached.config
+
+    def read(self, clip, bucket, step, slot):
+        """Returns {"video": uint8 [T H W 3], "source": [3], "file": where its latents go, "error", "fps", "decoded"}."""
+        file = self.cached.latents_file(clip, bucket, slot)     # named before it is read: it may change meanwhile
+        path = self.meta.path(clip)
+        generator = window_generator(self.meta["key"][clip], slot)
+        item = {"file": str(file), "error": "", "fps": IMAGE_FPS, "decoded": 0}
+        try:
+            window = read_clip(path, bucket.num_frames, self.config.frame_interval, None, generator)
+        except UnreadableClip as error:
+            return item | {"video": torch.zeros(0), "source": torch.zeros(3), "error": str(error)}
+        _, height, width, _ = window.frames.shape
+        source = torch.tensor([height, width, window.fps or 0], dtype=torch.float64)
+        return item | {"video": resize_crop(window.frames, bucket.height, bucket.width), "source": source}
+
+
+def write_cache(meta, config, vae, text_encoder, rank=0, world=1, group=None):
+    """Writes what config.cache lacks of all clips in all buckets that they can get, and returns a CachedClips.
+
+    Each clip has config.windows windows, an image one.  Rank r of world writes its share; all wait for the slowest at
+    the end, collective on `group`, whose timeout has to be longer than that takes.  Raises ValueError if the disk has
+    no room or too many clips cannot be read (config.max_bad); bad_clips.csv in the folder lists those."""
+    cached = CachedClips(meta, config, vae, text_encoder)
+    windows, captions = clips_to_cache(meta, config)
+    Path(config.cache).mkdir(parents=True, exist_ok=True)
+    missing_windows = [window for window in windows[rank::world] if not cached.latents_file(*window).is_file()]
+    missing_captions = [text for text in captions[rank::world] if not cached.caption_file(text).is_file()]
+    check_room(config, vae, text_encoder, missing_windows, missing_captions, world)
+    if rank == 0:
+        print(f"{config.cache}: {len(windows):,} windows and {len(captions):,} captions, of which "
+              f"{world * (len(missing_windows) + len(missing_captions)):,} have to be written")
+    faults = write_latents(cached, vae, missing_windows, rank)
+    for caption in tqdm(missing_captions, "caching captions", disable=rank > 0 or not missing_captions):
+        save_whole(cached.caption_file(caption), encode_caption(text_encoder, caption))
+    everyones = [faults]
     if world > 1:
-        dist.init_process_group("gloo", timeout=timedelta(weeks=4))     # ranks end hours apart
-    vae = load_vae(vae, config.torch_dtype, device)
-    text_encoder = load_text_encoder(text_encoder, config.model.model_max_length, config.torch_dtype, device,
-                                     config.model.as_released)
-    write_cache(read_meta(config.data), config, vae, text_encoder, rank, world, recheck=True)
+        everyones = [None] * world
+        dist.all_gather_object(everyones, faults, group)        # collective
+    if rank == 0:
+        list_faults(Path(config.cache, "bad_clips.csv"), everyones)
+    return cached
+
+
+def clips_to_cache(meta, config):
+    """Returns all (clip, bucket, window) that training can ask for, and all distinct captions."""
+    buckets = bucket_list(config.buckets)
+    windows = []
+    clips = set()
+    for number, some in reachable(meta, config).items():
+        bucket = buckets[number]
+        num_windows = 1 if bucket.num_frames == 1 else config.windows
+        windows += [(clip, bucket, window) for clip in some.tolist() for window in range(num_windows)]
+        clips.update(some.tolist())
+    if not clips:
+        raise ValueError(f"{config.data}: no clip fits any bucket; `python data.py META CONFIG` prints why")
+    captions = dict.fromkeys(meta.text(clip) for clip in sorted(clips))
+    return windows, list(captions)
+
+
+def check_room(config, vae, text_encoder, windows, captions, world):
+    """Raises ValueError if the disk has no room for these windows and captions of a rank and as much of the others."""
+    num_values = 0
+    for _, bucket, _ in windows:
+        num_values += 2 * vae.channels * bucket.num_frames * (bucket.height // vae.down) * (bucket.width // vae.down)
+    if captions:
+        num_tokens = sum(min(length, text_encoder.max_length) for length in text_encoder.lengths(captions))
+        num_values += num_tokens * text_encoder.net.config.d_model
+    needed = world * num_values * config.torch_dtype.itemsize / 1e6
+    free = shutil.disk_usage(config.cache).free / 1e6
+    if needed > free:
+        raise ValueError(f"{config.cache} has {free:,.1f} MB free, expected {needed:,.1f} MB for the cache: make room, "
+                         "or name another folder with --cache=DIR")
+
+
+def write_latents(cached, vae, windows, rank):
+    """Encodes windows [(clip, bucket, window)], read ahead by other processes; returns {path: why it is unreadable}."""
+    faults = {}
+    num_bad = 0
+
+    def plan(step, *_):
+        clip, bucket, window = windows[step]
+        return Plan(step, bucket, [window], np.array([[clip]]))
+
+    read = batches(SimpleNamespace(plan=plan), WindowsToCache(cached), 0, len(windows))
+    bar = tqdm(read, "caching windows", len(windows), disable=rank > 0 or not windows)
+    for num_tried, (batch, (clip, _, _)) in enumerate(zip(bar, windows), start=1):
+        (error,) = batch["error"]
+        if not error:
+            mean, std = vae.moments(to_video(batch["video"].to(vae.device)))        # video [1 T H W 3]
+            moments = torch.cat([mean, std]).to(vae.dtype)
+            save_whole(Path(batch["file"][0]), {"moments": moments, "source": batch["source"][0]})
+            continue
+        report(f"not cached: {error}")
+        faults[cached.meta.path(clip)] = error
+        num_bad += 1
+        max_bad = cached.config.max_bad
+        if num_tried >= 200 and num_bad > max_bad * num_tried:      # 200: as data.BadClips
+            raise ValueError(f"{num_bad} of {num_tried} windows could not be read, more than {max_bad=:g} of them, see "
+                             "above: fix or remove their clips, or raise max_bad")
+    return faults
+
+
+def list_faults(path, everyones):
+    """Writes the clips that no rank could read to a csv file, or removes it if there are none."""
+    path.unlink(missing_ok=True)
+    faults = {}
+    for one in everyones:
+        faults |= one
+    if faults:
+        with open(path, "w", newline="", encoding="utf-8") as f:
+            csv.writer(f, lineterminator="\n").writerows([("path", "reason"), *sorted(faults.items())])
+        print(f"{len(faults):,} clips could not be read and are not in the cache, see {path}", file=sys.stderr)
 
 
 # ---------------------------------------------------------------- the command line
-def reconstruct(path, args):
+def reconstruct(args):
+    """Encodes and decodes the first frames of a clip, prints the PSNR, and writes both to args.out."""
+    if args.out and not Path(args.out).suffix:
+        raise ValueError(f"--out {args.out}: expected a name that ends in .mp4, .gif or .png")
     vae = load_vae(args.vae)
-    T = min(args.num_frames, length_and_rate(path)[0])
-    frames, _ = read_window(path, T, start=0)
-    H, W = (side // vae.down * vae.down for side in frames.shape[1:3])          # what makes whole latent cells
-    video = to_video(frames[:, :H, :W])[None]
-    again = vae.decode(vae.encode(video))
-    print(f"{path}: {T} frames of {H}x{W}, PSNR {psnr(again, video):.2f} dB")
+    num_frames = min(args.num_frames, length_and_rate(args.clip)[0])
+    frames, _ = read_window(args.clip, num_frames, start=0)
+    height = frames.shape[1] // vae.down * vae.down         # what makes whole latent cells
+    width = frames.shape[2] // vae.down * vae.down
+    video = to_video(frames[:, :height, :width])[None]
+    decoded = vae.decode(vae.encode(video))
+    print(f"{args.clip}: {num_frames} frames of {height}x{width}, PSNR {psnr(decoded, video):.2f} dB")
     if args.out:
-        write_video(args.out, np.concatenate([to_uint8(video[0]), to_uint8(again[0])], axis=1))
+        write_video(args.out, np.concatenate([to_uint8(video[0]), to_uint8(decoded[0])], axis=1))
         print(f"{args.out}: the clip above, its reconstruction below")
+
+
+def cache(config):
+    """Writes the cache of a config, alone or as one of torchrun's processes."""
+    if not config.cache:
+        raise ValueError("cache='': expected a folder to write to, as in --cache=data/latents")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    if world > 1:
+        dist.init_process_group("gloo", timeout=timedelta(weeks=4))     # ranks end hours apart
+    vae = load_vae(config.vae, config.torch_dtype, device)
+    text_encoder = load_text_encoder(config.text_encoder, config.model.model_max_length, config.torch_dtype, device,
+                                     config.model.as_released)
+    write_cache(read_meta(config.data), config, vae, text_encoder, rank, world)
 
 
 def main(argv=None):
     words = sys.argv[1:] if argv is None else argv
-    usage = "python vae.py CLIP | cache CONFIG [--field=value ...]"
-    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], usage=usage, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", help="a video or image; or cache and a config")
-    parser.add_argument("--out", help="of a reconstruction: a .mp4, .gif or .png")
-    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
-    add = parser.add_argument_group("a reconstruction").add_argument
-    add("--vae", default="assets/tiny/vae", help="folder or hub name; default: %(default)s")
-    add("--num-frames", type=positive_int, default=16, help="of the clip; default: %(default)s")
-    args = parser.parse_known_args(words)[0] if "cache" in words else parser.parse_args(words)
-    goes_on = "; the same command goes on from what is whole" * (args.what[0] == "cache")
-    with one_line_errors(args.debug, goes_on):
-        match args.what:
-            case ["cache", path]:
-                import configs
-                from sample import find
-                overrides = words[words.index(path) + 1:]           # --vae is the config's here
-                config = configs.load(path, [text for text in overrides if text != "--debug"])
-                cache(config, find(config.vae), find(config.text_encoder))
-            case [path] if path != "cache" and args.out and not Path(args.out).suffix:
-                raise ValueError(f"--out {args.out}: expected a name that ends in .mp4, .gif or .png")
-            case [path] if path != "cache":
-                reconstruct(path, args)
-            case what:
-                raise ValueError(f"{' '.join(what)}: expected {usage}")
+    caching = words[:1] == ["cache"]
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\nPapers")[0], formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="python vae.py CLIP [options] | python vae.py cache CONFIG [--field=value ...]", allow_abbrev=False)
+    parser.add_argument("--debug", action="store_true", help="show errors with their traceback")
+    if caching:
+        parser.add_argument("config", metavar="CONFIG", help="such as configs/tiny.py; --field=value overrides a field")
+        args, overrides = parser.parse_known_args(words[1:])
+        with one_line_errors(args.debug, "; run the same command again to continue"):
+            import configs
+            cache(configs.load(args.config, overrides))
+        return
+    parser.add_argument("clip", metavar="CLIP", help="a video or an image")
+    parser.add_argument("--vae", default="assets/tiny/vae", help="folder or hub name; default: %(default)s")
+    parser.add_argument("--num-frames", type=positive_int, default=16, help="of the clip; default: %(default)s")
+    parser.add_argument("--out", help="where both are written: a .mp4, .gif or .png")
+    args = parser.parse_args(words)
+    with one_line_errors(args.debug):
+        reconstruct(args)
 
 
 if __name__ == "__main__":
-    from vae import main; main()
+    main()

@@ -10,6 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")        # otherwise a name that is n
 import pytest  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+import data  # noqa: E402
 import kernels  # noqa: E402
 
 
@@ -54,6 +55,12 @@ def restore_process():
 def ops_as_imported(monkeypatch):
     """Gives each test the ops as they are after an import: what a test chooses does not last."""
     monkeypatch.setattr(kernels, "CHOICE", {"plain": False})
+
+
+@pytest.fixture(autouse=True)
+def nothing_reported(monkeypatch):
+    """Lets each test see reports that were made before it, of which a process makes each once."""
+    monkeypatch.setattr(data, "REPORTED", set())
 
 
 @pytest.fixture(params=["plain", "recomputed", "C++"])

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemWriter
 
 import configs
-import sample
 import train
+import vae as vae_module
 from assets.shapes import write_shapes
 from conftest import restore_process
 from data import BucketSampler, ClipDataset, batches, read_meta, slot_generator
@@ -795,7 +795,7 @@ def test_weights_may_be_on_the_hub(tmp_path, monkeypatch):
         asked.extend(allow_patterns)
         return str(tmp_path / name)
 
-    monkeypatch.setattr(sample, "snapshot_download", download)
+    monkeypatch.setattr(vae_module, "snapshot_download", download)
     assert train.find_weights("PixArt-alpha/PixArt-XL-2-1024-MS") == tmp_path / "PixArt-alpha/PixArt-XL-2-1024-MS"
     assert set(asked) == {"transformer/*", "config.json", "model.safetensors"}, "PixArt's; Open-Sora's two"
 
