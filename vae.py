@@ -163,7 +163,7 @@ class TextEncoder:
         if self.num_warnings < MAX_WARNINGS:
             report(f"warning: {message}")
         if self.num_warnings == MAX_WARNINGS:
-            report(f"warning: more captions than {MAX_WARNINGS} are cut or have unknown words; the others are not shown")
+            report(f"warning: more than {MAX_WARNINGS} captions are cut or have unknown words, the others are not shown")
         self.num_warnings += 1
 
 
@@ -443,7 +443,7 @@ class WindowsToCache:
         self.config = cached.config
 
     def read(self, clip, bucket, step, slot):
-        """Returns {"video": uint8 [T H W 3], "source": [3], "file": where its latents go, "error", "fps", "decoded"}."""
+        """Returns {"video": uint8 [T H W 3], "source" [3], "file": where its latents go, "error", "fps", "decoded"}."""
         file = self.cached.latents_file(clip, bucket, slot)     # named before it is read: it may change meanwhile
         path = self.meta.path(clip)
         generator = window_generator(self.meta["key"][clip], slot)
