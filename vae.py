@@ -163,7 +163,7 @@ class TextEncoder:
         if self.num_warnings < MAX_WARNINGS:
             report(f"warning: {message}")
         if self.num_warnings == MAX_WARNINGS:
-            report(f"warning: more than {MAX_WARNINGS} captions are cut or have unknown words, the others are not shown")
+            report(f"warning: more than {MAX_WARNINGS} captions are cut or have unknown words; no more are shown")
         self.num_warnings += 1
 
 

@@ -139,7 +139,7 @@ def test_warnings_of_captions_end(capsys):
         encoder([f"a dog{i}"])
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == vae_module.MAX_WARNINGS + 1
-    assert "not shown" in lines[-1]
+    assert "no more are shown" in lines[-1]
 
 
 def test_captions_that_are_cut_are_counted():
