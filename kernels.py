@@ -75,8 +75,8 @@ def gated_residual(x, gate, update):
 
 
 def rms_norm(x, weight):
-    """Over the last axis, rounded to x's dtype before the weight is applied, as T5 does.  x [... D], weight [D]."""
-    return F.rms_norm(_wide(x), x.shape[-1:], eps=EPS).to(x.dtype) * weight
+    """Divides x [... D] by the root of its mean square, then multiplies by weight [D] (arXiv 1910.07467)."""
+    return F.rms_norm(x, x.shape[-1:], weight, EPS)
 
 
 def rope(x, cos, sin):

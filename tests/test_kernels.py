@@ -299,11 +299,14 @@ def use_gpu_ops():
     assert set(kernels.cuda_ops()) <= set(kernels.CHOICE["cuda"]), "an op fell back to its plain form"
 
 
-def test_rms_norm_rounds_to_bf16_before_the_weight():
-    x = rand(64, 12).bfloat16()
-    weight = rand(12, seed=1).bfloat16()
-    normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + EPS)
-    assert torch.equal(kernels.rms_norm(x, weight), normed.bfloat16() * weight)
+def test_rms_norm_in_bf16_is_rounded_once():
+    """Open-Sora's own rounds before the weight, too, which is less accurate and four kernels on a GPU."""
+    x = rand(64, 72).bfloat16()
+    weight = rand(72, seed=1).bfloat16()
+    wide = x.double()
+    exact = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + EPS) * weight.double()
+    twice = exact.div(weight.double()).bfloat16() * weight
+    assert error(kernels.rms_norm(x, weight), exact) < 0.8 * error(twice, exact)
 
 
 def test_rope_is_that_of_open_sora():
