@@ -23,6 +23,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
 
+import transformers.utils.import_utils
+
+# Where Hugging Face's package `kernels` is installed, its functions would be looked for in our kernels.py.
+for module in (transformers.utils, transformers.utils.import_utils):
+    module.is_kernels_available = lambda *_: False
+
 import numpy as np
 import torch
 import torch.distributed as dist
