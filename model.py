@@ -535,8 +535,8 @@ def unwrap(content, source):
         models = [key for key, value in content.items() if is_weights(value)]
         if len(models) != 1 or any(torch.is_tensor(value) for value in content.values()):
             keys = ", ".join(map(str, list(content)[:8])) or "nothing"
-            raise ValueError(f"{source} holds {keys} ({len(models)} dicts of tensors among them), expected a dict of "
-                             "tensors, or one under a key such as state_dict")
+            raise ValueError(f"{source} holds {keys}, expected a dict of tensors, or a single one under a key such as "
+                             "state_dict")
         content = content[models[0]]
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): value for name, value in content.items()}
@@ -585,7 +585,7 @@ def upstream_config(config: dict, source="config.json") -> STDiTConfig:
         value = tuple(config[key]) if isinstance(config[key], list) else config[key]
         kind = type(getattr(XL_2, key))
         if not isinstance(value, (int, float) if kind is float else kind):
-            raise ValueError(f"{source}: {key} is {config[key]!r}, expected a {kind.__name__}")
+            raise ValueError(f"{source}: {key} is {config[key]!r}, expected {kind.__name__}")
         values[key] = value
     return STDiTConfig(**values | {"as_released": True})
 

@@ -801,14 +801,14 @@ def print_plan(ckpt):
     """GiB that sampling one video with guidance holds on a GPU: T5 comes and goes, then the model and the VAE."""
     config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt)[1]
     m, dtype, gib = config.model, config.torch_dtype, 2**30
-    from configs.plan import FROZEN
+    from configs.plan import FROZEN, forward_bytes, parameters
     t5, vae = (FROZEN.get(name) for name in (config.text_encoder, config.vae))
-    t5, vae, model = (t5 or 0) * dtype.itemsize, (vae or 0) * 4, num_params(m) * dtype.itemsize
+    t5, vae, model = (t5 or 0) * dtype.itemsize, (vae or 0) * 4, parameters(m)[0] * dtype.itemsize
     counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
     print(f"{ckpt}, {config.dtype}, GiB: T5 {t5 / gib:.2f}, VAE {vae / gib:.2f} (fp32), model {model / gib:.2f}"
           f"{counted}\n{'video':>15}{'activations':>13}{'decoding':>10}{'peak':>8}{'with --offload':>16}")
     for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):      # of stage 3's buckets
-        held = forward_bytes(m, 2, T, height // 8, width // 8, m.model_max_length, dtype)
+        held = forward_bytes(m, dtype, 2, T, height // 8, width // 8)
         pixels = height * width                                                 # 3 * 4: all frames decoded, in fp32
         decoding = (DECODER_BYTES * min(T, frames_at_once(height, width)) + 3 * 4 * T) * pixels * bool(vae)
         peak = vae + max(t5, model + held, model + decoding)
