@@ -500,7 +500,7 @@ def read_safetensors(file):
 
 
 def read_shards(index):
-    """Returns the tensors of all shards that a model.safetensors.index.json lists; they must be the listed ones."""
+    """Returns the tensors of all shards that a model.safetensors.index.json lists."""
     listed = read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise ValueError(f"{index} has no weight_map, expected one of tensor names to shards")
@@ -510,9 +510,6 @@ def read_shards(index):
         if not shard.is_file():
             raise FileNotFoundError(f"{shard} does not exist, but {index} lists it")
         weights |= read_safetensors(shard)
-    different = sorted(weights.keys() ^ listed.keys())
-    if different:
-        raise ValueError(f"{index} and its shards hold different tensors, {different[0]} for one")
     return weights
 
 
@@ -528,19 +525,19 @@ def read_json(path):
 
 
 def unwrap(content, source):
-    """Returns the only dict of tensors in content, or content itself, without the prefix of DistributedDataParallel."""
-    if not isinstance(content, dict):
-        raise ValueError(f"{source} holds a {type(content).__name__}, expected a dict of tensors")
-    if not is_weights(content):
-        models = [key for key, value in content.items() if is_weights(value)]
-        if len(models) != 1 or any(torch.is_tensor(value) for value in content.values()):
-            keys = ", ".join(map(str, list(content)[:8])) or "nothing"
-            raise ValueError(f"{source} holds {keys}, expected a dict of tensors, or a single one under a key such as "
-                             "state_dict")
-        content = content[models[0]]
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): value for name, value in content.items()}
-    return content
+    """Returns the dict of tensors that content is or has under a key, without DistributedDataParallel's prefix."""
+    parts = content.values() if isinstance(content, dict) else ()
+    models = [part for part in (content, *parts) if is_weights(part)]
+    if len(models) != 1:
+        held = f"a {type(content).__name__}"
+        if parts:
+            held += " of " + ", ".join(str(key) for key in list(content)[:8])
+        raise ValueError(f"{source} holds {held}, expected one dict of tensors, by itself or under a key such as "
+                         "state_dict")
+    weights = models[0]
+    if all(name.startswith("module.") for name in weights):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    return weights
 
 
 def is_weights(value):

@@ -358,7 +358,7 @@ FROM_PIXART = replace(XL_2, depth=2, hidden_size=48, num_heads=4, caption_channe
 
 @pytest.fixture(scope="module")
 def pixart():
-    """Returns diffusers' model with size conditions, as at 1024, no weight zero, and its weights under PixArt's names."""
+    """Returns diffusers' model with size conditions, as at 1024, no weight zero; its weights under PixArt's names."""
     from diffusers import PixArtTransformer2DModel
     torch.manual_seed(0)
     net = PixArtTransformer2DModel(num_attention_heads=4, attention_head_dim=12, cross_attention_dim=48, num_layers=2,
@@ -545,10 +545,12 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path):
     save_file(weights, tmp_path / "model.safetensors")
     assert_same(read_weights(tmp_path / "model.safetensors"), weights)
     assert_same(read_weights(str(tmp_path)), weights)
-    for name, content in {"plain.pth": weights, "wrapped.pt": {"state_dict": weights, "epoch": 3},
-                          "model.bin": {"model": weights, "optimizer": {"state": {0: {"exp_avg": torch.ones(1)}}}},
-                          "parallel.pth": {f"module.{key}": value for key, value in weights.items()},
-                          "average.pth": {"ema": {f"module.{key}": value for key, value in weights.items()}}}.items():
+    parallel = {f"module.{key}": value for key, value in weights.items()}       # DistributedDataParallel's names
+    optimizer = {"state": {0: {"exp_avg": torch.ones(1)}}}
+    contents = {"plain.pth": weights, "wrapped.pt": {"state_dict": weights, "epoch": 3}, "parallel.pth": parallel,
+                "model.bin": {"model": weights, "step": torch.tensor(3), "optimizer": optimizer},
+                "average.pth": {"ema": parallel}}
+    for name, content in contents.items():
         torch.save(content, tmp_path / name)
         assert_same(read_weights(tmp_path / name), weights)
     torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
@@ -569,13 +571,6 @@ def test_a_missing_shard_is_named(tmp_path):
         read_weights(index)
 
 
-def test_shards_that_are_not_those_of_their_index_are_named(tmp_path):
-    index = save_shards(tmp_path, random_weights())
-    save_file({"layer.1.weight": torch.ones(2)}, tmp_path / "model-00002-of-00002.safetensors")
-    with pytest.raises(ValueError, match="index.json.*layer.3.weight"):
-        read_weights(index)
-
-
 @pytest.mark.parametrize("text, named", [("", "JSON"), ("{", "JSON"), ("[]", "list"), ("{}", "weight_map"),
                                          ('{"weight_map": {"a": 1}}', "weight_map")])
 def test_a_broken_index_is_named(tmp_path, text, named):
@@ -588,16 +583,15 @@ def test_a_broken_index_is_named(tmp_path, text, named):
 @pytest.mark.parametrize("content, named", [
     ({"model": random_weights(), "ema": random_weights()}, "model, ema"),                   # DiT's, Latte's
     ({"epoch": 3, "loss": 0.5}, "epoch, loss"),
-    ({"weight": torch.ones(1), "model": random_weights()}, "weight, model"),
     ({"weight": torch.ones(1), "epoch": 3}, "weight, epoch"),
-    ({0: torch.ones(1)}, "0 "),
-    ({}, "nothing"),
+    ({0: torch.ones(1)}, "dict of 0"),
+    ({}, "a dict"),
     ([torch.ones(1)], "list"),
     (torch.ones(1), "Tensor"),
 ])
 def test_what_a_file_holds_in_place_of_weights_is_named(tmp_path, content, named):
     torch.save(content, tmp_path / "w.pth")
-    with pytest.raises(ValueError, match=f"w.pth holds .*{named}.* expected a dict of tensors"):
+    with pytest.raises(ValueError, match=f"w.pth holds .*{named}.*, expected one dict of tensors"):
         read_weights(tmp_path / "w.pth")
 
 
