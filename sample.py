@@ -370,10 +370,10 @@ def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
                                .safetensors or .pth: without a config.json beside it, of XL/2"""
     path = Path(find(ckpt))
     if not path.exists():
-        missing = (f"there is no checkpoint {ckpt}, expected a run (config.py and model.safetensors, as `python train.py "
-                   "configs/tiny.py` writes to runs/tiny; assets/tiny comes with this repository), or Open-Sora's "
-                   "weights: a folder with config.json and model.safetensors, a .safetensors, a .pth, or their name on "
-                   "the hub")
+        missing = (f"there is no checkpoint {ckpt}, expected a run (config.py and model.safetensors, as `python "
+                   "train.py configs/tiny.py` writes to runs/tiny; assets/tiny comes with this repository), or "
+                   "Open-Sora's weights: a folder with config.json and model.safetensors, a .safetensors, a .pth, or "
+                   "their name on the hub")
         path = fetch(ckpt, ["config.json", "model*.safetensors", "model.safetensors.index.json"], missing)
     file = weights_file(path)
     own, upstreams = file.with_name("config.py"), file.with_name("config.json")

@@ -6,7 +6,6 @@ import argparse
 import json
 import pickle
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace

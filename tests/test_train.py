@@ -773,7 +773,6 @@ def test_a_folder_of_open_soras_weights_is_where_a_run_starts(world, tmp_path):
 def test_pixarts_weights_are_where_a_run_starts(world, tmp_path, name):
     """Whatever their file is called; tests/test_model.py has what from_pixart makes of them."""
     config = replace(world[0].model, input_sq_size=512, temporal_pos=False)
-    expected = STDiT(config, seed=5)
     pixart = {}
     for key, value in STDiT(config, seed=6).state_dict().items():
         if not any(part in key for part in NOT_IN_PIXART):
