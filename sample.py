@@ -18,7 +18,6 @@ if __name__ in ("__main__", "__mp_main__"):
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
 import argparse
 import json
-import pickle
 import re
 import time
 from dataclasses import asdict, dataclass, replace
@@ -43,7 +42,7 @@ from data import (ASPECT, IMAGE_FPS, Bucket, atomic_write, length_and_rate, one_
 from kernels import start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
-from model import STDiT, forward_bytes, num_params, upstream_config, with_weights
+from model import STDiT, read_json, read_weights, upstream_config, weights_file, with_weights
 from vae import (DECODER_BYTES, fetch, find, fingerprint, frames_at_once, load_text_encoder, load_vae, remember, stamp)
 
 ROOT = Path(__file__).parent
@@ -366,22 +365,22 @@ def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
     sample it with): before the weights are read, so that T5 can be gone when they are.  ckpt is one of
 
     our runs, or assets/tiny   a folder with config.py and model.safetensors
-    Open-Sora's weights        a folder with config.json and model.safetensors, the name of one on the hub, or the
-                               weights' file alone, .safetensors or .pth: without a config.json beside it, of XL/2"""
+    Open-Sora's weights        a folder with config.json and model.safetensors, or shards with their
+                               model.safetensors.index.json, the name of one on the hub, or the weights' file alone,
+                               .safetensors or .pth: without a config.json beside it, of XL/2"""
     path = Path(find(ckpt))
-    missing = ("no checkpoint {}: there is no {}, expected a run (config.py and model.safetensors, as `python train.py "
-               "configs/tiny.py` writes to runs/tiny; assets/tiny comes with this repository), or Open-Sora's weights: "
-               "a folder with config.json and model.safetensors, a .safetensors, a .pth").format
     if not path.exists():
-        path = fetch(ckpt, ["config.json", "model.safetensors"], missing(ckpt, path) + ", or their name on the hub")
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.is_file():
-        raise FileNotFoundError(missing(ckpt, file))
+        missing = (f"there is no checkpoint {ckpt}, expected a run (config.py and model.safetensors, as `python "
+                   "train.py configs/tiny.py` writes to runs/tiny; assets/tiny comes with this repository), or "
+                   "Open-Sora's weights: a folder with config.json and model.safetensors, a .safetensors, a .pth, or "
+                   "their name on the hub")
+        path = fetch(ckpt, ["config.json", "model*.safetensors", "model.safetensors.index.json"], missing)
+    file = weights_file(path)
     own, upstreams = file.with_name("config.py"), file.with_name("config.json")
     if own.is_file():
         config = configs.load(str(own))
         return file, config, PUBLISHED if config.model.as_released else SampleQuirks()
-    shape = upstream_config(json.loads(upstreams.read_text("utf-8")) if upstreams.is_file() else {})
+    shape = upstream_config(read_json(upstreams) if upstreams.is_file() else {}, upstreams)
     config = replace(configs.load("configs/stage3.py"), model=shape, buckets={"240p": {16: (1.0, 1)}})
     return file, config, PUBLISHED
 
@@ -405,19 +404,6 @@ def load(ckpt, device="cpu", offload=False) -> Checkpoint:
     model = with_weights(config.model, read_weights(file), file).requires_grad_(False).eval()
     model.to(weight_dtype(config, device))
     return Checkpoint(visiting(model, model.blocks, device) if offload else model.to(device), config, quirks)
-
-
-def read_weights(file):
-    """A dict of tensors, of a .safetensors or of what torch.save wrote.  No code in the file is run."""
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        weights = torch.load(file, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        said = (str(error) or repr(error)).splitlines()[0]
-        raise ValueError(f"{file} cannot be read: {said} - is it whole?") from error
-    weights = weights.get("state_dict", weights) if isinstance(weights, dict) else {}
-    return {name: value for name, value in weights.items() if torch.is_tensor(value)}
 
 
 def weight_dtype(config, device):
@@ -815,14 +801,14 @@ def print_plan(ckpt):
     """GiB that sampling one video with guidance holds on a GPU: T5 comes and goes, then the model and the VAE."""
     config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt)[1]
     m, dtype, gib = config.model, config.torch_dtype, 2**30
-    from configs.plan import FROZEN
+    from configs.plan import FROZEN, forward_bytes, parameters
     t5, vae = (FROZEN.get(name) for name in (config.text_encoder, config.vae))
-    t5, vae, model = (t5 or 0) * dtype.itemsize, (vae or 0) * 4, num_params(m) * dtype.itemsize
+    t5, vae, model = (t5 or 0) * dtype.itemsize, (vae or 0) * 4, parameters(m)[0] * dtype.itemsize
     counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
     print(f"{ckpt}, {config.dtype}, GiB: T5 {t5 / gib:.2f}, VAE {vae / gib:.2f} (fp32), model {model / gib:.2f}"
           f"{counted}\n{'video':>15}{'activations':>13}{'decoding':>10}{'peak':>8}{'with --offload':>16}")
     for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):      # of stage 3's buckets
-        held = forward_bytes(m, 2, T, height // 8, width // 8, m.model_max_length, dtype)
+        held = forward_bytes(m, dtype, 2, T, height // 8, width // 8)
         pixels = height * width                                                 # 3 * 4: all frames decoded, in fp32
         decoding = (DECODER_BYTES * min(T, frames_at_once(height, width)) + 3 * 4 * T) * pixels * bool(vae)
         peak = vae + max(t5, model + held, model + decoding)

@@ -57,8 +57,8 @@ from kernels import Place, all_frames, own_frames, start_processes, use
 from data import (BadClips, BucketSampler, ClipDataset, atomic_write, batches, one_line_errors, read_meta,
                   slot_generator, to_video, uniform, write_video)
 from masks import draw_mask
-from model import STDiT, check_weights, from_pixart
-from sample import PUBLISHED, SampleQuirks, default_bucket, generate, noise_schedule, read_weights
+from model import STDiT, check_weights, from_pixart, is_pixart, read_weights
+from sample import PUBLISHED, SampleQuirks, default_bucket, generate, noise_schedule
 from vae import fetch, find, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
 LOG_EVERY = 10              # steps, as upstream's log_every
@@ -298,13 +298,17 @@ class Average:
 
 # ---------------------------------------------------------------- the weights that a run starts from
 def find_weights(name):
-    """Where the weights that a run starts from are: a file or folder, else from the hub; FileNotFoundError."""
+    """Returns the path of the weights that a run starts from: a file or folder, else downloaded from the hub."""
     path = Path(find(name))
     if path.is_file() or path.is_dir() and any(path.iterdir()):
         return path
-    return fetch(name, ["transformer/*", "config.json", "model.safetensors"],
-                 f"init={str(name)!r} is not there, expected a run's folder, a model.safetensors, or PixArt's or "
-                 "Open-Sora's weights: a .pth (PixArt's), a folder, or its name on the hub")
+    missing = (f"init={str(name)!r} does not exist, expected a run's folder, a model.safetensors, a .pth, a folder of "
+               "Open-Sora's weights, or their name on the hub: owner/repository, or owner/repository/file.pth")
+    repository, _, file = str(name).rpartition("/")
+    if repository.count("/") == 1:                                          # one file of a repository
+        return fetch(repository, [file], missing) / file
+    files = ["config.json", "model*.safetensors", "model.safetensors.index.json", "transformer/config.json"]
+    return fetch(name, files, missing)                                      # the last shows the layout of diffusers
 
 
 def start_from(run, path):
@@ -319,20 +323,18 @@ def start_from(run, path):
     elif config.init_optimizer:
         raise ValueError(f"init_optimizer=True: {path} holds weights only, expected a run's folder with checkpoints")
     else:
-        published = all((path / name).is_file() for name in ("config.json", "model.safetensors"))
-        if published and not config.model.as_released:
+        if (path / "config.json").is_file() and not config.model.as_released:
             run.place.say("note: Open-Sora's weights were trained with --model.as_released=True, which is off here")
         load_weights(run.model, path, config.seed)
         run.ema.restart()
 
 
 def load_weights(model, path, seed=0):
-    """Into a sharded model: a model.safetensors, or a folder with one (a run's, Open-Sora's), or PixArt-alpha's, a .pth
-    as it was published or a folder in diffusers' layout; what that lacks is drawn from the seed."""
-    path = Path(path)
-    file = path / "model.safetensors" if path.is_dir() else path            # PixArt's folders have none
-    pixarts = path.suffix == ".pth" or (path.is_dir() and not file.is_file())
-    weights = from_pixart(path, model.config, seed) if pixarts else read_weights(file)
+    """Loads a file or folder that read_weights reads into a sharded model: a run's weights, Open-Sora's, or the image
+    model's of PixArt-alpha; what that lacks is drawn from the seed."""
+    weights = read_weights(path)
+    if is_pixart(weights):
+        weights = from_pixart(weights, model.config, seed, path)
     check_weights(model, weights, path)
     set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))               # collective
 

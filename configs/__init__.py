@@ -20,7 +20,7 @@ import torch
 
 from data import ASPECT
 from masks import RECIPE, check_ratios  # noqa: F401    config files take their names from here
-from model import TINY, STDiTConfig, flops  # noqa: F401
+from model import TINY, STDiTConfig  # noqa: F401
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +127,20 @@ class Config:
         """Returns (tokens, FLOP of forward and backward) of one clip; the VAE makes a latent cell of 8 x 8 pixels."""
         latents = bucket.num_frames, bucket.height // 8, bucket.width // 8
         return math.prod(self.model.grid(*latents)), 3 * flops(self.model, *latents, self.model.model_max_length)
+
+
+def flops(model, T, h, w, L):
+    """Returns the FLOPs of a forward of one clip: matrix products and attention, 2 for a multiply-add."""
+    frames, rows, columns = model.grid(T, h, w)
+    S = rows * columns
+    N = frames * S
+    C = model.hidden_size
+    block = 2 * N * C * C * (4 + 4 + 2 + 2 * model.mlp_ratio)           # space, time, queries of the text, MLP
+    block += 4 * L * C * C                                              # keys and values of the text
+    block += 4 * N * C * (S + frames + L)                               # three attentions
+    patches = 2 * N * C * math.prod(model.patch_size) * (model.in_channels + model.out_channels)
+    text = 2 * L * C * (model.caption_channels + C)
+    return int(model.depth * block + patches + text)
 
 
 def wrong(config, name, expected):

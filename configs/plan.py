@@ -71,6 +71,20 @@ def activation_bytes(config, B, T, h, w):
     return total + 8 * tokens           # what backward writes in passing: gradients of the tokens and of GELU
 
 
+# Elements per token and unit of width at the peak of a forward: that of temporal attention in its plain form, where
+# rotary positions and QK-norm take fp32.
+FORWARD = {torch.float32: 13, torch.bfloat16: 17}
+
+
+def forward_bytes(model, dtype, B, T, h, w):
+    """Returns the bytes of activations at the peak of a forward without gradients, with the plain form of each op, for
+    B clips [C_in T h w] with all frames masked one by one.  Single clips and images take less.  model: STDiTConfig."""
+    frames, rows, columns = model.grid(T, h, w)
+    elements = FORWARD[dtype] * B * frames * rows * columns
+    elements += B * (20 * frames + model.model_max_length)              # modulation of the frames; the text
+    return elements * model.hidden_size * dtype.itemsize
+
+
 def num_checkpointed(config):
     """Returns how many blocks keep their input only and are computed again for backward."""
     every = config.checkpointing

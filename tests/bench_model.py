@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 
+from configs import flops  # noqa: E402
 from kernels import attention, use  # noqa: E402
-from model import XL_2, STDiT, flops, held_bytes, rotary_table  # noqa: E402
+from model import XL_2, STDiT, rotary_table  # noqa: E402
 
 
 def bare(config, B, T, S, L, dtype, device):
@@ -59,6 +60,20 @@ def one_block(config, B, T, S, L, dtype, device, masked=False, compiled=False):
     return run, held
 
 
+def held_bytes(forward, own):
+    """Returns what autograd keeps of forward() for backward, each storage once, but for those in own (their _cdata)."""
+    kept = []                   # holds the tensors: the address of a freed storage could come again
+
+    def keep(tensor):
+        kept.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage().nbytes() for tensor in kept}
+    return sum(size for key, size in storages.items() if key not in own)
+
+
 def seconds(run, device):
     """Own CPU time of all threads, or the wall time of a GPU's work."""
     clock = time.process_time if device == "cpu" else time.perf_counter
@@ -95,7 +110,7 @@ def bench(device, rounds=15):
         for name, how in kinds.items():
             use(device, plain=name == "plain")
             blocks[name] = one_block(*size, **how)
-        one, two = (flops(replace(XL_2, depth=n), T, 2 * rows, 2 * columns, 100, B) for n in (1, 2))
+        one, two = (B * flops(replace(XL_2, depth=n), T, 2 * rows, 2 * columns, 100) for n in (1, 2))
         for backward in (False, True):
             print(f"{f'{B} x {T}x{2 * rows}x{2 * columns}':<16}{str(dtype)[6:]:<10}"
                   f"{'fwd + bwd' if backward else 'forward':<10}"

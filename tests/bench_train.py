@@ -20,8 +20,8 @@ import configs  # noqa: E402
 import train  # noqa: E402
 from configs.plan import GPUS  # noqa: E402
 from data import Bucket, one_line_errors  # noqa: E402
+from inputs import example_inputs  # noqa: E402
 from kernels import start_processes, use  # noqa: E402
-from model import example_inputs  # noqa: E402
 from sample import usual_aspect  # noqa: E402
 
 

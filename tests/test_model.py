@@ -2,9 +2,10 @@
 
 The a_* cases share two state dicts of random weights, a_weights_*; a_stdit2_<case> holds the arguments and results.
 """
+import argparse
 import json
+import pickle
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -23,8 +24,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 import model as stdit
+from configs import flops
 from conftest import choose_ops
-from model import TINY, XL_2, STDiT, STDiTConfig, flops, from_pixart, from_upstream
+from model import TINY, XL_2, STDiT, STDiTConfig, from_pixart, from_upstream, is_pixart, read_weights
 from test_kernels import in_threads, use_gpu_ops
 
 ROOT = Path(__file__).parents[1]
@@ -283,6 +285,7 @@ def test_keys_that_hugging_face_adds_to_a_config_change_nothing():
 
 @pytest.mark.parametrize("mistake, named", [
     ("an unknown key", "no_such_key"),
+    ("a value of another type", "depth is '2', expected int"),
     ("a weight is missing", "missing blocks.1.mlp.fc1.bias"),
     ("a weight is unknown", "unknown blocks.0.more"),
     ("a weight has another shape", r"blocks.1.mlp.fc1.bias \[3\]"),
@@ -294,6 +297,8 @@ def test_wrong_weights_are_named(mistake, named):
     match mistake:
         case "an unknown key":
             config["no_such_key"] = 1
+        case "a value of another type":
+            config["depth"] = "2"
         case "a weight is missing":
             del weights["blocks.1.mlp.fc1.bias"]
         case "a weight is unknown":
@@ -351,9 +356,8 @@ FROM_PIXART = replace(XL_2, depth=2, hidden_size=48, num_heads=4, caption_channe
 
 
 @pytest.fixture(scope="module")
-def pixart(tmp_path_factory):
-    """Returns diffusers' model with size conditions, as at 1024, no weight zero; its folder; its weights; and the same
-    weights under their original names, which are also in pixart.pth."""
+def pixart():
+    """Returns diffusers' model with size conditions, as at 1024, no weight zero; its weights under PixArt's names."""
     from diffusers import PixArtTransformer2DModel
     torch.manual_seed(0)
     net = PixArtTransformer2DModel(num_attention_heads=4, attention_head_dim=12, cross_attention_dim=48, num_layers=2,
@@ -361,19 +365,13 @@ def pixart(tmp_path_factory):
     with torch.no_grad():
         for p in net.parameters():      # no bias starts as 0, and no two tensors are alike
             p.add_(0.1 * torch.randn(p.shape))
-    folder = tmp_path_factory.mktemp("pixart")
-    net.save_pretrained(folder / "transformer")
-    file = folder / "transformer" / "diffusion_pytorch_model.safetensors"
-    weights = load_file(file)
+    weights = {name: value.clone() for name, value in net.state_dict().items()}
     weights["caption_projection.y_embedding"] = torch.randn(6, 8)       # published, but not in diffusers' class
-    save_file(weights, file)
-    originals = original_names(weights)
-    torch.save({"state_dict": originals}, folder / "pixart.pth")
-    return net, folder, weights, originals
+    return net, original_names(weights)
 
 
 def original_names(weights):
-    """Returns the weights under the names of PixArt's own .pth, written out in full: a second opinion."""
+    """Returns diffusers' weights under the names of PixArt's own .pth."""
     originals = {"pos_embed": torch.zeros(1, 4096, 48)}
 
     def take(ours, *theirs):
@@ -413,8 +411,8 @@ def model_with(state):
 @pytest.mark.parametrize("height, width", [(1024, 1024), (64, 144)])
 def test_an_image_is_pixarts(pixart, height, width):
     """PixArt's final layer sees the size, ours that of 1024 x 1024: for other sizes the difference is added here."""
-    theirs, folder, *_ = pixart
-    net = model_with(from_pixart(folder, FROM_PIXART))
+    theirs, originals = pixart
+    net = model_with(from_pixart(originals, FROM_PIXART))
     args = inputs(FROM_PIXART, 2, 1, height // 8, width // 8, L=6)
     args["t"] = torch.tensor([7.0, 950.0])
     args["ar"] = torch.full((2,), height / width)       # PixArt's convention
@@ -434,22 +432,37 @@ def test_an_image_is_pixarts(pixart, height, width):
         assert error(net(**args)[:, :, 0], want) < 1e-5
 
 
-def test_pixarts_own_file_gives_the_same_weights_as_diffusers_folder(pixart):
-    _, folder, _, originals = pixart
-    from_folder = from_pixart(folder / "transformer", FROM_PIXART)
-    from_file = from_pixart(folder / "pixart.pth", FROM_PIXART)
-    assert from_folder.keys() == from_file.keys() == STDiT(FROM_PIXART).state_dict().keys()
+def test_pixarts_own_file_is_recognised(pixart, tmp_path):
+    _, originals = pixart
+    torch.save({"state_dict": originals}, tmp_path / "pixart.pth")
+    weights = read_weights(tmp_path / "pixart.pth")
+    assert is_pixart(weights)
+    from_file = from_pixart(weights, FROM_PIXART)
+    direct = from_pixart(originals, FROM_PIXART)
+    assert from_file.keys() == direct.keys() == STDiT(FROM_PIXART).state_dict().keys()
     for key, value in from_file.items():
-        assert torch.equal(value, from_folder[key]), key
+        assert torch.equal(value, direct[key]), key
         assert not value.requires_grad, key
+    _, upstreams, *_ = load_case("i_nomask")
+    assert not is_pixart(upstreams)
+    assert not is_pixart({"x_embedder.proj.weight": torch.ones(1)}), "DiT's, say"
+
+
+def test_given_weights_are_not_changed(pixart):
+    _, originals = pixart
+    before = {name: value.clone() for name, value in originals.items()}
+    from_pixart(originals, FROM_PIXART)
+    assert originals.keys() == before.keys()
+    for name, value in originals.items():
+        assert torch.equal(value, before[name]), name
 
 
 def test_the_null_caption_is_cut_or_its_last_token_repeated(pixart):
-    _, folder, _, originals = pixart
+    _, originals = pixart
     null_y = originals["y_embedder.y_embedding"]
-    longer = from_pixart(folder, FROM_PIXART)["y_embedder.y_embedding"]
+    longer = from_pixart(originals, FROM_PIXART)["y_embedder.y_embedding"]
     assert torch.equal(longer, torch.cat([null_y, null_y[-1:], null_y[-1:], null_y[-1:]]))
-    shorter = from_pixart(folder, replace(FROM_PIXART, model_max_length=4))["y_embedder.y_embedding"]
+    shorter = from_pixart(originals, replace(FROM_PIXART, model_max_length=4))["y_embedder.y_embedding"]
     assert torch.equal(shorter, null_y[:4])
 
 
@@ -480,9 +493,8 @@ def test_pixarts_weights_leave_each_frame_alone_at_first(pixart):
 
 @pytest.mark.parametrize("changed, named", [
     ({"patch_size": (2, 2, 2)}, r"x_embedder.proj.weight \[48, 4, 1, 2, 2\]"),
-    ({"depth": 1}, "transformer_blocks.1"),
-    ({"depth": 3}, "transformer_blocks.2"),
-    ({"num_heads": 2}, "num_heads=2"),
+    ({"depth": 1}, "unknown blocks.1"),
+    ({"depth": 3}, "missing blocks.2"),
     ({"input_sq_size": 256}, "input_sq_size=256"),
     ({"temporal_pos": True}, "temporal_pos=True"),
 ])
@@ -491,31 +503,137 @@ def test_a_config_that_does_not_suit_pixart_is_named(pixart, changed, named):
         from_pixart(pixart[1], replace(FROM_PIXART, **changed))
 
 
-def test_weights_that_are_not_pixarts_are_named(pixart, tmp_path):
-    _, folder, weights, originals = pixart
-    file = tmp_path / "odd.pth"
-    torch.save({"state_dict": originals | {"blocks.0.attn.rel_pos_h": torch.zeros(3)}}, file)
-    with pytest.raises(ValueError, match="unknown.*blocks.0.attn.rel_pos_h"):
-        from_pixart(file, FROM_PIXART)
-    for missing in ("csize_embedder.mlp.0.weight", "y_embedder.y_embedding"):
-        torch.save({"state_dict": {key: value for key, value in originals.items() if key != missing}}, file)
-        with pytest.raises(ValueError, match=f"odd.pth has no {missing}"):
-            from_pixart(file, FROM_PIXART)
-    shutil.copytree(folder / "transformer", tmp_path / "folder")
-    missing = "transformer_blocks.0.attn2.to_v.bias"
-    some = {key: value for key, value in weights.items() if key != missing}
-    save_file(some, tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
-    with pytest.raises(ValueError, match=f"folder has no {missing}"):
-        from_pixart(tmp_path / "folder", FROM_PIXART)
+def test_weights_that_are_not_pixarts_are_named(pixart):
+    _, originals = pixart
+    odd = originals | {"blocks.0.attn.rel_pos_h": torch.zeros(3)}
+    with pytest.raises(ValueError, match="odd.pth: .*unknown blocks.0.attn.rel_pos_h"):
+        from_pixart(odd, FROM_PIXART, source="odd.pth")
+    for missing in ("x_embedder.proj.weight", "csize_embedder.mlp.0.weight", "y_embedder.y_embedding"):
+        some = {key: value for key, value in originals.items() if key != missing}
+        with pytest.raises(ValueError, match=f"odd.pth: .*missing {missing}"):
+            from_pixart(some, FROM_PIXART, source="odd.pth")
 
 
-def test_a_folder_without_a_null_caption_gets_a_fresh_one(pixart, tmp_path):
-    _, folder, weights, _ = pixart
-    shutil.copytree(folder / "transformer", tmp_path / "folder")
-    some = {key: value for key, value in weights.items() if key != "caption_projection.y_embedding"}
-    save_file(some, tmp_path / "folder" / "diffusion_pytorch_model.safetensors")
-    null_y = STDiT(FROM_PIXART, seed=5).null_y
-    assert torch.equal(from_pixart(tmp_path / "folder", FROM_PIXART, seed=5)["y_embedder.y_embedding"], null_y)
+# ---- files of weights ----
+
+def random_weights(num=5):
+    torch.manual_seed(0)
+    return {f"layer.{n}.weight": torch.randn(n + 1) for n in range(num)}
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert torch.equal(got[name], value), name
+
+
+def save_shards(folder, weights):
+    """Writes weights as two shards and their index; returns the index."""
+    weight_map = {}
+    for n, name in enumerate(weights):
+        weight_map[name] = f"model-0000{n % 2 + 1}-of-00002.safetensors"
+    for shard in set(weight_map.values()):
+        save_file({name: value for name, value in weights.items() if weight_map[name] == shard}, folder / shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 60}, "weight_map": weight_map}))
+    return index
+
+
+def test_weights_are_read_from_every_kind_of_file(tmp_path):
+    weights = random_weights()
+    save_file(weights, tmp_path / "model.safetensors")
+    assert_same(read_weights(tmp_path / "model.safetensors"), weights)
+    assert_same(read_weights(str(tmp_path)), weights)
+    parallel = {f"module.{key}": value for key, value in weights.items()}       # DistributedDataParallel's names
+    optimizer = {"state": {0: {"exp_avg": torch.ones(1)}}}
+    contents = {"plain.pth": weights, "wrapped.pt": {"state_dict": weights, "epoch": 3}, "parallel.pth": parallel,
+                "model.bin": {"model": weights, "step": torch.tensor(3), "optimizer": optimizer},
+                "average.pth": {"ema": parallel}}
+    for name, content in contents.items():
+        torch.save(content, tmp_path / name)
+        assert_same(read_weights(tmp_path / name), weights)
+    torch.save(weights, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    assert_same(read_weights(tmp_path / "old.pth"), weights)
+
+
+def test_shards_are_read_by_their_folder_or_their_index(tmp_path):
+    weights = random_weights()
+    index = save_shards(tmp_path, weights)
+    assert_same(read_weights(tmp_path), weights)
+    assert_same(read_weights(index), weights)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    index = save_shards(tmp_path, random_weights())
+    (tmp_path / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-00002-of-00002.safetensors"):
+        read_weights(index)
+
+
+@pytest.mark.parametrize("text, named", [("", "JSON"), ("{", "JSON"), ("[]", "list"), ("{}", "weight_map"),
+                                         ('{"weight_map": {"a": 1}}', "weight_map")])
+def test_a_broken_index_is_named(tmp_path, text, named):
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(text)
+    with pytest.raises(ValueError, match=f"index.json .*{named}"):
+        read_weights(tmp_path)
+
+
+@pytest.mark.parametrize("content, named", [
+    ({"model": random_weights(), "ema": random_weights()}, "model, ema"),                   # DiT's, Latte's
+    ({"epoch": 3, "loss": 0.5}, "epoch, loss"),
+    ({"weight": torch.ones(1), "epoch": 3}, "weight, epoch"),
+    ({0: torch.ones(1)}, "dict of 0"),
+    ({}, "a dict"),
+    ([torch.ones(1)], "list"),
+    (torch.ones(1), "Tensor"),
+])
+def test_what_a_file_holds_in_place_of_weights_is_named(tmp_path, content, named):
+    torch.save(content, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=f"w.pth holds .*{named}.*, expected one dict of tensors"):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("start", [b"", b"version https://git-lfs.github.com/spec/v1", b"<html>", b"hello", b"PK\3\4"])
+def test_a_file_of_another_kind_is_named(tmp_path, start):
+    """Some of these make torch's reader raise errors such as KeyError."""
+    for name in ("w.pth", "w.safetensors"):
+        (tmp_path / name).write_bytes(start)
+        with pytest.raises(ValueError, match=name) as raised:
+            read_weights(tmp_path / name)
+        assert len(str(raised.value).splitlines()) == 1
+    with pytest.raises(ValueError, match=re.escape(repr(start[:24]))):
+        read_weights(tmp_path / "w.pth")
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol", "ignore:.*TorchScript")
+def test_torchs_advice_to_run_the_code_in_a_file_is_not_passed_on(tmp_path):
+    """DiT's training checkpoints hold the parsed command line."""
+    torch.save({"model": random_weights(), "args": argparse.Namespace(lr=1)}, tmp_path / "object.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps(argparse.Namespace(lr=1)))
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "script.pth")
+    for name in ("object.pth", "pickle.pth", "script.pth"):
+        with pytest.raises(ValueError, match=name) as raised:
+            read_weights(tmp_path / name)
+        message = str(raised.value)
+        assert "weights_only" not in message and len(message.splitlines()) == 1
+        assert raised.value.__cause__ is None and raised.value.__suppress_context__
+    with pytest.raises(ValueError, match="argparse.Namespace"):
+        read_weights(tmp_path / "object.pth")
+
+
+def test_the_layout_of_diffusers_is_named(tmp_path):
+    (tmp_path / "hub/transformer").mkdir(parents=True)
+    file = tmp_path / "hub/transformer/diffusion_pytorch_model.safetensors"
+    save_file(random_weights(), file)
+    for path in (tmp_path / "hub", tmp_path / "hub/transformer", file):
+        with pytest.raises(ValueError, match="diffusers.*PixArt-XL-2-1024-MS.pth of PixArt-alpha/PixArt-alpha"):
+            read_weights(path)
+
+
+def test_a_folder_without_weights_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/model.safetensors does not exist"):
+        read_weights(tmp_path)
 
 
 # ---- properties ----

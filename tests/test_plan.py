@@ -3,6 +3,7 @@ import os
 import re
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from configs import RECIPE, Config, load
-from configs.plan import GPUS, plan, plan_step, state_bytes, traffic_bytes
-from model import LiveBytes, STDiT, STDiTConfig, example_inputs, forward_bytes
+from configs.plan import GPUS, forward_bytes, plan, plan_step, state_bytes, traffic_bytes
+from conftest import choose_ops
+from inputs import example_inputs
+from model import STDiT, STDiTConfig
 from vae import DECODER_BYTES
 
 ROOT = Path(__file__).parents[1]
@@ -40,6 +43,35 @@ def step_of(config, world=1, gpu="h800"):
 
 
 # ---------------------------------------------------------------- against live tensors
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all living storages but the known ones: now, and the most so far (peak)."""
+
+    def __init__(self, known):
+        super().__init__()
+        self.now = 0
+        self.peak = 0
+        self.known = {tensor.untyped_storage()._cdata for tensor in known}
+
+    def __torch_dispatch__(self, op, types, args, kwargs=None):
+        out = op(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, torch.Tensor):
+                self.count(tensor.untyped_storage())
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def count(self, storage):
+        key = storage._cdata
+        if key not in self.known:
+            self.known.add(key)
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, key, storage.nbytes())
+
+    def free(self, key, size):
+        self.known.discard(key)
+        self.now -= size
+
 
 def live_activations(config, shape):
     """Returns the peak of bytes in a real forward and backward, without parameters, their gradients and the inputs."""
@@ -89,14 +121,22 @@ def test_what_sharding_divides_is_that_of_a_live_optimizer(config):
     assert step_of(replace(config, shard=1), 1).fixed == one
 
 
-def test_a_forward_holds_what_live_tensors_do():
-    shape = (2, 2, 16, 16, 20)
-    model = STDiT(SMALL)
-    inputs = example_inputs(SMALL, *shape)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("change, shape", [
+    ({}, (2, 2, 16, 16)),
+    ({}, (2, 16, 8, 8)),
+    ({"patch_size": (1, 1, 1), "caption_channels": 32}, (2, 8, 10, 6)),
+    ({"hidden_size": 288, "num_heads": 4, "model_max_length": 60}, (3, 4, 10, 18)),
+])
+def test_a_forward_holds_what_live_tensors_do(dtype, change, shape):
+    choose_ops("plain")
+    model_config = replace(SMALL, **change)
+    model = STDiT(model_config).to(dtype)
+    inputs = example_inputs(model_config, *shape, L=model_config.model_max_length)
     x_mask = torch.ones(shape[:2], dtype=torch.bool)
     with torch.no_grad(), LiveBytes([*model.parameters(), *model.buffers(), *inputs.values()]) as memory:
         model(**inputs, x_mask=x_mask)
-    assert forward_bytes(SMALL, *shape, torch.float32) == pytest.approx(memory.peak, rel=0.1)
+    assert forward_bytes(model_config, dtype, *shape) == pytest.approx(memory.peak, rel=0.1)
 
 
 def test_a_decoder_holds_what_that_of_stable_diffusion_does():

@@ -32,7 +32,7 @@ from assets.shapes import write_shapes
 from conftest import restore_process
 from data import BucketSampler, ClipDataset, batches, read_meta, slot_generator
 from masks import RECIPE
-from model import STDiT
+from model import NOT_IN_PIXART, STDiT, from_pixart
 from sample import noise_schedule
 from vae import load_text_encoder, load_vae
 
@@ -769,16 +769,28 @@ def test_a_folder_of_open_soras_weights_is_where_a_run_starts(world, tmp_path):
     assert same_weights(weights(config), weights(world[0]))
 
 
-@pytest.mark.parametrize("name", ["p.pth", "p/config.json", "p/transformer/config.json"])
-def test_pixarts_weights_are_where_a_run_starts(world, tmp_path, monkeypatch, name):
-    """In each of their layouts; tests/test_model.py has what from_pixart makes of them."""
-    init = tmp_path / name.split("/")[0]
+@pytest.mark.parametrize("name", ["w.pth", "w.bin"])
+def test_pixarts_weights_are_where_a_run_starts(world, tmp_path, name):
+    """Whatever their file is called; tests/test_model.py has what from_pixart makes of them."""
+    config = replace(world[0].model, input_sq_size=512, temporal_pos=False)
+    pixart = {}
+    for key, value in STDiT(config, seed=6).state_dict().items():
+        if not any(part in key for part in NOT_IN_PIXART):
+            pixart[key] = value
+    pixart["x_embedder.proj.weight"] = pixart["x_embedder.proj.weight"].squeeze(2)
+    torch.save({"state_dict": pixart}, tmp_path / name)
+    model = train.build_model(replace(world[0], model=config), train.start_processes().mesh)
+    train.load_weights(model, tmp_path / name, seed=5)
+    expected = from_pixart(pixart, config, seed=5)
+    for key, value in model.state_dict().items():
+        assert torch.equal(whole(value), expected[key]), key
+
+
+def test_open_soras_weights_may_be_in_a_pth(world, tmp_path):
     given = filled(world[0]).state_dict()
-    monkeypatch.setattr(train, "from_pixart", lambda path, config, seed: {init: dict(given)}[path])
-    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-    (tmp_path / name).write_text("{}")
+    torch.save({"state_dict": given}, tmp_path / "ema.pth")
     model = train.build_model(world[0], train.start_processes().mesh)
-    train.load_weights(model, init)
+    train.load_weights(model, tmp_path / "ema.pth")
     for key, value in model.state_dict().items():
         assert torch.equal(whole(value), given[key]), key
 
@@ -792,12 +804,17 @@ def test_weights_may_be_on_the_hub(tmp_path, monkeypatch):
     asked = []
 
     def download(name, allow_patterns):
-        asked.extend(allow_patterns)
+        asked.append((name, allow_patterns))
         return str(tmp_path / name)
 
     monkeypatch.setattr(vae_module, "snapshot_download", download)
-    assert train.find_weights("PixArt-alpha/PixArt-XL-2-1024-MS") == tmp_path / "PixArt-alpha/PixArt-XL-2-1024-MS"
-    assert set(asked) == {"transformer/*", "config.json", "model.safetensors"}, "PixArt's; Open-Sora's two"
+    assert train.find_weights("hpcai-tech/OpenSora") == tmp_path / "hpcai-tech/OpenSora"
+    pixarts = "PixArt-alpha/PixArt-alpha/PixArt-XL-2-1024-MS.pth"
+    assert train.find_weights(pixarts) == tmp_path / pixarts
+    (name, patterns), one_file = asked
+    assert name == "hpcai-tech/OpenSora"
+    assert {"config.json", "model*.safetensors", "model.safetensors.index.json"} <= set(patterns)
+    assert one_file == ("PixArt-alpha/PixArt-alpha", ["PixArt-XL-2-1024-MS.pth"])
 
 
 def test_conditioning_stays_in_fp32_under_bf16(world):
