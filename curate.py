@@ -21,7 +21,7 @@ import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main(): Ctrl-C shows no traceback of a half-done import
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon, for a busy machine
 import argparse
 import base64
 import csv

@@ -22,7 +22,6 @@ import pickle
 import re
 import struct
 from dataclasses import dataclass, fields
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +32,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from kernels import (all_frames, attention, cross_attention, gated_residual, gelu_linear, modulate, own_frames,
-                     qk_norm_rope, time_attention, to_frames, to_positions)
+from kernels import attention, cross_attention, gated_residual, gelu_linear, modulate, qk_norm_rope, time_attention
 
 
 @dataclass(frozen=True)
@@ -244,21 +242,15 @@ class Block(nn.Module):
         self.cross_attn = CrossAttention(config)
         self.mlp = Mlp(C, int(C * config.mlp_ratio), C)
 
-    def forward(self, x, mod, mod_temp, text, lengths, rotary, group=None):
-        """x [B T S C]; mod [B T 6C], mod_temp [B T 3C], or T = 1; text [sum(lengths) C]; rotary (cos, sin) of all T.
-
-        group: the ranks that share the clip; x, mod and mod_temp are then of this rank's frames."""
+    def forward(self, x, mod, mod_temp, text, lengths, rotary):
+        """x [B T S C]; mod [B T 6C], mod_temp [B T 3C], or T = 1; text [sum(lengths) C]; rotary (cos, sin) of all T."""
         mod = rearrange(mod, "b t (six c) -> b t six c", six=6) + self.scale_shift_table
         mod_temp = rearrange(mod_temp, "b t (three c) -> b t three c", three=3) + self.scale_shift_table_temporal
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = mod.unbind(2)  # [B T C] each
         shift_tmp, scale_tmp, gate_tmp = mod_temp.unbind(2)
-        T = rotary[0].shape[0]
-        S = x.shape[2]
 
         x = gated_residual(x, gate_msa, self.attn(modulate(x, shift_msa, scale_msa), "space"))
-        h = to_positions(modulate(x, shift_tmp, scale_tmp), T, group)                   # collective
-        h = to_frames(self.attn_temp(h, "time", rotary), S, group)                      # collective
-        x = gated_residual(x, gate_tmp, h)
+        x = gated_residual(x, gate_tmp, self.attn_temp(modulate(x, shift_tmp, scale_tmp), "time", rotary))
         x = x + self.cross_attn(x, text, lengths)
         return gated_residual(x, gate_mlp, self.mlp(modulate(x, shift_mlp, scale_mlp)))
 
@@ -286,11 +278,7 @@ class FinalLayer(nn.Module):
 # ---- the model ----
 
 class STDiT(nn.Module):
-    """Under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False): times, sizes and rotary tables stay fp32.
-
-    group: None, or the process group whose ranks share each clip. All get the same arguments, each computes some
-    frames, all return the whole output. A rank's gradient is that of its frames; the sum over the group is right."""
-    group = None
+    """Under FSDP2 use MixedPrecisionPolicy(cast_forward_inputs=False): times, sizes and rotary tables stay fp32."""
 
     def __init__(self, config: STDiTConfig, seed: int = 0):
         super().__init__()
@@ -321,7 +309,6 @@ class STDiT(nn.Module):
         check_inputs(self.config, x, y, y_mask, x_mask, values)
         T, h, w = x.shape[2:]
         frames, rows, columns = self.config.grid(T, h, w)
-        own = partial(own_frames, T=frames, group=self.group)                           # the frames of this rank
 
         tokens = self.x_embedder(x)                                                     # [B T S C]
         t, height, width, num_frames, ar, fps = [self.to_fp32(s, tokens.dtype) for s in values.values()]
@@ -335,19 +322,17 @@ class STDiT(nn.Module):
         time_vec = self.t_embedder(frame_t)                                             # [B T C]; T = 1 without mask
         size_vec = self.size_vector(height, width, ar)                                  # [B 1 C]
         rate_vec = (self.fl_embedder(num_frames) + self.fps_embedder(fps))[:, None]     # [B 1 C]
-        mod = own(self.t_block(time_vec + size_vec))                                    # [B T 6C]
-        mod_temp = own(self.t_block_temp(time_vec + rate_vec))                          # [B T 3C]
+        mod = self.t_block(time_vec + size_vec)                                         # [B T 6C]
+        mod_temp = self.t_block_temp(time_vec + rate_vec)                               # [B T 3C]
 
-        tokens = own(tokens)
         for block in self.blocks:
-            tokens = block(tokens, mod, mod_temp, text, lengths, rotary, self.group)    # [B T S C]
+            tokens = block(tokens, mod, mod_temp, text, lengths, rotary)                # [B T S C]
 
         if self.config.as_released and x_mask is not None:                              # Q3
             t_vec = self.t_embedder(t[:, None])                                         # [B 1 C]
-            out = self.final_layer(tokens, t_vec, own(x_mask), own(time_vec + size_vec))
+            out = self.final_layer(tokens, t_vec, x_mask, time_vec + size_vec)
         else:
-            out = self.final_layer(tokens, own(time_vec))                               # [B T S (pt ph pw C_out)]
-        out = all_frames(out, frames, self.group)
+            out = self.final_layer(tokens, time_vec)                                    # [B T S (pt ph pw C_out)]
         pt, ph, pw = self.config.patch_size
         out = rearrange(out, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=rows, pt=pt, ph=ph, pw=pw)
         return out[:, :, :T, :h, :w].to(torch.float32, copy=True)                       # FSDP2 warns of a view

@@ -15,7 +15,7 @@ import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon, for a busy machine
 import argparse
 import json
 import re
@@ -39,7 +39,7 @@ from tqdm import tqdm
 import configs
 from data import (ASPECT, IMAGE_FPS, Bucket, atomic_write, length_and_rate, one_line_errors, positive_int, read_window,
                   resize_crop, slot_generator, to_uint8, to_video, write_video)
-from kernels import start_processes, use
+from kernels import sequence_parallel, start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
 from model import STDiT, read_json, read_weights, upstream_config, weights_file, with_weights
@@ -693,12 +693,12 @@ def run(args):
         if made[job]:
             place.say(f"{job.name}: goes on behind {len(made[job])} of {len(job.prompts)} segments")
     dist.barrier()                          # collective; nobody writes before all have seen what is there
-    share, shares = place.share
-    if mine := todo[share::shares]:                                         # T5 comes and goes before the model comes
+    if mine := todo[place.data_rank::place.num_data_ranks]:                                         # T5 comes and goes before the model comes
         captions = list(dict.fromkeys(prompt for job in mine for prompt in job.prompts))
         text_encoder = encode_texts(config, captions, place.device, folder=args.text_cache, offload=args.offload)
         model = load(args.ckpt, place.device, offload=args.offload).model
-        model.group = place.group
+        if place.group:
+            sequence_parallel(model, place.group)
     batches = alike(mine, made, args.batch_size)
     total = args.steps * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
     with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks

@@ -19,7 +19,7 @@ import os
 import signal
 if __name__ in ("__main__", "__mp_main__"):
     signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")    # see kernels.py
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon, for a busy machine
 import argparse
 import json
 import math
@@ -53,7 +53,7 @@ from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import configs
-from kernels import Place, all_frames, own_frames, start_processes, use
+from kernels import Place, all_frames, own_frames, sequence_parallel, start_processes, use
 from data import (BadClips, BucketSampler, ClipDataset, atomic_write, batches, one_line_errors, read_meta,
                   slot_generator, to_video, uniform, write_video)
 from masks import draw_mask
@@ -229,7 +229,8 @@ class Run(NamedTuple):
 def make_run(config, place):
     """A Run with fresh weights."""
     model = build_model(config, place.mesh)
-    model.group = place.group
+    if place.group:
+        sequence_parallel(model, place.group)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, config.lr, weight_decay=config.weight_decay, fused=True)
     return Run(config, place, model, optimizer, Average(model, config.ema_decay))
@@ -407,13 +408,14 @@ def take_steps(run, first, clips, log, encode=dict, checkpoints=None, show=None,
         optimizer.param_groups[0]["lr"] = lr
         level, num_frames, _ = bucket = batch["bucket"]
         whole_batch = config.buckets[level][num_frames][1] * config.world
-        parts = cut(batch, min(config.accumulation, whole_batch // place.share[1]))     # as many on every rank
+        parts = cut(batch, min(config.accumulation, whole_batch // place.num_data_ranks))   # as many on every rank
         answers = []
         for i, part in enumerate(parts):
             model.set_requires_gradient_sync(i == len(parts) - 1)           # gradients travel once a step
             part = encode(part)
             terms, t = loss_of(model, part, config, vectors, step, place.device)
-            (terms["loss"].sum() * place.world / whole_batch).backward()    # FSDP divides by the number of ranks
+            # FSDP takes the mean over all ranks; those that share a clip count as one.
+            (terms["loss"].sum() * place.num_data_ranks / whole_batch).backward()
             answers.append((terms, t, part.get("cut", 0)))
         norm = torch.nn.utils.clip_grad_norm_(trained, config.grad_clip).full_tensor().item()      # collective, sync
         if math.isfinite(norm):
@@ -455,7 +457,7 @@ def refuse(step, bucket, answers, config):
 def shared(read, place):
     """What read(rank=, world=) yields on the first of a group, sent to all of it: each reading by itself, one might
     give up a slow clip that another waits for, and they would train on different ones."""
-    clips = read(rank=place.share[0], world=place.share[1]) if place.reads else iter(())
+    clips = read(rank=place.data_rank, world=place.num_data_ranks) if place.reads else iter(())
     while True:
         parcel = [next(clips, None)]
         if place.group:
@@ -708,7 +710,8 @@ class Log:
         row = dict(step=step, loss=mean(sums, "loss"), mse=mean(sums, "mse"), vb=mean(sums, "vb"),
                    loss_by_t=[mean(sums, "loss", quarter) for quarter in range(4)], **more,
                    clips_per_s=rate(("clips", "all")), tokens_per_s=rate("tokens"), decoded_per_s=rate("decoded"),
-                   tflop_per_s=rate("flop") / self.place.world / 1e12, data_wait=rate("waited") / self.place.share[1],
+                   tflop_per_s=rate("flop") / self.place.world / 1e12,
+                   data_wait=rate("waited") / self.place.num_data_ranks,
                    save_wait=self.saving / seconds, captions_cut=sums["captions_cut"],
                    gib=peak_gib())
         faults = gather(self.faults) if sums["faults"] else []              # collective

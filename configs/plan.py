@@ -45,7 +45,7 @@ VAE_FLOP = 4.3e6        # per pixel, of sd-vae-ft-ema's encoder: 4.16e6 at 256 x
 
 
 # ---------------------------------------------------------------- memory
-HELD = 28               # elements per token and unit of width that a block keeps for backward; 26 without QK-norm
+HELD = 26               # elements per token and unit of width that a block keeps for backward on a GPU
 
 
 def activation_bytes(config, B, T, h, w):
@@ -57,8 +57,7 @@ def activation_bytes(config, B, T, h, w):
     num_tokens = B * frames * rows * columns
     C, L = model.hidden_size, model.model_max_length
     tokens = num_tokens * C * size
-    held = HELD - (0 if model.qk_norm else 2) + (1 if B > 1 else 0)     # several clips: a copy of cross attention's
-    block = held * tokens
+    block = HELD * tokens
     block += B * (2 * L + 9 * frames) * C * size                        # keys and values of the text; modulation
     block += 3 * model.num_heads * num_tokens * 4                       # log-sums of three softmaxes, fp32
     outside = 2 * tokens + B * L * (model.caption_channels + 2 * C) * size + 10 * B * frames * C * size

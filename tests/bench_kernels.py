@@ -1,4 +1,4 @@
-"""The time of each op, forward and backward, in its plain and in its fast form.
+"""The time of each op, forward and backward, in its plain form and on a GPU as CUDA.
 
     python tests/bench_kernels.py                           on a GPU if there is one
     CUDA_VISIBLE_DEVICES= python tests/bench_kernels.py     on the CPU all the same
@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # see kernels.py; before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon; before torch is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 
@@ -38,19 +38,23 @@ def milliseconds(run, device, repeat=9):
 
 def main():
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    print(use(device))
-    print(f"{'op, forward and backward':<25}{'dtype':<10}{'shape':<18}{'plain ms':>10}{'fast ms':>9}{'ratio':>7}"
-          f"{'GB/s':>7}{'of copying':>11}")
-    for name, (op, fp64_args) in cases(*((4, 16, 390) if device == "cuda" else ())).items():
+    forms = ["plain", "CUDA"] if device == "cuda" else ["plain"]
+    size = (4, 16, 390) if device == "cuda" else (2, 8, 144)        # clips, frames, positions
+    print(f"{use(device)}; milliseconds, GB/s and the share of the rate of copying, of each form: {', '.join(forms)}")
+    for name, (op, in_fp64) in cases(*size).items():
         for dtype in CUDA_NAMES:
-            args = cast(fp64_args, dtype, device)
-            runs, x = [forward_backward(form, args) for form in (getattr(op, "plain", op), op)], args[0]
-            both, copied = [milliseconds(run, device) for run in runs], milliseconds(lambda x=x: x.clone(), device)
-            # Arguments are read twice, their gradients written; outputs are written, their gradients read.
-            moved = sum(z.nbytes for z in args if torch.is_tensor(z)) + 2 * sum(z.nbytes for z in runs[1]())
-            rate, most = moved / both[1] / 1e6, 2 * x.nbytes / copied / 1e6
-            print(f"{name:<25}{str(dtype)[6:]:<10}{'x'.join(map(str, x.shape)):<18}"
-                  f"{both[0]:10.2f}{both[1]:9.2f}{both[0] / both[1]:7.2f}{rate:7.1f}{rate / most:11.0%}")
+            args = cast(in_fp64, dtype, device)
+            x = args[0]
+            copy_rate = 2 * x.nbytes / milliseconds(x.clone, device)
+            row = f"{name:<26}{str(dtype).removeprefix('torch.'):<10}{'x'.join(map(str, x.shape)):<18}"
+            for form in forms:
+                use(device, plain=form == "plain")
+                run = forward_backward(op, args)
+                # Arguments are read twice, their gradients written; outputs are written, their gradients read.
+                moved = sum(z.nbytes for z in args if torch.is_tensor(z)) + 2 * sum(z.nbytes for z in run())
+                took = milliseconds(run, device)
+                row += f"{took:10.2f}{moved / took / 1e6:8.1f}{moved / took / copy_rate:6.0%}"
+            print(row)
 
 
 if __name__ == "__main__":

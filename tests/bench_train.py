@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # see kernels.py; before torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon; before torch is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch  # noqa: E402
 
@@ -30,7 +30,7 @@ def stopwatch(config, plain=False):
     (resolution, frames), `clips` for each rank or group; (inf, None) where memory does not do."""
     place = start_processes(config.shard, config.sp)
     place.say(use(place.device, plain))
-    config = replace(config, out=os.devnull, world=place.share[1])          # no folder, so no log
+    config = replace(config, out=os.devnull, world=place.num_data_ranks)          # no folder, so no log
     run = train.make_run(config, place)
 
     def measure(kind, clips, steps=10):
@@ -61,7 +61,7 @@ def time_steps(run, bucket, steps):
 
 def synthetic(run, bucket):
     """A rank's batch as from the cache, of random latents and captions of half the tokens; the same for a group."""
-    model, (share, shares) = run.config.model, run.place.share
+    model, share, shares = run.config.model, run.place.data_rank, run.place.num_data_ranks
     B, L = run.config.buckets[bucket.resolution][bucket.num_frames][1], model.model_max_length
     torch.manual_seed(share)
     told = example_inputs(model, B, bucket.num_frames, bucket.height // 8, bucket.width // 8, L)

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import kernels
-from test_kernels import assert_as_close, frames_last, gate_args, modulate_args, qk_args, results, time_args, to_dtype
+from conftest import may_take_kernels
+from test_kernels import assert_as_close, modulate_args, qk_args, results, time_args, to_dtype
 
 needs_gxx = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
@@ -33,14 +34,11 @@ struct Dim { unsigned x, y, z; };
 static Dim threadIdx, blockIdx, blockDim, gridDim;
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 struct bf16 { unsigned short bits; };
-struct f16 { unsigned short bits; };
 static float wide(float x) { return x; }
 static float wide(bf16 x) { unsigned u = (unsigned)x.bits << 16; float y; memcpy(&y, &u, 4); return y; }
-static float wide(f16 x) { _Float16 y; memcpy(&y, &x, 2); return y; }
 static void narrow(float x, float& y) { y = x; }
 static void narrow(float x, bf16& y) {
     unsigned u; memcpy(&u, &x, 4); y.bits = x == x ? (u + 0x7fff + (u >> 16 & 1)) >> 16 : 0x7fff; }
-static void narrow(float x, f16& y) { _Float16 z = x; memcpy(&y, &z, 2); }
 
 struct Fiber { ucontext_t context; std::vector<char> stack; bool done; long block, warp; };
 static std::vector<Fiber> fibers;
@@ -159,7 +157,8 @@ def shared_arrays(found):
 def run_on(kernel, monkeypatch):
     """Lets CPU tensors go through the ops of a GPU, whose kernels `kernel` runs."""
     monkeypatch.setattr(kernels, "kernel", kernel)
-    kernels.CHOICE["cpu"] = {"dtypes": tuple(kernels.CUDA_NAMES), **kernels.cuda_ops()}
+    monkeypatch.setattr(kernels, "on_gpu", may_take_kernels)
+    kernels.compiles.cache_clear()
 
 
 @pytest.fixture
@@ -175,9 +174,7 @@ def empty_is_nan():
 QUICK = {
     "modulate": ("modulate", modulate_args(2, 3, 37, 144, True), torch.float32),
     "modulate, bf16": ("modulate", modulate_args(1, 2, 19, 24, False), torch.bfloat16),
-    "modulate, odd half-words": ("modulate", modulate_args(1, 2, 3, 18, False), torch.float16),
-    "gated_residual": ("gated_residual", gate_args(2, 3, 37, 144, False, frames_last), torch.float32),
-    "gated_residual, bf16": ("gated_residual", gate_args(1, 2, 19, 24, True), torch.bfloat16),
+    "modulate, odd half-words": ("modulate", modulate_args(1, 2, 3, 18, False), torch.bfloat16),
     "qk_norm_rope, space": ("qk_norm_rope", qk_args(2, 3, 5, 2, 72, "space", False, False), torch.bfloat16),
     "qk_norm_rope, time": ("qk_norm_rope", qk_args(2, 3, 5, 2, 24, "time", True, False), torch.float32),
     "qk_norm_rope, time, Q1": ("qk_norm_rope", qk_args(1, 3, 5, 3, 12, "time", True, True), torch.float32),
@@ -188,16 +185,12 @@ QUICK = {
 }
 SLOW = {
     "modulate, XL/2": ("modulate", modulate_args(2, 3, 7, 1152, True), torch.bfloat16),
-    "modulate, fp16": ("modulate", modulate_args(1, 5, 19, 144, False), torch.float16),
-    "gated_residual, fp16": ("gated_residual", gate_args(1, 2, 19, 18, True), torch.float16),
-    "gated_residual, XL/2": ("gated_residual", gate_args(2, 3, 7, 1152, True, frames_last), torch.bfloat16),
-    "gated_residual, 4 parts": ("gated_residual", gate_args(1, 2, 67, 36, False), torch.float32),
     "qk_norm_rope, XL/2, Q1": ("qk_norm_rope", qk_args(2, 5, 7, 16, 72, "time", True, True), torch.bfloat16),
-    "qk_norm_rope, fp16": ("qk_norm_rope", qk_args(2, 3, 5, 2, 72, "space", True, False), torch.float16),
+    "qk_norm_rope, space, turned": ("qk_norm_rope", qk_args(2, 3, 5, 2, 72, "space", True, False), torch.bfloat16),
     "qk_norm_rope, several turns": ("qk_norm_rope", qk_args(1, 8, 4200, 1, 4, "space", True, False), torch.float32),
     "time_attention, 16 frames": ("time_attention", time_args(2, 16, 3, 2, 72, False), torch.bfloat16),
     "time_attention, 32 frames": ("time_attention", time_args(2, 32, 3, 2, 72, False), torch.bfloat16),
-    "time_attention, 9 frames, Q1": ("time_attention", time_args(2, 9, 3, 2, 72, True), torch.float16),
+    "time_attention, 9 frames, Q1": ("time_attention", time_args(2, 9, 3, 2, 72, True), torch.bfloat16),
     "time_attention, several turns": ("time_attention", time_args(1, 2, 4200, 1, 8, False), torch.float32),
 }
 
@@ -214,7 +207,7 @@ def emulated_gpu(tmp_path_factory):
         return lambda blocks, threads, arguments: None
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(kernels, "CHOICE", {"plain": False})
+        monkeypatch.setattr(kernels, "PLAIN", {"only": False})
         run_on(note_name, monkeypatch)
         for name, args, dtype in QUICK.values():
             results(getattr(kernels, name), to_dtype(args, dtype))
@@ -241,47 +234,20 @@ def test_the_emulator_sees_that_a_barrier_is_missing(tmp_path, monkeypatch, empt
             assert_as_close(*QUICK[case])
 
 
-# ---- what becomes of an op that is wrong ----
+# ---- what becomes of a kernel that does not compile ----
 
-@pytest.fixture
-def card(monkeypatch, tmp_path):
-    """Gives check_cuda a card that has not been checked before, and cases of which the kernels are compiled above."""
-    small = kernels.cases(B=1, T=2, S=3, heads=3, D=8, L=4)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    monkeypatch.setattr(kernels, "cases", lambda **size: small)
-    monkeypatch.setattr(kernels, "CUDA_NAMES", {torch.bfloat16: "bf16"})
-    kernels.check_cuda.cache_clear()
-    yield torch.device("cpu")
-    kernels.check_cuda.cache_clear()
-
-
-def test_a_wrong_op_is_named_and_not_used(card, emulated_gpu, monkeypatch):
-    run_on(emulated_gpu.kernel, monkeypatch)
-    ops = kernels.cuda_ops()
-    forward, backward = ops["gated_residual"]
-
-    def wrong_forward(x, gate, update):
-        return 1.02 * forward(x, gate, update)
-
-    some = {"modulate": ops["modulate"], "gated_residual": (wrong_forward, backward)}
-    monkeypatch.setattr(kernels, "cuda_ops", lambda: dict(some))
-    kept, messages = kernels.check_cuda(card)
-    assert set(kept) == {"modulate"}
-    assert len(messages) == 1
-    assert messages[0].startswith("gated_residual ")
-
-
-def test_without_nvrtc_no_op_is_used(card, monkeypatch):
+def test_without_nvrtc_an_op_is_plain_and_that_is_said_once(monkeypatch):
     def no_kernel(name, device):
         raise OSError("Could not find any NVRTC library")
     run_on(no_kernel, monkeypatch)
-    ops = set(kernels.cuda_ops())
-    kept, messages = kernels.check_cuda(card)
-    assert kept == {}
-    assert {message.split()[0] for message in messages} == ops
-    for message in messages:
-        assert "NVRTC" in message
+    args = to_dtype(modulate_args(1, 2, 3, 24, False), torch.float32)
+    with pytest.warns(UserWarning, match="modulate_forward.*plain.*NVRTC") as warned:
+        out = kernels.modulate(*args)
+        kernels.modulate(*args)
+    assert len(warned) == 1
+    kernels.use("cpu", plain=True)
+    assert torch.equal(out, kernels.modulate(*args))
+    kernels.compiles.cache_clear()
 
 
 # ---- the compiler ----
@@ -290,7 +256,6 @@ def kernel_names(dtype):
     """Returns every kernel that a model of width 1152 with heads of 72 can ask for."""
     names = [f"modulate_forward<{dtype}, 1152>", f"modulate_backward<{dtype}, 1152>"]
     for back in (0, 1):
-        names.append(f"gated_residual<{dtype}, 1152, {back}>")
         for rope in (0, 1, 2):
             names.append(f"qk_norm_rope<{dtype}, 72, {rope}, {back}>")
         for frames in (8, 16, 32):
@@ -306,7 +271,7 @@ def test_nvcc_compiles_without_warnings_and_spills_hardly_a_register(arch, tmp_p
     known = subprocess.run(["nvcc", "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     if arch not in known:
         pytest.skip(f"this nvcc knows {known[0]} to {known[-1]}, not {arch}")
-    names = kernel_names("bf16") + kernel_names("float")[:3] + kernel_names("f16")[:3]
+    names = kernel_names("bf16") + kernel_names("float")[:3]
     table = ""
     for number, name in enumerate(names):
         table += f"void* pointer_{number} = (void*){name};\n"

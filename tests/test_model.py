@@ -25,7 +25,6 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 import model as stdit
 from configs import flops
-from conftest import choose_ops
 from model import TINY, XL_2, STDiT, STDiTConfig, from_pixart, from_upstream, is_pixart, read_weights
 from test_kernels import in_threads, use_gpu_ops
 
@@ -128,13 +127,10 @@ def assert_output_and_gradients_are_upstreams(case, limit=1e-5):
 
 @pytest.mark.parametrize("case", CASES)
 def test_output_and_gradients_are_upstreams(case):
-    choose_ops("plain")
     assert_output_and_gradients_are_upstreams(case)
 
 
-@pytest.mark.parametrize("form", ["recomputed", "C++"])
-def test_output_and_gradients_are_upstreams_with_other_forms_of_the_ops(form):
-    choose_ops(form)
+def test_output_and_gradients_are_upstreams_the_way_of_a_gpu(as_on_a_gpu):
     assert_output_and_gradients_are_upstreams("ii_xmask")
 
 
@@ -177,9 +173,7 @@ def assert_bf16_is_as_close_to_fp32_as_upstreams():
     assert error(out, golden["ref_fp32"]) <= 1.2 * error(golden["out.out"], golden["ref_fp32"])
 
 
-@pytest.mark.parametrize("form", ["plain", "C++"])
-def test_bf16_is_as_close_to_fp32_as_upstreams(form):
-    choose_ops(form)
+def test_bf16_is_as_close_to_fp32_as_upstreams(ops):
     assert_bf16_is_as_close_to_fp32_as_upstreams()
 
 
@@ -764,10 +758,8 @@ def masked_inputs(config):
     return args
 
 
-@pytest.mark.parametrize("form", ["plain", "recomputed"])
-def test_a_checkpointed_model_computes_the_same(form):
+def test_a_checkpointed_model_computes_the_same(ops):
     """A checkpointed block computes its forward twice."""
-    choose_ops(form)
     args = masked_inputs(SMALL)
     want, wants = gradients(awake(SMALL), args)
     net = awake(SMALL)
@@ -811,13 +803,11 @@ def held_per_token(B, dtype, per_frame):
     return sum(storages.values()) / x.nbytes
 
 
-@pytest.mark.parametrize("form", ["recomputed", "C++"])
-def test_a_block_holds_little_for_backward(form):
-    """The plain form holds 36 to 47; of two clips, the values of temporal attention are copied."""
-    choose_ops(form)
+def test_on_a_gpu_a_block_is_to_hold_little_for_backward(as_on_a_gpu):
+    """The plain form holds 36 to 47."""
     assert held_per_token(1, torch.float32, per_frame=False) < 28.5
     assert held_per_token(2, torch.bfloat16, per_frame=True) < 29.5
-    choose_ops("plain")
+    kernels.use("cpu", plain=True)
     assert held_per_token(2, torch.bfloat16, per_frame=True) > 35
 
 
@@ -840,14 +830,15 @@ def shared_clips():
 
 
 def assert_ranks_share(config, args, group):
-    """Asserts that each rank of the group returns the whole output, and that the gradients' sum is right."""
+    """Asserts that each rank of the group returns the whole output, and that the gradients' mean is right."""
     net = awake(config)
     want, wants = gradients(net, args)
-    net.group = group
+    kernels.sequence_parallel(net, group)
     out, grads = gradients(net, args)
     assert error(out, want) < 1e-6, config
     for name, grad in grads.items():
         dist.all_reduce(grad, group=group)
+        grad /= group.size()
         assert error(grad, wants[name]) < 1e-5, (name, config)
 
 
@@ -864,7 +855,6 @@ def test_two_ranks_share_a_clip():
 def share_clips(rank, store):
     """Runs one of four processes: with one other, then with all."""
     torch.set_num_threads(1)
-    kernels.use("cpu")
     dist.init_process_group("gloo", store=dist.FileStore(store, 4), rank=rank, world_size=4)
     for size in (2, 4):
         group, _ = dist.new_subgroups(size)

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import checkpoint
 
 from configs import RECIPE, Config, load
 from configs.plan import GPUS, forward_bytes, plan, plan_step, state_bytes, traffic_bytes
-from conftest import choose_ops
 from inputs import example_inputs
 from model import STDiT, STDiTConfig
 from vae import DECODER_BYTES
@@ -94,7 +93,7 @@ def live_activations(config, shape):
 
 
 @pytest.mark.parametrize("dtype, checkpointing", [("fp32", 0), ("bf16", 1), ("bf16", 2), ("fp32", 5)])
-def test_activations_are_those_of_live_tensors(config, dtype, checkpointing):
+def test_activations_are_those_of_live_tensors(as_on_a_gpu, config, dtype, checkpointing):
     config = replace(config, dtype=dtype, checkpointing=checkpointing)
     step = step_of(config)
     bucket = step.bucket
@@ -129,7 +128,6 @@ def test_what_sharding_divides_is_that_of_a_live_optimizer(config):
     ({"hidden_size": 288, "num_heads": 4, "model_max_length": 60}, (3, 4, 10, 18)),
 ])
 def test_a_forward_holds_what_live_tensors_do(dtype, change, shape):
-    choose_ops("plain")
     model_config = replace(SMALL, **change)
     model = STDiT(model_config).to(dtype)
     inputs = example_inputs(model_config, *shape, L=model_config.model_max_length)
