@@ -2,8 +2,8 @@
 
 Each op is first plain PyTorch, which defines it.  For the three that are worth it there is CUDA C++, compiled by the
 NVRTC that comes with PyTorch: no compiler and no Triton is needed.  A kernel reads its input once, keeps nothing else
-for backward and computes the rest again there: for backward a block holds 26 elements per token and unit of width on a
-GPU, and 36 to 47 in the plain form.
+for backward and computes the rest again there: with them a block holds 26 elements per token and unit of width for
+backward, in the plain form 39 (fp32) to 51 (bf16).
 
 In    tensors of any float dtype.
 Out   the same dtype; sums and rotations are computed in fp32 or wider.

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from statistics import median
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon; before torch is imported
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -48,9 +49,9 @@ def one_block(config, B, T, S, L, dtype, device, masked=False, compiled=False):
     grad, rotary = torch.randn_like(x), rotary_table(T, config.head_dim, device)
     forward = lambda: block(*args, [L] * B, rotary)
     own = {z.untyped_storage()._cdata for z in (*block.parameters(), mod, mod_temp, text)}
-    held = held_bytes(forward, own) / x.nbytes
     if compiled:
         block.compile()         # of the plain forms
+    held = held_bytes(forward, own) / x.nbytes
 
     def run(backward):
         with torch.set_grad_enabled(backward):
@@ -86,52 +87,59 @@ def seconds(run, device):
     return clock() - start
 
 
-KINDS = {"plain": {}, "fast": {}, "fast, x_mask": {"masked": True}, "compiled plain": {"compiled": True}}
+# By device: what is compared.  A form without "plain" in its name uses the kernels.
+FORMS = {
+    "cpu": {"plain": {}, "plain, x_mask": {"masked": True}},
+    "cuda": {"plain": {}, "CUDA": {}, "CUDA, x_mask": {"masked": True}, "plain, compiled": {"compiled": True}},
+}
+DTYPES = {"cpu": [torch.float32, torch.bfloat16], "cuda": [torch.bfloat16]}
 SHAPES = {   # of clips x tokens in time, rows, columns: of a CPU 144p; main buckets of stages 1, 2 (twice) and 3
     "cpu": [(1, 16, 9, 16)], "cuda": [(6, 16, 9, 16), (17, 16, 9, 16), (17, 16, 15, 27), (1, 16, 45, 80)]}
 
 
 def bench(device, rounds=15):
-    """Blocks of XL/2 over their products and attention alone, in turns: median [least, most] of the ratios."""
-    kinds, dtypes = dict(KINDS), [torch.float32, torch.bfloat16]
-    if device == "cpu":
-        kinds.pop("compiled plain")
-    else:
-        dtypes = [torch.bfloat16]
+    """Prints the time of blocks of XL/2 over that of their products and attention alone, which take turns."""
     print(f"{use(device)}; {torch.get_num_threads()} threads; a block of XL/2, 100 text tokens a clip; time / that of "
-          f"its products and attention, median of {rounds} [least, most]; masked / fast: both of one round, median "
-          "[middle half]; held: elements per token and unit of width")
-    print(f"{'clips x latents':<16}{'dtype':<10}{'':<9}{'bare ms':>8}" + "".join(f"{name:>24}" for name in kinds)
-          + f"{'masked / fast':>24}   TFLOP/s, fast   held")
-    for (B, T, rows, columns), dtype in product(SHAPES[device], dtypes):
+          f"its products and attention, median of {rounds} [least, most]; held: elements per token and unit of width; "
+          "TFLOP/s: of the second form")
+    print(f"{'clips x latents':<16}{'dtype':<10}{'':<9}{'bare ms':>8}"
+          + "".join(f"{name:>24}" for name in FORMS[device]) + "   TFLOP/s   held")
+    for (B, T, rows, columns), dtype in product(SHAPES[device], DTYPES[device]):
         size = XL_2, B, T, rows * columns, 100, dtype, device
         alone = blocks = None           # those of the last shape go before the next ones come
-        alone, blocks = bare(*size), {}
-        for name, how in kinds.items():
-            use(device, plain=name == "plain")
+        alone = bare(*size)
+        blocks = {}
+        for name, how in FORMS[device].items():
+            use(device, plain="plain" in name)
             blocks[name] = one_block(*size, **how)
         one, two = (B * flops(replace(XL_2, depth=n), T, 2 * rows, 2 * columns, 100) for n in (1, 2))
         for backward in (False, True):
+            flop = (two - one) * (3 if backward else 1)
             print(f"{f'{B} x {T}x{2 * rows}x{2 * columns}':<16}{str(dtype)[6:]:<10}"
                   f"{'fwd + bwd' if backward else 'forward':<10}"
-                  + alternate(alone, blocks, backward, device, rounds, (two - one) * (3 if backward else 1)))
+                  + alternate(alone, blocks, backward, device, rounds, flop))
 
 
 def alternate(alone, blocks, backward, device, rounds, flop):
-    """A row of the table: every kind once a round, beside the bare products."""
-    ratios, base = {name: [] for name in blocks}, []
-    for _ in range(rounds + 1):                 # the first pays for start-up
+    """Returns a row of the table: every form once a round, next to the bare products."""
+    ratios = {name: [] for name in blocks}
+    base = []
+    for number in range(rounds + 1):
         took = seconds(lambda: alone(backward), device)
-        base.append(took)
+        in_round = {}
         for name, (run, _) in blocks.items():
-            use(device, plain=name == "plain")
-            ratios[name].append(seconds(lambda run=run: run(backward), device) / took)
-    at = lambda values, part: sorted(values[1:])[int(part * (rounds - 1))]
-    shown = lambda r, low, high: f"{f'{at(r, 0.5):.3f} [{at(r, low):.3f} {at(r, high):.3f}]':>24}"
-    masks = [masked / fast for masked, fast in zip(ratios["fast, x_mask"], ratios["fast"])]
-    rate = flop / at(base, 0.5) / at(ratios["fast"], 0.5) / 1e12
-    return (f"{1e3 * at(base, 0.5):7.1f}" + "".join(shown(r, 0, 1) for r in ratios.values()) + shown(masks, 0.25, 0.75)
-            + f"{rate:16.2f}   " + ", ".join(f"{held:.1f}" for _, held in blocks.values()))
+            use(device, plain="plain" in name)
+            in_round[name] = seconds(lambda run=run: run(backward), device) / took
+        if number:                              # the first round pays for start-up
+            base.append(took)
+            for name, ratio in in_round.items():
+                ratios[name].append(ratio)
+    row = f"{1e3 * median(base):7.1f}"
+    for found in ratios.values():
+        row += f"{f'{median(found):.3f} [{min(found):.3f} {max(found):.3f}]':>24}"
+    second = list(ratios.values())[1]
+    held = ", ".join(f"{held:.1f}" for _, held in blocks.values())
+    return row + f"{flop / median(base) / median(second) / 1e12:10.2f}   {held}"
 
 
 if __name__ == "__main__":
