@@ -679,7 +679,8 @@ def run(args):
     if not 0 <= args.rescale <= 1:
         raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
     jobs = [args.job] if args.again else read_jobs(args, config)
-    vae, weights = load_vae(args.vae, device=place.device), fingerprint(read_weights(file))
+    weights = fingerprint(read_weights(file))
+    vae = load_vae(args.vae, device=place.device)
     check_jobs(jobs, read_references, vae.down, config.model.patch_size)
     if args.again and args.weights != weights:
         place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
