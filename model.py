@@ -21,10 +21,12 @@ import math
 import pickle
 import re
 import struct
+import warnings
 from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from safetensors import SafetensorError
@@ -446,8 +448,11 @@ UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, Lookup
 def weights_file(path):
     """Returns the file with the weights: path itself, or of a folder its model.safetensors or the index of its shards.
 
-    Raises FileNotFoundError, and ValueError for the layout of diffusers."""
+    A step-0000500 of a run is returned as the folder that it is.  Raises FileNotFoundError, and ValueError for the
+    layout of diffusers."""
     path = Path(path)
+    if (path / ".metadata").is_file():
+        return path
     for file in (path, path / "model.safetensors", path / "model.safetensors.index.json"):
         if file.is_file() and file.name != DIFFUSERS_FILE:
             return file
@@ -461,6 +466,8 @@ def weights_file(path):
 def read_weights(path) -> dict:
     """Returns {name: tensor} of a .safetensors, of what torch.save wrote, of the index of shards, or of a folder."""
     file = weights_file(path)
+    if file.is_dir():
+        return read_step(file)
     if file.name.endswith(".safetensors.index.json"):
         return unwrap(read_shards(file), file)
     if file.suffix == ".safetensors":
@@ -496,6 +503,35 @@ def read_shards(index):
             raise FileNotFoundError(f"{shard} does not exist, but {index} lists it")
         weights |= read_safetensors(shard)
     return weights
+
+
+def read_step(folder):
+    """Returns the averaged weights (EMA) of a step-0000500 of a run, which ranks have written in shards."""
+    check_whole(folder)
+    held = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    weights = {name: torch.empty(tensor.size) for name, tensor in held.items() if name.startswith("ema.")}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as no_dist asks for
+        dcp.load(weights, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix("ema."): value for name, value in weights.items()}
+
+
+def check_whole(folder):
+    """Raises ValueError, which names the file, if a shard of a step is missing or has been cut short."""
+    remedy = "remove this step to resume from the one before it"
+    try:
+        shards = dcp.FileSystemReader(folder).read_metadata().storage_data.values()
+    except Exception as error:          # whatever unpickling raises is about the file
+        raise ValueError(f"{folder / '.metadata'} is damaged ({error!r}) - {remedy}") from None
+    sizes = {}
+    for shard in shards:
+        sizes[shard.relative_path] = max(shard.offset + shard.length, sizes.get(shard.relative_path, 0))
+    for name, size in sizes.items():
+        file = folder / name
+        if not file.is_file():
+            raise ValueError(f"{file} is missing - {remedy}")
+        if file.stat().st_size < size:
+            raise ValueError(f"{file} has been cut short, {file.stat().st_size:,} of {size:,} bytes - {remedy}")
 
 
 def read_json(path):

@@ -48,14 +48,14 @@ def stopwatch(config, plain=False):
 
 
 def time_steps(run, bucket, steps):
-    """(seconds, peak GiB or None) of a step of the loop, of so many of them, after two for warming up."""
+    """(seconds, peak GiB or None) of a step, of so many of them, after two for warming up."""
     batch = synthetic(run, bucket)
     for count in (2, steps):
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
-        if train.take_steps(run, 0, (dict(batch) for _ in range(count)), train.Log(run, 0)):
-            raise KeyboardInterrupt
+        for number in range(count):
+            train.train_step(run, number, dict(batch))
     return (time.perf_counter() - start) / steps, train.peak_gib()
 
 

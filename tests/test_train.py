@@ -5,6 +5,7 @@ slow tests start as processes of their own.
 """
 import errno
 import json
+import math
 import os
 import random
 import shutil
@@ -14,25 +15,33 @@ import sys
 import weakref
 from copy import deepcopy
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint import FileSystemWriter
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import configs
 import train
 import vae as vae_module
 from assets.shapes import write_shapes
+from bench_train import synthetic
+from configs.plan import state_bytes
 from conftest import restore_process
-from data import BucketSampler, ClipDataset, batches, read_meta, slot_generator
+from data import Bucket, BucketSampler, ClipDataset, batches, read_meta, slot_generator
 from masks import RECIPE
-from model import NOT_IN_PIXART, STDiT, from_pixart
+from model import NOT_IN_PIXART, STDiT, from_pixart, read_weights
 from sample import noise_schedule
 from vae import load_text_encoder, load_vae
 
@@ -450,7 +459,7 @@ class Reference:
         terms["loss"].mean().backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip).item()
         self.optimizer.step()
-        decay = min(self.config.ema_decay, (1 + number) / (10 + number))
+        decay = self.config.ema_decay
         for name, p in self.model.named_parameters():
             self.average[name] = decay * self.average[name] + (1 - decay) * p.detach()
         row = {name: value.mean().item() for name, value in terms.items()}
@@ -706,7 +715,7 @@ def test_tensorboard_gets_the_log(world, tmp_path, monkeypatch):
         seen.setdefault(name, []).append((step, value))
 
     def writer(folder, **more):
-        return SimpleNamespace(add_scalar=add_scalar)
+        return SimpleNamespace(add_scalar=add_scalar, close=lambda: None)
 
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=writer))
     run(elsewhere(world, tmp_path, steps=1))
@@ -740,6 +749,150 @@ def test_a_run_that_is_done_says_so(world, tmp_path, run_script):
     assert "all 5 steps are done" in ended.out
     assert rows(config) == world[1]
     assert same_weights(weights(config), weights(world[0]))
+
+
+# ---------------------------------------------------------------- the folder of a run
+def test_one_step_of_a_run_is_where_another_starts_and_what_is_sampled(world, tmp_path, run_script):
+    """What we write, we read; the average is that of the step."""
+    step = Path(world[0].out) / "step-0000006"
+    assert same_weights(read_weights(step), weights(world[0]))
+    config = elsewhere(world, tmp_path, init=str(step), steps=1, lr=1e-30, warmup_steps=0, ema_decay=0.0)
+    run(config)
+    last = load_step(step, "model.")
+    assert same_weights(weights(config), last)
+    ended = run_script("sample", "--ckpt", step, "--prompt", "a red circle", "--steps", 1, "--sampler", "ddim",
+                       "--out", tmp_path / "samples")
+    assert ended.status == 0, ended.err
+
+
+def test_the_average_that_a_run_starts_from_is_kept(world, tmp_path):
+    """A decay that warms up again would replace it within a few steps."""
+    config = elsewhere(world, tmp_path, init=world[0].out, steps=2, lr=1e-30, warmup_steps=0, ema_decay=0.999)
+    run(config)
+    before = weights(world[0])
+    after = weights(config)
+    moved = max(relative(after[name], before[name]) for name in before)
+    last = load_step(Path(world[0].out) / "step-0000006", "model.")
+    distance = max(relative(last[name], before[name]) for name in before)
+    assert moved < 0.01 * distance
+
+
+def load_step(folder, prefix):
+    """Returns what a checkpoint holds under names that begin with the prefix."""
+    metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    held = {name: torch.empty(value.size) for name, value in metadata.items() if name.startswith(prefix)}
+    dcp.load(held, checkpoint_id=folder, no_dist=True)
+    return {name.removeprefix(prefix): value for name, value in held.items()}
+
+
+def test_without_its_last_step_a_run_is_resumed_from_the_one_before(world, tmp_path):
+    """The folders are all there is: no second file says which one counts."""
+    config = elsewhere(world, tmp_path, save_every=2, keep_last=2)
+    run(config)
+    assert checkpoints(config) == ["step-0000004", "step-0000006"]
+    shutil.rmtree(Path(config.out) / "step-0000006")
+    run(config)
+    assert rows(config) == world[1]
+    assert same_weights(weights(config), weights(world[0]))
+
+
+def test_the_config_of_a_copied_run_means_the_copy(world, tmp_path):
+    config = elsewhere(world, tmp_path, steps=3)
+    run(config)
+    shutil.copytree(config.out, tmp_path / "copy")
+    before = checkpoints(config)
+    train.main([str(tmp_path / "copy/config.py"), "--steps=4", "--debug"])
+    assert checkpoints(config) == before
+    assert "step-0000004" in checkpoints(replace(config, out=str(tmp_path / "copy")))
+
+
+def test_two_runs_do_not_share_a_folder(world, tmp_path, run_script):
+    """The lock is another process's, which is killed in the end: the folder is free at once."""
+    config = copied(world, tmp_path, steps=7)
+    before = {file: file.read_bytes() for file in Path(config.out).rglob("*") if file.is_file()}
+    hold = ("import fcntl, sys, time; f = open(sys.argv[1], 'ab'); fcntl.lockf(f, fcntl.LOCK_EX); "
+            "print(flush=True); time.sleep(99)")
+    with subprocess.Popen([sys.executable, "-c", hold, Path(config.out) / ".lock"], stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        ended = run_script("train", config_file(config))
+        assert ended.status == 2
+        assert "another process trains" in ended.err and config.out in ended.err
+        for file, content in before.items():
+            assert file.read_bytes() == content
+        other.kill()
+    assert run_script("train", config_file(config)).status == 0
+
+
+@pytest.mark.parametrize("fault, named", [
+    ("missing", "__0_0.distcp is missing"),
+    ("cut short", "__0_0.distcp has been cut short"),
+    ("empty", "__0_0.distcp has been cut short"),
+    ("no metadata", ".metadata is damaged"),
+])
+def test_a_damaged_checkpoint_is_named(world, tmp_path, run_script, fault, named):
+    config = copied(world, tmp_path, steps=7)
+    folder = Path(config.out) / "step-0000006"
+    shard = folder / "__0_0.distcp"
+    if fault == "missing":
+        shard.unlink()
+    elif fault == "cut short":
+        shard.write_bytes(shard.read_bytes()[:-5000])
+    elif fault == "empty":
+        shard.write_bytes(b"")
+    else:
+        (folder / ".metadata").write_bytes(b"")
+    ended = run_script("train", config_file(config))
+    assert ended.status == 2
+    assert named in ended.err and "Traceback" not in ended.err
+    assert folder.is_dir()
+
+
+def test_after_validation_the_weights_are_sharded_again(world, tmp_path):
+    """Else the average could not be updated, and memory would be held."""
+    config = replace(world[0], out=str(tmp_path / "run"), holdout=0.4, cache="", num_workers=0, validate_every=1,
+                     buckets={"32": {1: (1.0, 1), 8: (1.0, 1)}})
+    (tmp_path / "run").mkdir()
+    place = train.start_processes()
+    made = train.make_run(config, place)
+    encode = partial(train.to_latents, vae=load_vae(config.vae),
+                     text_encoder=load_text_encoder(config.text_encoder, config.model.model_max_length))
+    validation = train.Validation(config, read_meta(config.data), place, 0, encode)
+    validation.write(made, 1)
+    validation.close()
+    train.update_average(made, 1)
+    for p in made.model.parameters():
+        assert isinstance(p, DTensor)
+
+
+def test_a_run_leaves_no_file_open(world, tmp_path):
+    config = elsewhere(world, tmp_path, steps=1, holdout=0.4, validate_every=1, cache="", num_workers=0,
+                       buckets={"32": {1: (1.0, 1), 8: (1.0, 1)}})
+    before = set(os.listdir("/proc/self/fd"))
+    run(config)
+    opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in set(os.listdir("/proc/self/fd")) - before
+              if os.path.exists(f"/proc/self/fd/{fd}")]
+    assert not [path for path in opened if str(tmp_path) in path]
+
+
+# ---------------------------------------------------------------- 64 ranks, as far as one process can show them
+@pytest.mark.parametrize("shard", [64, 8])
+def test_a_step_on_one_of_64_ranks_holds_what_the_plan_says(shard):
+    """The fake process group moves nothing: values mean nothing.  Most tensors have fewer rows than there are ranks."""
+    config = tiny_config("--model.hidden_size=192", "--model.num_heads=4", "--world=64")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=64)
+    mesh = init_device_mesh("cpu", (64,))
+    if shard < 64:
+        mesh = init_device_mesh("cpu", (64 // shard, shard), mesh_dim_names=("replicas", "shard"))
+    made = train.make_run(config, train.Place(0, 64, torch.device("cpu"), mesh, None))
+    batch = synthetic(made, Bucket("32", 8, "1.00"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(math, "isfinite", lambda value: True)
+        train.train_step(made, 0, batch)
+    states = [made.model.parameters(), made.ema.parameters()]
+    states += [(value for name, value in state.items() if name != "step") for state in made.optimizer.state.values()]
+    held = sum(value.to_local().nbytes for group in states for value in group)
+    planned = state_bytes(config, shard)
+    assert held == pytest.approx(planned["weights"] + planned["EMA"] + planned["Adam"], rel=0.25)
 
 
 # ---------------------------------------------------------------- other weights, other configs
@@ -779,7 +932,7 @@ def test_pixarts_weights_are_where_a_run_starts(world, tmp_path, name):
             pixart[key] = value
     pixart["x_embedder.proj.weight"] = pixart["x_embedder.proj.weight"].squeeze(2)
     torch.save({"state_dict": pixart}, tmp_path / name)
-    model = train.build_model(replace(world[0], model=config), train.start_processes().mesh)
+    model = train.build_model(replace(world[0], model=config), train.start_processes())
     train.load_weights(model, tmp_path / name, seed=5)
     expected = from_pixart(pixart, config, seed=5)
     for key, value in model.state_dict().items():
@@ -789,7 +942,7 @@ def test_pixarts_weights_are_where_a_run_starts(world, tmp_path, name):
 def test_open_soras_weights_may_be_in_a_pth(world, tmp_path):
     given = filled(world[0]).state_dict()
     torch.save({"state_dict": given}, tmp_path / "ema.pth")
-    model = train.build_model(world[0], train.start_processes().mesh)
+    model = train.build_model(world[0], train.start_processes())
     train.load_weights(model, tmp_path / "ema.pth")
     for key, value in model.state_dict().items():
         assert torch.equal(whole(value), given[key]), key
@@ -820,7 +973,7 @@ def test_weights_may_be_on_the_hub(tmp_path, monkeypatch):
 def test_conditioning_stays_in_fp32_under_bf16(world):
     """t = 500 and 501 are one number in bf16: the model tells them apart, and a size from the next."""
     config = replace(world[0], dtype="bf16")
-    model = train.build_model(config, train.start_processes().mesh)
+    model = train.build_model(config, train.start_processes())
     train.load_weights(model, world[0].init)
     batch = latents([0])
     for name in ("mean", "std", "slots"):
@@ -839,7 +992,7 @@ def test_conditioning_stays_in_fp32_under_bf16(world):
 
 def test_bf16_has_the_loss_of_fp32(world):
     """Within a thousandth."""
-    mesh = train.start_processes().mesh
+    mesh = train.start_processes()
     found = []
     for dtype in ("fp32", "bf16"):
         config = replace(world[0], dtype=dtype)
@@ -1029,6 +1182,18 @@ def test_processes_train_as_one(deep_world, tmp_path, processes, changes):
     assert_close(rows(config), deep_world[1], rel=1e-5)
     for name, value in weights(config).items():
         assert relative(value, weights(deep_world[0])[name]) < 2e-4, name
+
+
+@pytest.mark.slow
+def test_eight_processes_train_as_one(deep_world, tmp_path):
+    """Two replicas of weights that are sharded over four."""
+    alone = replace(deep_world[0], out=str(tmp_path / "run"), world=1, steps=3,
+                    buckets={"32": {1: (1.0, 8), 8: (1.0, 8)}})
+    run(alone)
+    eight = replace(alone, out=str(tmp_path / "eight"), shard=4, num_workers=0)
+    done = start(eight, processes=8)
+    assert done.returncode == 0, done.stderr
+    assert_close(rows(eight), rows(alone), rel=1e-5)
 
 
 @pytest.mark.slow
