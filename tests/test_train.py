@@ -823,6 +823,15 @@ def test_two_runs_do_not_share_a_folder(world, tmp_path, run_script):
     assert run_script("train", config_file(config)).status == 0
 
 
+def test_a_rank_that_does_not_see_the_folder_says_so(world, tmp_path):
+    """As on a machine that does not share the file system."""
+    place = train.start_processes()
+    config = elsewhere(world, tmp_path)
+    with pytest.raises(ValueError, match=f"rank 1 .*{config.out}"):
+        train.open_folder(config, place._replace(rank=1))
+    assert train.open_folder(config, place).is_dir()
+
+
 @pytest.mark.parametrize("fault, named", [
     ("missing", "__0_0.distcp is missing"),
     ("cut short", "__0_0.distcp has been cut short"),
