@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 import weakref
 from copy import deepcopy
 from dataclasses import fields, replace
@@ -781,7 +782,8 @@ def load_step(folder, prefix):
     """Returns what a checkpoint holds under names that begin with the prefix."""
     metadata = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     held = {name: torch.empty(value.size) for name, value in metadata.items() if name.startswith(prefix)}
-    dcp.load(held, checkpoint_id=folder, no_dist=True)
+    with warnings.catch_warnings(action="ignore"):              # of no_dist, which is asked for
+        dcp.load(held, checkpoint_id=folder, no_dist=True)
     return {name.removeprefix(prefix): value for name, value in held.items()}
 
 
