@@ -18,7 +18,9 @@ if __name__ in ("__main__", "__mp_main__"):
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon, for a busy machine
 import argparse
 import json
+import math
 import re
+import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -43,9 +45,10 @@ from kernels import sequence_parallel, start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
 from model import STDiT, read_json, read_weights, upstream_config, weights_file, with_weights
-from vae import (DECODER_BYTES, fetch, find, fingerprint, frames_at_once, load_text_encoder, load_vae, remember, stamp)
+from vae import (DECODER_BYTES, clean_caption, fetch, find, fingerprint, frames_at_once, load_text_encoder, load_vae,
+                 remember, stamp)
 
-ROOT = Path(__file__).parent
+IMPORTED = time.time()
 NUM_TIMESTEPS = 1000
 # iddpm's is the release's; ddim: 2010.02502 has 20 to 100; dpm: 2211.01095 has 15 to 20 with guidance, unipc as dpm
 DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20, "unipc": 20}
@@ -183,7 +186,11 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
         x = step_back(scheduler, out, t, x, generators)
         if progress:
             progress(i + 1, steps)
-    return torch.where(joins >= 1, x, known)
+    latents = torch.where(joins >= 1, x, known)
+    if not latents.isfinite().all():                                    # sync
+        raise ValueError(f"after {steps} steps the latents are not finite: are the weights whole? cfg_scale is "
+                         f"{cfg_scale:g}")
+    return latents
 
 
 # ---------------------------------------------------------------- from captions to frames
@@ -210,6 +217,10 @@ class Job:
     def plans(self, references):
         """masks.frame_plan of each segment; the segments before it count as references."""
         groups, lengths = parse_strategy(self.strategy), [len(frames) for frames in references]
+        for group in groups:
+            if not 0 <= group.segment < len(self.prompts):
+                raise ValueError(f"mask strategy {format_strategy([group])!r} is for segment {group.segment}, expected "
+                                 f"0 to {len(self.prompts) - 1}: {len(self.prompts)} segments are made")
         return [frame_plan(groups, i, self.num_frames, lengths + [self.num_frames] * i)
                 for i in range(len(self.prompts))]
 
@@ -260,6 +271,8 @@ def plan_job(prompt, groups, segments, overlap, loop=False, **rest):
     if len(prompts) == 1 and not loop:
         return Job(prompts, strategy=format_strategy(groups), **rest)
     overlap = max(1, T // 4) if overlap is None else overlap
+    if T == 1:
+        raise ValueError(f"{len(prompts)} segments of 1 frame: expected 2 frames or more, as segments share some")
     if not 0 < overlap < T:
         raise ValueError(f"overlap={overlap} of segments of {T} frames: expected 1 to {T - 1}")
     chain = seamless(overlap, len(prompts)) if loop else [
@@ -551,7 +564,7 @@ def fill(args, **defaults):
 
 def read_jobs(args, config):
     """The jobs of the command line or of a file of prompts: number i of each prompt, once per seed."""
-    lines = args.prompt or [line for line in Path(args.prompts).read_text("utf-8").splitlines() if line.strip()]
+    lines = args.prompt or read_prompts(args.prompts)
     T, *size = default_bucket(config.trained)
     jobs = []
     for number, line in enumerate(lines):
@@ -564,6 +577,18 @@ def read_jobs(args, config):
                           height=height, width=width, fps=asked.fps, frame_interval=asked.frame_interval,
                           references=tuple(references), seed=seed, number=number) for seed in asked.seeds]
     return jobs
+
+
+def read_prompts(path):
+    """Returns the lines of a file that are not blank; raises ValueError unless it is UTF-8, with or without a BOM."""
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 ({error}): save it in that encoding") from None
+    lines = [line for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{path} holds no prompt, expected one in each line")
+    return lines
 
 
 def split_json(line, args):
@@ -606,7 +631,7 @@ def given_frames(asked, T):
              "connect": lambda paths: (paths, connect(1 if asked.keep is None else keep)),
              "edit": lambda path: ([path], edit(asked.strength, T)),
              "infill": lambda words: ([words[0]], infill(*parse_pair(words[1], ":", "--infill", "4:12"), T)),
-             "reference": lambda paths: (";".join(paths).split(";"),
+             "reference": lambda paths: ([path.strip() for path in ";".join(paths).split(";")],
                                          animate() if asked.mask_strategy is None else groups)}
     used = [name for name in forms if getattr(asked, name) is not None]
     if len(used) > 1 or used != ["reference"] and used and groups:
@@ -667,7 +692,7 @@ read_again = lru_cache(maxsize=4)(read_window)      # several prompts or seeds f
 # ---------------------------------------------------------------- command line: sampling them
 def run(args):
     """Samples the jobs that are asked for and not there yet; the groups of args.sp processes share them."""
-    start, place = time.perf_counter(), start_processes(sp=args.sp, device=args.device)
+    place = start_processes(sp=args.sp, device=args.device)
     if args.again:
         vars(args).update(read_record(args.again))
     place.say(use(place.device, args.plain))
@@ -676,12 +701,16 @@ def run(args):
          cfg_scale=config.cfg_scale, quirks=quirks)
     config = replace(config, vae=args.vae, text_encoder=args.text_encoder)
     timesteps(args.steps, args.sampler)                                     # raises where there are none
+    if not math.isfinite(args.cfg_scale):
+        raise ValueError(f"--cfg-scale {args.cfg_scale}: expected a number")
     if not 0 <= args.rescale <= 1:
         raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
     jobs = [args.job] if args.again else read_jobs(args, config)
+    check_captions(jobs, config)
     weights = fingerprint(read_weights(file))
     vae = load_vae(args.vae, device=place.device)
     check_jobs(jobs, read_references, vae.down, config.model.patch_size)
+    check_out(args.out)
     if args.again and args.weights != weights:
         place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
     how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
@@ -694,7 +723,7 @@ def run(args):
         if made[job]:
             place.say(f"{job.name}: goes on behind {len(made[job])} of {len(job.prompts)} segments")
     dist.barrier()                          # collective; nobody writes before all have seen what is there
-    if mine := todo[place.data_rank::place.num_data_ranks]:                                         # T5 comes and goes before the model comes
+    if mine := todo[place.data_rank::place.num_data_ranks]:                 # T5 is freed before the model is loaded
         captions = list(dict.fromkeys(prompt for job in mine for prompt in job.prompts))
         text_encoder = encode_texts(config, captions, place.device, folder=args.text_cache, offload=args.offload)
         model = load(args.ckpt, place.device, offload=args.offload).model
@@ -716,7 +745,35 @@ def run(args):
         for _, seeds in groupby(jobs, lambda job: job.number):
             write_grid(list(seeds), args.out)
     place.say(f"{len(todo)} of {len(jobs)} made, {args.steps} {args.sampler} steps: "
-              f"{time.perf_counter() - start:.1f} s, with loading")
+              f"{time.time() - started():.1f} s from the start")
+
+
+def started():
+    """Returns when this process began, in seconds since 1970: what a user has waited includes the imports."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()[19])
+        uptime = float(Path("/proc/uptime").read_text("utf-8").split()[0])
+        return time.time() - uptime + ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, ValueError):           # a system without /proc
+        return IMPORTED
+
+
+def check_captions(jobs, config):
+    """Raises ValueError for a prompt of which cleaning, where the weights want it, leaves nothing."""
+    if config.model.as_released:
+        for job in jobs:
+            for prompt in job.prompts:
+                if not clean_caption(prompt):
+                    raise ValueError(f"prompt {prompt!r}: nothing is left of it when it is cleaned as the weights' "
+                                     "captions were: write it in words")
+
+
+def check_out(folder):
+    """Raises OSError, before anything is sampled, if a file cannot be written into a folder, or where it is to be."""
+    while not folder.exists():
+        folder = folder.parent
+    with tempfile.TemporaryFile(dir=folder):
+        pass
 
 
 def alike(jobs, made, size):

@@ -1,6 +1,7 @@
 """sample.py against recorded samplings of the release, diffusers and exact solutions; then its command line."""
 import inspect
 import json
+import math
 import os
 import pickle
 import shutil
@@ -22,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import configs
+import sample
 from assets.shapes import Thing, render
 from data import read_window, slot_generator, to_uint8, write_video
 from inputs import example_inputs
@@ -545,14 +547,19 @@ def test_odd_sizes_are_rounded_down_and_reported(capsys):
 
 
 def test_the_released_mask_language_places_frames_of_references():
-    """Each recorded strategy: a held frame is the reference's, the others are generated."""
+    """Each recorded strategy: a held frame is the reference's, the others are generated.
+
+    One segment is made here; the release ignores groups of others, which are an error."""
     rows = [row for row in PARSING["apply_mask_strategy"]["rows"]
             if row["strategy"] and row["loop_i"] == 0 and "out" in row]
     assert len(rows) >= 10
     references = [flat_frames(r, num_frames) for r, num_frames in enumerate((1, 4, 8))]
     model = Standin(gaussian_eps)
+    strategies = []
+    for row in rows:
+        strategies.append([group for group in parse_strategy(row["strategy"]) if group.segment == 0])
     videos = make([row["strategy"] for row in rows], model, num_frames=8, references=[references] * len(rows),
-                  strategies=[parse_strategy(row["strategy"]) for row in rows], batch_size=len(rows), steps=10)
+                  strategies=strategies, batch_size=len(rows), steps=10)
     for i, row in enumerate(rows):
         for t, (strength, source) in enumerate(zip(row["out"]["mask"], row["out"]["z"])):
             joins = [bool(call["x_mask"][i, t]) for call in model.calls]
@@ -731,6 +738,7 @@ def clips(tmp_path_factory):
         Image.fromarray(frames[0]).save(folder / f"{color}.png")
     (folder / "torn.mp4").write_bytes((folder / "red.mp4").read_bytes()[:600])
     (folder / "empty.txt").touch()
+    (folder / "latin1.txt").write_bytes("a café".encode("latin-1"))
     return folder
 
 
@@ -835,7 +843,7 @@ def test_given_frames_are_those_asked_for(command, calls, clips, tmp_path, monke
     ("1,-2,-2,0,2", "red3", "blue5"),           # .. and -2 the last reference
     ("1,-3,-2,0,2", "red5", "blue3"),
     ("0,-1,-2,0,2", "red3", "blue5"),
-    ("3,0,-1;1,2,-1", "red3", "blue3"),         # of a segment that is never made; segment 0 by its number
+    ("2,0,-1;1,2,-1", "red5", "blue3"),         # segment 0 by its number
 ])
 def test_the_end_of_a_reference_is_that_of_the_clip_meant(command, clips, tmp_path, monkeypatch, strategy, first,
                                                           second):
@@ -1061,7 +1069,13 @@ NO_PROMPT = ("--prompt", "--prompts", "--again", "--export", "--promt")
     (["--reference", "red.mp4", "--mask-strategy", "0,9"], ["reference=9"]),
     (["--mask-strategy", "0"], ["reference=0"]),
     (["--prompts", "nowhere.txt"], ["nowhere.txt"]),
-    (["--prompts", "empty.txt"], ["no prompts"]),
+    (["--prompts", "empty.txt"], ["empty.txt holds no prompt"]),
+    (["--prompts", "latin1.txt"], ["latin1.txt is not UTF-8"]),
+    (["--cfg-scale", "nan"], ["--cfg-scale nan"]),
+    (["--cfg-scale", "inf"], ["--cfg-scale inf"]),
+    (["--num-frames", "1", "--segments", "3"], ["3 segments of 1 frame"]),
+    (["--reference", "red.mp4", "--mask-strategy", "0;2,0,0", "--segments", "2"], ["segment 2", "0 to 1"]),
+    (["--reference", "red.mp4", "--mask-strategy=-1,0"], ["segment -1"]),
     (["--prompt", "a cat", " "], ["prompt 1"]),
     (["--segments", "0"], ["segment"]),
     (["--segments", "2", "--overlap", "8"], ["overlap=8"]),
@@ -1101,6 +1115,56 @@ def test_a_mistake_is_one_line_that_names_it(run_script, checkpoint, clips, tmp_
         assert part in error
     assert not (tmp_path / "out").exists()
     assert not Path("exported").exists()
+
+
+def test_latents_that_are_not_finite_are_no_video(run_script, tmp_path):
+    """A weight that is NaN would make a black one."""
+    folder = write_run(tmp_path / "run")
+    weights = load_file(folder / "model.safetensors")
+    weights["x_embedder.proj.bias"][0] = math.nan
+    save_file(weights, folder / "model.safetensors")
+    ended = run_script("sample", "--ckpt", folder, "--prompt", "a cat", *SMALL, "--device", "cpu", "--out",
+                       tmp_path / "out")
+    assert ended.status == 2
+    assert "not finite" in ended.err
+    assert not list(tmp_path.glob("out/*.mp4"))
+
+
+def test_an_output_that_cannot_be_written_is_found_out_first(run_script, checkpoint, tmp_path, monkeypatch):
+    """Not after the work: the model is not even loaded."""
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(sample, "load", None)
+    ended = run_script("sample", "--ckpt", checkpoint, "--prompt", "a cat", *SMALL, "--device", "cpu", "--out",
+                       tmp_path / "file/out")
+    assert ended.status == 2
+    assert str(tmp_path / "file") in ended.err
+
+
+def test_a_prompts_file_may_begin_with_a_byte_order_mark(command, tmp_path):
+    """As Windows' editors write it: it is no part of the first word."""
+    (tmp_path / "jobs.txt").write_bytes("a cat\n\na dog\n".encode("utf-8-sig"))
+    command("--prompts", tmp_path / "jobs.txt", *SMALL)
+    record = json.loads((tmp_path / "out/00-a-cat.json").read_text("utf-8"))
+    assert record["job"]["prompts"] == ["a cat"]
+
+
+def test_a_prompt_of_which_cleaning_leaves_nothing_is_an_error():
+    """It would be sampled as if there were no caption."""
+    config = SimpleNamespace(model=SimpleNamespace(as_released=True))
+    jobs = [SimpleNamespace(prompts=("a cat", "@somebody #12"))]
+    with pytest.raises(ValueError, match="somebody"):
+        sample.check_captions(jobs, config)
+    config.model.as_released = False
+    sample.check_captions(jobs, config)
+
+
+def test_blanks_around_the_names_of_references_do_not_count(command, clips, tmp_path, monkeypatch):
+    monkeypatch.chdir(clips)
+    common = ("--prompt", "a cat", *SMALL, "--mask-strategy", "0;0,1,0,-1,1")
+    command(*common, "--reference", "red.png ; blue.png")
+    command(*common, "--reference", "red.png", "blue.png", "--out", tmp_path / "again")
+    name = "00-a-cat.png"
+    assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
 def test_what_to_sample_must_be_said(run_script):
