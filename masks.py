@@ -11,11 +11,6 @@ Sampling.  In: groups such as "0,1,-4,0,4" (Given), the length of each reference
 reference frame that it comes from, and how much of it is generated, 0 to 1.
 Source: recipe (its report 02) and strategy string of Open-Sora 1.1: https://github.com/hpcaitech/Open-Sora
 """
-import os
-import signal
-if __name__ in ("__main__", "__mp_main__"):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C shows no traceback of a half-done import
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon, for a busy machine
 import argparse
 import difflib
 import re
@@ -276,4 +271,4 @@ def main(argv=None) -> None:
 
 
 if __name__ == "__main__":
-    from masks import main; main()
+    main()

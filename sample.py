@@ -2,24 +2,21 @@
 
     python sample.py --prompt "a red circle moves right" --seeds 0 1 2 3 --grid     four of it, and one picture of all
     python sample.py --prompts jobs.txt       one a line, also with JSON: a dog {"num_frames": 16, "animate": "dog.png"}
-    python sample.py --again samples/00-a-red-circle.json --out again               the same frames
 
 in    captions, frames that are given (optional), a checkpoint: one of our runs, or Open-Sora's published weights
 out   samples/00-a-red-circle.mp4, a contact sheet of its frames, .png, and what made them, .json
       from Python, `load` and `generate`: uint8 [B T H W 3]
 
-Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095), UniPC
-(2302.04867), classifier-free guidance (2207.12598), its rescaling (2305.08891), v (2202.00512), editing (2108.01073).
+Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095),
+classifier-free guidance (2207.12598), its rescaling (2305.08891), v (2202.00512), editing (2108.01073).
 """
-import os
-import signal
-if __name__ in ("__main__", "__mp_main__"):
-    signal.signal(signal.SIGINT, signal.SIG_DFL)    # until main(): Ctrl-C shows no traceback of a half-done import
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # waiting OpenMP threads sleep soon, for a busy machine
 import argparse
 import json
 import math
+import os
 import re
+import shlex
+import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -31,11 +28,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler, UniPCMultistepScheduler
+from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from einops import rearrange, repeat
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tqdm import tqdm
 
 import configs
@@ -50,8 +46,8 @@ from vae import (DECODER_BYTES, clean_caption, fetch, find, fingerprint, frames_
 
 IMPORTED = time.time()
 NUM_TIMESTEPS = 1000
-# iddpm's is the release's; ddim: 2010.02502 has 20 to 100; dpm: 2211.01095 has 15 to 20 with guidance, unipc as dpm
-DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20, "unipc": 20}
+# iddpm's is the release's; ddim: 2010.02502 has 20 to 100; dpm: 2211.01095 has 15 to 20 with guidance
+DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20}
 SAMPLERS = tuple(DEFAULT_STEPS)
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           # and the ends of their names
 
@@ -79,8 +75,6 @@ def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
     kind = {"eps": "epsilon", "v": "v_prediction"}[prediction]
     if sampler == "iddpm":                                              # by default it clips x_0 to -1..1
         scheduler = DDPMScheduler(prediction_type=kind, variance_type="learned_range", clip_sample=False)
-    elif sampler == "unipc":
-        scheduler = UniPCMultistepScheduler(prediction_type=kind)       # order 2
     else:
         # DPM-Solver++ of order 1 is DDIM. diffusers' DDIMScheduler always steps from t to t - 1000 // n, which is right
         # for evenly spaced t only; this class takes any list. No variance_type: with one it would keep 3 channels.
@@ -95,11 +89,12 @@ def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
 def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
     """`steps` of 999..0, evenly spaced with both ends (2102.09672, section 4), as in 999, 989, .., 10, 0; one is 999.
 
-    dpm and unipc leave out 0: log(SNR) rises so steeply there that a second-order step to 0 overshoots.  For latents
-    that are N(0.5, 0.3^2), 50 steps of either are 5% off the exact solution with 0 and 1% without."""
-    spaces = steps if sampler in ("dpm", "unipc") else max(1, steps - 1)
+    dpm leaves out 0: log(SNR) rises so steeply there that a second-order step to 0 overshoots.  For latents that are
+    N(0.5, 0.3^2), 50 steps are 5% off the exact solution with 0 and 1% without."""
+    spaces = steps if sampler == "dpm" else max(1, steps - 1)
     if not 1 <= spaces < NUM_TIMESTEPS or steps < 1:
-        raise ValueError(f"steps={steps}: expected 1 to {NUM_TIMESTEPS - 1}; usual are {DEFAULT_STEPS}")
+        most = NUM_TIMESTEPS - 1 if sampler == "dpm" else NUM_TIMESTEPS
+        raise ValueError(f"steps={steps}: expected 1 to {most}; usual are {DEFAULT_STEPS}")
     return [round(i * (NUM_TIMESTEPS - 1) / spaces) for i in range(spaces, spaces - steps, -1)]
 
 
@@ -168,11 +163,11 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
         y, y_mask = torch.cat([y, model.null_y.to(y).expand_as(y)]), torch.cat([y_mask, null_mask])
         cond = {name: torch.cat([value, value]) for name, value in cond.items()}
     scheduler, times = noise_schedule(sampler, prediction), timesteps(steps, sampler)
-    scheduler.set_timesteps(**{"num_inference_steps": steps} if sampler == "unipc" else {"timesteps": times})
+    scheduler.set_timesteps(timesteps=times)
     x = z
-    for i, t in enumerate(scheduler.timesteps):                         # unipc spaces them so by itself, takes no list
+    for i, t in enumerate(scheduler.timesteps):
         # The model sees a frame that has not joined clean; to the solver it is at level t (DDPM, eq. 4), the answer
-        # (v: 2202.00512, appendix D) that says x_0 = known: so dpm and unipc have a true history of it when it joins.
+        # (v: 2202.00512, appendix D) that says x_0 = known: so dpm has a true history of it when it joins.
         left, signal = steps - i, scheduler.alphas_cumprod[t].sqrt()
         noise = (1 - scheduler.alphas_cumprod[t]).sqrt()
         x = torch.where(left < joins, x, signal * known + noise * z)
@@ -254,10 +249,9 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
         jobs.append(plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width,
                              fps=fps, frame_interval=frame_interval, seed=seed, number=number))
     check_jobs(jobs, lambda job: references[job.number], vae.down, model.config.patch_size)
-    made = [[] for _ in jobs]
+    made = []
     for part in (slice(i, i + batch_size) for i in range(0, many, batch_size)):
-        for _ in sample_segments(model, vae, text_encoder, jobs[part], references[part], made[part], **how):
-            pass
+        made += sample_segments(model, vae, text_encoder, jobs[part], references[part], **how)
     return np.stack([show(vae, job, latents) for job, latents in zip(jobs, made)])
 
 
@@ -315,8 +309,8 @@ def check_jobs(jobs, references, down, patch_size):
             print(f"{height}x{width} asked, {made} made: a latent cell is {down} pixels wide")
 
 
-def sample_segments(model, vae, text_encoder, jobs, references, made, progress=None, quirks=SampleQuirks(), **how):
-    """Appends to `made`, per job its segments' latents [C T h w], those that are not in there; yields each [B C T h w].
+def sample_segments(model, vae, text_encoder, jobs, references, progress=None, quirks=SampleQuirks(), **how):
+    """Returns the latents of each job's segments, lists of [C T h w].
 
     jobs: of one shape.  references: per job a list of clips of any size, each uint8 [K H W 3], or K frames of which
     those that no plan takes may be None.  how: the settings of sample_latents."""
@@ -324,7 +318,8 @@ def sample_segments(model, vae, text_encoder, jobs, references, made, progress=N
         side // vae.down for side in (jobs[0].height, jobs[0].width)))
     plans = [job.plans(some) for job, some in zip(jobs, references)]
     given = [encode_references(vae, some, plan, shape, device) for some, plan in zip(references, plans)]
-    for segment in range(len(made[0]), len(jobs[0].prompts)):
+    made = [[] for _ in jobs]
+    for segment in range(len(jobs[0].prompts)):
         # of the CPU: a GPU's would give other noise, and a video would hang on where it was made
         generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]
         z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
@@ -342,7 +337,7 @@ def sample_segments(model, vae, text_encoder, jobs, references, made, progress=N
                            progress=progress, **masks, **how)
         for segments, latent in zip(made, z):
             segments.append(latent)
-        yield z
+    return made
 
 
 def frames_taken(plans):
@@ -522,7 +517,6 @@ def parse_args(argv=None):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", help="captions, each in quotes")
     what.add_argument("--prompts", metavar="FILE", help="of captions, one a line")
-    what.add_argument("--again", metavar="JSON", help="the file beside a video: makes this video again")
     what.add_argument("--plan", action="store_true", help="print the memory that sampling takes, and stop")
     what.add_argument("--export", metavar="FOLDER", help="write --ckpt as Open-Sora reads it, and stop")
     add_job_options(parser)
@@ -549,11 +543,7 @@ def parse_args(argv=None):
     add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
     add("--debug", action="store_true", help="errors with their traceback")
     args = parser.parse_args(argv)
-    free = "again out format grid overwrite batch_size offload text_cache sp device debug".split()      # in no .json
-    told = ["--" + name.replace("_", "-") for name, value in vars(args).items()
-            if name not in free and value != parser.get_default(name)]
-    if args.again and told:
-        parser.error(f"--again {args.again} takes all from there: leave out {', '.join(told)}")
+    args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
     return args
 
 
@@ -693,8 +683,6 @@ read_again = lru_cache(maxsize=4)(read_window)      # several prompts or seeds f
 def run(args):
     """Samples the jobs that are asked for and not there yet; the groups of args.sp processes share them."""
     place = start_processes(sp=args.sp, device=args.device)
-    if args.again:
-        vars(args).update(read_record(args.again))
     place.say(use(place.device, args.plain))
     file, config, quirks = find_checkpoint(args.ckpt)
     fill(args, vae=config.vae, text_encoder=config.text_encoder, steps=DEFAULT_STEPS[args.sampler],
@@ -705,23 +693,17 @@ def run(args):
         raise ValueError(f"--cfg-scale {args.cfg_scale}: expected a number")
     if not 0 <= args.rescale <= 1:
         raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
-    jobs = [args.job] if args.again else read_jobs(args, config)
+    jobs = read_jobs(args, config)
     check_captions(jobs, config)
     weights = fingerprint(read_weights(file))
     vae = load_vae(args.vae, device=place.device)
     check_jobs(jobs, read_references, vae.down, config.model.patch_size)
     check_out(args.out)
-    if args.again and args.weights != weights:
-        place.say(f"note: the weights in {args.ckpt} are others than those that made {args.again}")
     how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
     told = dict(sampling=how | {"quirks": asdict(args.quirks)}, ckpt=args.ckpt, weights=weights, vae=args.vae,
                 text_encoder=args.text_encoder, plain=args.plain)           # all of it is the same only to rounding
-    records = {job: json.dumps({"job": asdict(job)} | told, indent=1) for job in jobs}
-    todo = [job for job in jobs if args.overwrite or not there(job, records[job], args, place)]
-    made = {job: read_latents(job, records[job], args.out, place.device) for job in todo}
-    for job in todo:
-        if made[job]:
-            place.say(f"{job.name}: goes on behind {len(made[job])} of {len(job.prompts)} segments")
+    records = {job: {"job": asdict(job)} | told for job in jobs}
+    todo = [job for job in jobs if args.overwrite or not exists(job, records[job], args, place)]
     dist.barrier()                          # collective; nobody writes before all have seen what is there
     if mine := todo[place.data_rank::place.num_data_ranks]:                 # T5 is freed before the model is loaded
         captions = list(dict.fromkeys(prompt for job in mine for prompt in job.prompts))
@@ -729,18 +711,15 @@ def run(args):
         model = load(args.ckpt, place.device, offload=args.offload).model
         if place.group:
             sequence_parallel(model, place.group)
-    batches = alike(mine, made, args.batch_size)
-    total = args.steps * sum(len(batch[0].prompts) - len(made[batch[0]]) for batch in batches)
+    batches = alike(mine, args.batch_size)
+    total = args.steps * sum(len(batch[0].prompts) for batch in batches)
     with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
         for batch in batches:
             references = [read_references(job) for job in batch]
-            for _ in sample_segments(model, vae, text_encoder, batch, references, [made[job] for job in batch],
-                                     lambda *_: bar.update(), prediction=config.prediction, **how):
-                for job in batch if place.reads and len(batch[0].prompts) > 1 else ():      # a stop costs a segment
-                    args.out.mkdir(parents=True, exist_ok=True)
-                    write_whole(latents_file(job, args.out), {"z": torch.stack(made[job]).cpu()}, records[job])
-            for job in batch if place.reads else ():                        # one of those who share it
-                save(job, show(vae, job, made.pop(job)), records[job], args)
+            made = sample_segments(model, vae, text_encoder, batch, references, lambda *_: bar.update(),
+                                   prediction=config.prediction, **how)
+            for job, segments in zip(batch, made) if place.reads else ():   # one of those who share it
+                save(job, show(vae, job, segments), records[job], args)
     if args.grid and place.reads:
         for _, seeds in groupby(jobs, lambda job: job.number):
             write_grid(list(seeds), args.out)
@@ -776,9 +755,9 @@ def check_out(folder):
         pass
 
 
-def alike(jobs, made, size):
-    """Lists of at most `size` jobs that are sampled together: of one shape, with as many segments made."""
-    shape = lambda job: (job.num_frames, job.height, job.width, len(job.prompts), len(made[job]))
+def alike(jobs, size):
+    """Returns lists of at most `size` jobs that are sampled together: of one shape and number of segments."""
+    shape = lambda job: (job.num_frames, job.height, job.width, len(job.prompts))
     groups = [list(group) for _, group in groupby(sorted(jobs, key=shape), key=shape)]
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
@@ -797,52 +776,21 @@ def save(job, frames, record, args):
         order = " in reading order" if path.suffix == ".png" else f", {fps:g} per second"
         tqdm.write(f"{path}  " + (f"{T} frames of {H}x{W}{order}" if T > 1 else f"an image of {H}x{W}"))
     with atomic_write(args.out / f"{job.name}.json") as part:
-        part.write_text(record, "utf-8")
-    latents_file(job, args.out).unlink(missing_ok=True)
+        part.write_text(json.dumps({"command": args.command} | record, indent=1), "utf-8")
 
 
-def there(job, record, args, place):
+def exists(job, record, args, place):
+    """Returns whether a job has been sampled; raises ValueError if that was another prompt, or with other settings."""
     note, last = args.out / f"{job.name}.json", pictures(job, args)[-1]
     if not note.exists() or not last.exists():
         return False
-    if note.read_text("utf-8") != record:
-        raise ValueError(f"{last} is there, of another prompt or made with other settings (see its .json): choose "
-                         "another --out, or let it go with --overwrite")
-    place.say(f"{last} is there: skipped, --overwrite makes it anew")
+    before = json.loads(note.read_text("utf-8"))
+    before.pop("command", None)
+    if before != json.loads(json.dumps(record)):
+        raise ValueError(f"{last} already exists, of another prompt or with other settings (see its .json): choose "
+                         "another --out, or replace it with --overwrite")
+    place.say(f"{last} already exists, skipping (use --overwrite to replace it)")
     return True
-
-
-def latents_file(job, out):
-    return Path(out) / f".{job.name}.safetensors"
-
-
-def write_whole(path, tensors, note):
-    with atomic_write(path) as part:
-        try:
-            save_file(tensors, part, {"note": json.dumps(note)})
-        except SafetensorError as error:                                    # a full disk, say
-            raise OSError(f"{path}: {error}") from error
-
-
-def read_note(path):
-    with safe_open(path, "pt") as f:
-        return json.loads(f.metadata()["note"])
-
-
-def read_latents(job, record, out, device="cpu"):
-    """Latents [C T h w] of the segments that a stopped start of the very same job has left."""
-    path = latents_file(job, out)
-    return list(load_file(path, str(device))["z"]) if path.exists() and read_note(path) == record else []
-
-
-def read_record(path):
-    """What the .json beside a video tells, by the names of the options; its job."""
-    try:
-        told = json.loads(Path(path).read_text("utf-8"))
-        job = Job(**told["job"] | {name: tuple(told["job"][name]) for name in ("prompts", "references")})
-        return told | told["sampling"] | {"job": job, "quirks": SampleQuirks(**told["sampling"]["quirks"])}
-    except (ValueError, KeyError, TypeError) as error:                      # no text, no JSON, or other JSON
-        raise ValueError(f"--again {path}: expected the .json beside a video that was made here: {error!r}") from None
 
 
 def write_grid(jobs, out):
@@ -877,7 +825,7 @@ def print_plan(ckpt):
 
 def main(argv=None):
     args = parse_args(argv)
-    with one_line_errors(args.debug, "; the same command goes on from what is whole"):
+    with one_line_errors(args.debug, "; run the same command again to make the videos that are missing"):
         if args.export:
             export(args.ckpt, args.export)
         elif args.plan:
@@ -887,4 +835,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    from sample import main; main()
+    main()
