@@ -5,11 +5,13 @@
     python masks.py "0;0,1,0,-1,1" --reference-frames 16,1 the same, of references of 16 frames and of 1
 
 Training.  In: the number of latent frames T, the share of each strategy, a torch.Generator.  Out: x_mask, bool [T],
-True = noised.  A model that trained with such masks continues a clip, connects two clips, animates an image and closes
-a gap, and it does so with its one network: a given frame is simply told t = 0 (model.py).
+True = noised.  A model that was trained with such masks continues a clip, connects two clips, animates an image and
+closes a gap, with one and the same network: for a given frame it is conditioned on t = 0 (model.py).
+
 Sampling.  In: groups such as "0,1,-4,0,4" (Given), the length of each reference.  Out: for every latent frame the
 reference frame that it comes from, and how much of it is generated, 0 to 1.
-Source: recipe (its report 02) and strategy string of Open-Sora 1.1: https://github.com/hpcaitech/Open-Sora
+
+The recipe and the strategy string are those of Open-Sora 1.1 (its report 02), https://github.com/hpcaitech/Open-Sora.
 """
 import argparse
 import difflib
@@ -21,23 +23,27 @@ from dataclasses import astuple, dataclass, replace
 import torch
 
 
-# ---- training ----
-
-# Where the given frames are: anywhere in one piece, at the start, at the end, at both ends. How many: one ("image"), or
-# 1 to T // 4, all counts alike ("quarter"); at both ends the same number twice.  Kinds and shares are those of the
-# released stages' mask_ratios: a quarter of the clips are masked.
-STRATEGIES = ("mask_no", *(f"mask_{size}_{place}" for size in ("quarter", "image")
-                           for place in ("random", "head", "tail", "head_tail")))
-RECIPE = {name: 0.75 if name == "mask_no" else 0.05 if name.endswith("head_tail") else 0.025 for name in STRATEGIES}
+# ---------------------------------------------------------------- training
+# The given frames are one ("image") or 1 to T // 4, each count as likely as the others ("quarter"); they are in one
+# piece anywhere ("random"), at the start, at the end, or as many at both ends.  Kinds and shares are those of
+# Open-Sora's stages: a quarter of the clips are masked.
+RECIPE = {
+    "mask_no": 0.75,
+    "mask_quarter_random": 0.025, "mask_quarter_head": 0.025, "mask_quarter_tail": 0.025,
+    "mask_quarter_head_tail": 0.05,
+    "mask_image_random": 0.025, "mask_image_head": 0.025, "mask_image_tail": 0.025,
+    "mask_image_head_tail": 0.05,
+}
+STRATEGIES = tuple(RECIPE)
 
 
 def check_ratios(ratios: Mapping[str, float]) -> None:
-    """Raises ValueError unless `ratios` maps known strategies to shares of clips that are >= 0 and sum to 1."""
+    """Raises ValueError unless `ratios` maps known strategies to shares of clips that are 0 or more and sum to 1."""
     for name, ratio in ratios.items():
         if name not in STRATEGIES:
             close = difflib.get_close_matches(str(name), STRATEGIES, n=1, cutoff=0.3)
             meant = f"; did you mean {close[0]!r}?" if close else ""
-            raise ValueError(f"mask_ratios: unknown strategy {name!r}{meant} There are: {', '.join(STRATEGIES)}")
+            raise ValueError(f"mask_ratios: unknown strategy {name!r}{meant} Expected some of {', '.join(STRATEGIES)}")
         if not isinstance(ratio, (int, float)) or not ratio >= 0:      # also catches nan
             raise ValueError(f"mask_ratios[{name!r}] = {ratio!r}: a share of clips must be 0 or more")
     total = sum(ratios.values())
@@ -46,9 +52,9 @@ def check_ratios(ratios: Mapping[str, float]) -> None:
 
 
 def strategy_mask(name: str, T: int, generator: torch.Generator) -> torch.Tensor:
-    """One mask of one strategy, bool [T], True = noised. At least one frame is noised, whatever T is."""
+    """Returns a mask of one strategy, bool [T], True = noised.  At least one frame is noised, whatever T is."""
     x_mask = torch.ones(T, dtype=torch.bool)
-    if name == "mask_no" or T == 1:                                    # a still image has no frame to spare
+    if name == "mask_no" or T == 1:                                    # the one frame of an image is generated
         return x_mask
     size, place = name.removeprefix("mask_").split("_", 1)
     most = max(1, T // 4) if size == "quarter" else 1                  # T = 2, 3 have no quarter: one frame
@@ -58,13 +64,13 @@ def strategy_mask(name: str, T: int, generator: torch.Generator) -> torch.Tensor
         x_mask[start : start + given] = False
     if place in ("head", "head_tail"):
         x_mask[:given] = False
-    if place == "tail" or place == "head_tail" and T > 2:              # both ends of T = 2 would leave nothing to do
+    if place == "tail" or place == "head_tail" and T > 2:              # both ends of 2 frames would be all of them
         x_mask[T - given :] = False
     return x_mask
 
 
 def draw_mask(T: int, ratios: Mapping[str, float], generator: torch.Generator) -> torch.Tensor:
-    """One clip's x_mask, bool [T], True = noised: strategy `name` with probability ratios[name] (see check_ratios)."""
+    """Returns the x_mask of a clip, bool [T], True = noised, of a strategy that is drawn with the ratios' shares."""
     u = float(torch.rand((), generator=generator, dtype=torch.float64))
     for name, ratio in ratios.items():
         u -= ratio
@@ -73,13 +79,12 @@ def draw_mask(T: int, ratios: Mapping[str, float], generator: torch.Generator) -
     return torch.ones(T, dtype=torch.bool)                             # shares that sum to 1 - 1e-7
 
 
-# ---- sampling: the strategy string ----
-
+# ---------------------------------------------------------------- sampling: the strategy string
 @dataclass(frozen=True)
 class Given:
-    """One group: `length` frames of a reference from ref_start on become the clip's frames from target_start on.
+    """A group: `length` frames of a reference from ref_start on become the clip's frames from target_start on.
 
-    Counted in latent frames from 0; a negative reference or start counts from the end.  Raises ValueError."""
+    Latent frames are counted from 0; a negative reference or start counts from the end.  Raises ValueError."""
     segment: int = 0                # which clip of a long video
     reference: int = 0              # among the references given, then the segments already made
     ref_start: int = 0
@@ -98,12 +103,14 @@ FIELDS = Given.__annotations__
 
 
 def parse_strategy(text: str) -> list[Given]:
-    """The groups of "segment,reference,ref_start,target_start,length,edit;..", as in "0;0,1,0,-1,1".
+    """Returns the groups of "segment,reference,ref_start,target_start,length,edit;...", as in "0;0,1,0,-1,1".
 
-    What a group leaves out at its end is Given's default.  "" is no group at all, and a ";" at the end adds none.
-    Raises ValueError, which names group and field."""
-    parts, groups = [part.strip() for part in text.split(";")], []
-    parts = parts if parts[-1] else parts[:-1]
+    What a group leaves out at its end has Given's default.  "" holds no group, and a ";" at the end adds none.  Raises
+    ValueError, which names group and field."""
+    parts = [part.strip() for part in text.split(";")]
+    if not parts[-1]:
+        parts.pop()
+    groups = []
     for number, part in enumerate(parts, 1):
         try:
             groups.append(parse_group(part))
@@ -127,15 +134,15 @@ def parse_group(part: str) -> Given:
 
 
 def format_strategy(groups: Sequence[Given]) -> str:
-    """The string that parse_strategy reads back as the same groups, all six fields written out."""
+    """Returns the string that parse_strategy reads as these groups, with all six fields."""
     return ";".join(",".join(str(value).removesuffix(".0") for value in astuple(group)) for group in groups)
 
 
 def placed(groups: Sequence[Given], segment: int, num_frames: int, lengths: Sequence[int]):
-    """Yields (group, reference, its frames, the clip's frames) of a segment's groups, from 0; see frame_plan.
+    """Yields (group, reference, its frames, the clip's frames) of a segment's groups, counted from 0; see frame_plan.
 
-    As in the release, what is past an end is cut off, and a single frame of the reference serves all of the clip's;
-    lengths still unequal raise ValueError."""
+    As in the release, what is past an end is cut off, and a single frame of the reference serves all of the clip's.
+    Raises ValueError if the lengths still differ."""
     for number, group in enumerate(groups, 1):
         if group.segment != segment:
             continue
@@ -158,14 +165,16 @@ def placed(groups: Sequence[Given], segment: int, num_frames: int, lengths: Sequ
 
 
 def frame_plan(groups: Sequence[Given], segment: int, num_frames: int, lengths: Sequence[int]):
-    """(sources, strengths) of one segment's T = num_frames latent frames.  lengths: the frames of each reference.
+    """Returns (sources, strengths) of the T = num_frames latent frames of a segment.
 
+    lengths    the frames of each reference
     sources    list of T: (reference, its frame), both counted from 0, or None
-    strengths  float [T]: 0 = held as given, 1 = generated from noise alone (just where the source is None); r between:
-               the last int(r * N) of N steps change it, in fp32, where 0.29 of 100 steps are 29 (in fp64 28)
-    Later groups override earlier ones.  edit = 1 takes a frame back (the release starts such a frame from the reference
-    in place of noise).  Raises ValueError where a group does not fit."""
-    sources, strengths = [None] * num_frames, torch.ones(num_frames)
+    strengths  float [T]: 0 = held as given, 1 = generated from noise alone (where the source is None); for r between
+               them the last int(r * N) of N steps change the frame, in fp32: 0.29 of 100 steps are 29 (in fp64 28)
+    Later groups override earlier ones.  A frame with edit = 1 is generated (the release starts it from the reference in
+    place of noise).  Raises ValueError if a group does not fit."""
+    sources = [None] * num_frames
+    strengths = torch.ones(num_frames)
     for group, reference, taken, targets in placed(groups, segment, num_frames, lengths):
         for i, target in enumerate(targets):
             sources[target] = (reference, taken[i if len(taken) > 1 else 0]) if group.edit < 1 else None
@@ -173,34 +182,39 @@ def frame_plan(groups: Sequence[Given], segment: int, num_frames: int, lengths: 
     return sources, strengths
 
 
-# ---- sampling: what people ask for, as groups ----
-# Training gives up to T // 4 frames at an end, so `keep` beyond that is untrained.  Forms add: animate() + seamless(4).
+# ---------------------------------------------------------------- sampling: what people ask for, as groups
+# In training up to T // 4 frames are given at an end, so that a larger `keep` is untrained.  Lists of groups can be
+# added, as in animate() + seamless(4).
 
 def animate() -> list[Given]:
-    """An image is the first frame."""
+    """Returns the groups with which an image is the first frame."""
     return [Given()]
 
 
 def extend_after(keep: int, segment: int = 0, reference: int = 0) -> list[Given]:
-    """A clip's last `keep` frames come first; in segments 1, 2, .. of a long video, -1 is the segment before."""
+    """Returns the groups with which a clip's last `keep` frames come first; reference -1 is the segment before."""
     if keep < 1:
-        raise ValueError(f"keep={keep}: expected 1 frame or more, the overlap with what is given")
+        raise ValueError(f"keep={keep}: expected 1 frame or more, as the result shares some with what is given")
     return [Given(segment, reference, ref_start=-keep, length=keep)]
 
 
 def extend_before(keep: int, segment: int = 0, reference: int = 0) -> list[Given]:
-    """A clip's first `keep` frames come last."""
+    """Returns the groups with which a clip's first `keep` frames come last."""
     return [replace(after, ref_start=0, target_start=-keep) for after in extend_after(keep, segment, reference)]
 
 
 def connect(keep: int = 1) -> list[Given]:
-    """Reference 0, the result and reference 1 play as one.  A clip connected to itself: what makes a loop of it."""
+    """Returns the groups with which reference 0, the result and reference 1 play as one.
+
+    A clip that is connected to itself becomes a loop."""
     return extend_after(keep, reference=0) + extend_before(keep, reference=1)
 
 
 def seamless(keep: int, segments: int = 2) -> list[Given]:
-    """A long video that loops: its last segment ends with the first `keep` frames of segment 0, which are left out when
-    it is written: segments * (T - keep) frames.  With one repeated frame the picture would close, the motion not."""
+    """Returns the groups of a long video that loops, of segments * (T - keep) frames.
+
+    Its last segment ends with the first `keep` frames of segment 0, which are left out when it is written.  If only one
+    frame were repeated, the picture would close but not the motion."""
     if segments < 2:
         raise ValueError(f"seamless: segments={segments}: expected 2 or more, the last one leads back to the first")
     chain = [group for i in range(1, segments) for group in extend_after(keep, segment=i, reference=-1)]
@@ -208,21 +222,31 @@ def seamless(keep: int, segments: int = 2) -> list[Given]:
 
 
 def edit(strength: float, num_frames: int) -> list[Given]:
-    """A clip changed by `strength`, 0 to 1."""
+    """Returns the groups with which a clip is changed by `strength`, 0 to 1."""
     return [Given(length=num_frames, edit=strength)]
 
 
 def infill(start: int, stop: int, num_frames: int) -> list[Given]:
-    """All of a clip but its frames start .. stop - 1."""
+    """Returns the groups with which all of a clip is given but its frames start .. stop - 1."""
     if not 0 <= start < stop <= num_frames:
         raise ValueError(f"infill {start}:{stop}: expected START:STOP, 0 <= START < STOP <= {num_frames}, as in 4:12")
-    return [Given(0, 0, part.start, part.start, len(part)) for part in (range(start), range(stop, num_frames)) if part]
+    before = Given(length=start)
+    after = Given(ref_start=stop, target_start=stop, length=num_frames - stop)
+    return [part for part in (before, after) if part.length]
 
 
-# ---- pictures ----
+# ---------------------------------------------------------------- pictures
+def span(run):
+    """Returns the ends of a range as text."""
+    if not run:
+        return "no frame"
+    return f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0])
+
 
 def draw_training(T: int) -> None:
-    generator, count = torch.Generator().manual_seed(0), max(1, min(4, 80 // (T + 2)))
+    """Prints some masks of every strategy."""
+    generator = torch.Generator().manual_seed(0)
+    count = max(1, min(4, 80 // (T + 2)))
     print(f"masks of {T} latent frames: █ noised, to be generated   ░ given.  In brackets its share in the recipe")
     for name in STRATEGIES:
         masks = [strategy_mask(name, T, generator).tolist() for _ in range(count)]
@@ -231,9 +255,8 @@ def draw_training(T: int) -> None:
 
 
 def draw_strategy(groups: Sequence[Given], num_frames: int, lengths: Sequence[int]) -> None:
-    """A line of frames per segment, and one for each of its groups: what comes from where.  Raises as frame_plan."""
+    """Prints a line of frames per segment, and for each of its groups which frames come from where."""
     lines = ["█ generated   ▒ edited   ░ given as it is.  Lower lines override upper ones"]
-    span = lambda run: f"{run[0]}-{run[-1]}" if len(run) > 1 else f"{run[0]}" if run else "no frame"
     for segment in sorted({0, *(group.segment for group in groups)}):
         _, strengths = frame_plan(groups, segment, num_frames, lengths)
         picture = "".join({0: "░", 1: "█"}.get(r, "▒") for r in strengths.tolist())

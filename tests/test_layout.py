@@ -1,7 +1,6 @@
 """The frame: who imports whom (DESIGN.md), what is allowed in, and that a file called kernels.py disturbs nobody."""
 import ast
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -136,18 +135,6 @@ def test_an_output_that_cannot_be_written_is_one_line(run_script, tmp_path, comm
     assert ended.status == 2
     assert str(tmp_path) in ended.err
     assert "Traceback" not in ended.err
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["sample", "train"])
-def test_ctrl_c_while_importing_shows_no_traceback(name):
-    with subprocess.Popen([sys.executable, "-X", "importtime", f"{name}.py"], cwd=ROOT, stderr=subprocess.PIPE,
-                          text=True) as process:
-        while "torch" not in process.stderr.readline():         # a part of it has been imported
-            assert process.poll() is None
-        process.send_signal(signal.SIGINT)
-        assert "Traceback" not in process.stderr.read()
-    assert process.returncode == -signal.SIGINT
 
 
 # ---- kernels is the name of a package that transformers looks for, too ----
