@@ -1076,7 +1076,7 @@ def main(argv=None):
 
 # ---------------------------------------------------------------- processes
 class Place(NamedTuple):
-    """Where a process stands among all.  mesh: over which the weights are sharded.  group: those who share each clip.
+    """The place of a process among all.  mesh: those that shard the weights.  group: those that share each clip.
 
     The two are independent: the ranks of a group compute different frames with the same weights, of which each keeps
     its own shard, as any others do.  group is None without sequence parallelism."""

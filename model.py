@@ -32,6 +32,7 @@ from einops import rearrange, repeat
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from kernels import attention, cross_attention, gated_residual, gelu_linear, modulate, qk_norm_rope, time_attention
@@ -512,12 +513,24 @@ def read_step(folder):
     weights = {name: torch.empty(tensor.size) for name, tensor in held.items() if name.startswith("ema.")}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # as no_dist asks for
-        dcp.load(weights, checkpoint_id=folder, no_dist=True)
+        load_shards(weights, folder, no_dist=True)
     return {name.removeprefix("ema."): value for name, value in weights.items()}
 
 
+def load_shards(state, folder, **how):
+    """Fills the tensors of a state dict from a step of a run; collective unless no_dist.  Raises ValueError."""
+    try:
+        dcp.load(state, checkpoint_id=folder, **how)
+    except CheckpointException as error:    # no Exception; what torch says of it advises to unpickle
+        kinds = {type(failure).__name__ for failure, _ in error.failures.values()}
+        raise ValueError(f"{folder} cannot be read, a shard is damaged or of another model ({', '.join(kinds)}) - "
+                         "remove this step to resume from the one before it") from None
+
+
 def check_whole(folder):
-    """Raises ValueError, which names the file, if a shard of a step is missing or has been cut short."""
+    """Raises ValueError, which names the file, if a shard of a step is missing or has been cut short.
+
+    It does not find bytes that have changed."""
     remedy = "remove this step to resume from the one before it"
     try:
         shards = dcp.FileSystemReader(folder).read_metadata().storage_data.values()

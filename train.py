@@ -27,7 +27,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from datetime import timedelta
 from functools import partial
@@ -53,7 +53,8 @@ from data import (BadClips, BucketSampler, ClipDataset, atomic_write, batches, g
                   read_meta, slot_generator, to_video, uniform, write_video)
 from kernels import Place, all_frames, own_frames, sequence_parallel, start_processes, use
 from masks import draw_mask
-from model import STDiT, check_weights, check_whole, from_pixart, is_pixart, read_step, read_weights
+from model import (STDiT, check_weights, check_whole, from_pixart, is_pixart, load_shards, read_step,
+                   read_weights)
 from sample import PUBLISHED, SampleQuirks, default_bucket, generate, noise_schedule
 from vae import fetch, find, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
@@ -67,9 +68,9 @@ VALIDATION_BATCHES = 8      # global batches of held-out clips
 # which a variational bound trains.  The papers count t from 1, the code from 0: at t = 0, "x_t" is their x_1 and
 # "x_t-1" their x_0.
 def diffusion_vectors(alphas_cumprod):
-    """Returns what the loss reads at t: vectors [1000] in fp64 from abar, by the names of improved DDPM's code.
+    """Returns what the loss reads at t: vectors [1000] from abar, by the names of improved DDPM's code.
 
-    In fp32 the span at t = 999, 8e-7, would be lost, and coef1 at t = 0 would be 0.99983 where 1 is right."""
+    They are computed in fp64: in fp32 differences of numbers near 1 would lose their digits."""
     abar = alphas_cumprod.double()
     abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
     beta = 1 - abar / abar_prev
@@ -107,9 +108,10 @@ def q_sample(vectors, x_0, t, noise):
 
 
 def diffusion_loss(vectors, out, x_0, x_t, noise, t, x_mask, prediction="eps"):
-    """Returns L_simple + lambda L_vlb (improved DDPM, eq. 16) per clip, {"loss", "mse", "vb"} [B]; bits a value.
+    """Returns L_simple + lambda L_vlb (improved DDPM, eq. 16) per clip: {"loss", "mse", "vb"} [B].
 
-    L_vlb is a sum over 1000 times of which one is drawn, and lambda is 0.001: so the drawn term has weight 1.
+    L_vlb is a sum over 1000 times of which one is drawn, and lambda is 0.001: so the drawn term has weight 1; vb is in
+    bits per value.
     out [B 2C T h w]: eps or v, then the variance channels.  x_mask [B T]: only noised frames count; a clip without one
     has loss 0.  The gradient of the bound reaches the variance channels only (ibid., section 3.1)."""
     predicted, variance = out.float().chunk(2, dim=1)
@@ -273,7 +275,7 @@ def make_run(config, place):
 
 
 def build_model(config, place):
-    """Returns an STDiT with fp32 weights that have no values yet, sharded block by block (FSDP2).
+    """Returns an STDiT with uninitialised fp32 weights, sharded block by block (FSDP2).
 
     It computes in config.dtype.  Each GPU keeps its part of the weights, of the gradients, of Adam's two moments and of
     the EMA (ZeRO stage 3); a block's weights are gathered while it computes.  As in torchtitan every step of the way is
@@ -318,8 +320,8 @@ def copy_weights(source, target):
 def update_average(run, step):
     """Moves the EMA of the weights, which is what is sampled from (DDPM, appendix B), towards the weights.
 
-    From fresh weights the decay grows as (1 + step) / (10 + step), so that they do not linger (TensorFlow's rule); from
-    trained ones it is constant, as Open-Sora's.  In fp32: in bf16 a step of 1e-4 would be lost."""
+    From fresh weights the decay grows as (1 + step) / (10 + step), so that these are forgotten quickly (TensorFlow's
+    rule); from trained ones it is constant, as Open-Sora's.  In fp32: in bf16 a step of 1e-4 would be lost."""
     decay = run.config.ema_decay
     if not run.config.init:
         decay = min(decay, (1 + step) / (10 + step))
@@ -350,8 +352,8 @@ def find_weights(name):
 
 
 def start_from(run, path):
-    """Loads weights and EMA of a run or one of its steps, with config.init_optimizer Adam's state too; or of a file the
-    weights, which are then the EMA's as well."""
+    """Loads weights and EMA of a run or one of its steps, with config.init_optimizer Adam's state too; or, from a file,
+    the weights, which also become the EMA."""
     config = run.config
     last = path if is_step(path) else latest(path)
     run.place.say(f"starts from {last or path}")
@@ -384,22 +386,29 @@ def train(config, allow_changes=False, plain=False):
     """Trains to config.steps; returns 0, or the number of the signal that stopped it after a checkpoint."""
     place = start_processes(config.shard, config.sp)
     place.say(use(place.device, plain))
-    meta = rank0_first(lambda: read_meta(config.data))                      # which saves the table
+    patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))    # for what takes one rank hours
+    meta = rank0_first(lambda: read_meta(config.data), patient)             # which saves the table
     sampler = BucketSampler(meta, config)
     place.say(sampler.table())
-    with lock_folder(open_folder(config, place), place):
-        return train_in_folder(config, place, meta, sampler, allow_changes)
+    folder = open_folder(config, place)
+    lock = on_rank0(lambda: lock_folder(folder), patient)
+    try:
+        return train_in_folder(config, place, patient, meta, sampler, allow_changes)
+    finally:
+        if lock:
+            lock.close()
 
 
-def train_in_folder(config, place, meta, sampler, allow_changes):
+def train_in_folder(config, place, patient, meta, sampler, allow_changes):
+    """Trains in a folder that is this run's; see train.  patient: a group of all ranks whose timeout is weeks."""
     folder = Path(config.out)
     last = latest(folder)
     first = step_of(last) if last else 0
-    init = rank0_first(lambda: find_weights(config.init)) if config.init and not last else None
-    vae = rank0_first(lambda: load_vae(config.vae, config.torch_dtype, place.device))       # rank 0 downloads
+    init = rank0_first(lambda: find_weights(config.init), patient) if config.init and not last else None
+    vae = rank0_first(lambda: load_vae(config.vae, config.torch_dtype, place.device), patient)     # rank 0 downloads
     text_encoder = rank0_first(lambda: load_text_encoder(
         config.text_encoder, config.model.model_max_length, config.torch_dtype, place.device,
-        config.model.as_released))
+        config.model.as_released), patient)
     inputs = fingerprint(meta, vae, text_encoder)
     if last:
         check_changes(config, last, inputs, allow_changes, place.say)
@@ -412,14 +421,13 @@ def train_in_folder(config, place, meta, sampler, allow_changes):
         write_text(folder / "config.py", configs.dump(config))
         write_text(folder / "clips.txt", f"{inputs}\n{sampler.table()}\n")
 
-    # The frozen networks work at every step, or, with a cache, once and now.  Previews need their prompts alone: with
-    # these remembered, T5's 9 GiB can go.
+    # The frozen networks run at every step or, with a cache, only once, here.  Previews need the embeddings of their
+    # prompts alone: with these remembered, T5's 9 GiB can go.
     encode = partial(to_latents, vae=vae, text_encoder=text_encoder, group=place.group)
     validation = Validation(config, meta, place, first, encode) if config.validate_every else None
     prompts = remember(lambda encoder=text_encoder: encoder, config.prompts)
     dataset = ClipDataset(meta, config)
     if config.cache:
-        patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))    # ranks end hours apart
         dataset = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
         encode = dict
     del text_encoder
@@ -436,6 +444,8 @@ def train_in_folder(config, place, meta, sampler, allow_changes):
     try:
         return take_steps(run, first, clips, encode, log, validation, partial(preview, run, vae, prompts))
     finally:
+        for number, usual in USUAL.items():
+            signal.signal(number, usual)
         log.close()
         if validation:
             validation.close()
@@ -454,7 +464,7 @@ def take_steps(run, first, clips, encode, log, validation, show):
         done = step + 1
         stop = max_over_ranks(signals[0] if signals else 0)                 # collective: a signal to one stops all
         saves = done % config.save_every == 0 or done == config.steps or stop
-        if done % LOG_EVERY == 0 or saves:                                  # resumed, its lines average the same steps
+        if done % LOG_EVERY == 0 or saves:      # so that after a kill the lines average the same steps
             log.write(done, grad_norm=norm, lr=learning_rate(config, step), bucket=batch["bucket"])
         if saves:
             unsaved = save(run, done)                                       # collective
@@ -531,20 +541,22 @@ def read_for_group(read, place):
         yield parcel[0]
 
 
+USUAL = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+
+
 def note_signals(say):
     """Returns a list that gets the number of a SIGTERM or SIGINT (Ctrl-C) when one comes; a second one acts as usual.
 
     The step is finished first: a rank that stopped within one would leave the others waiting in a collective.  torchrun
-    gives its processes 30 s; if the step and the save take longer, the checkpoint before stands."""
+    gives its processes 30 s; if the step and the save take longer, the previous checkpoint remains the last one."""
     numbers = []
-    usual = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
 
     def note(number, _):
         numbers.append(number)
-        signal.signal(number, usual[number])
+        signal.signal(number, USUAL[number])
         say("\nstopping after this step; once more to stop at once")
 
-    for number in usual:
+    for number in USUAL:
         signal.signal(number, note)
     return numbers
 
@@ -564,21 +576,21 @@ def open_folder(config, place):
     return folder
 
 
-@contextmanager
-def lock_folder(folder, place):
-    """Holds the lock of a run's folder.  Raises ValueError if another process trains in it.
+def lock_folder(folder):
+    """Locks a run's folder and returns the file that holds the lock until it is closed.
 
-    The lock is lockf's, which ends with its process, also after SIGKILL and while its reading processes still live."""
-    with open(folder / ".lock", "ab") if place.rank == 0 else nullcontext() as file:
-        if file:
-            try:
-                import fcntl
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                raise ValueError(f"another process trains in {folder}: wait for it, or choose another --out") from None
-            except (ImportError, OSError) as error:
-                warnings.warn(f"{folder} cannot be locked ({error}): do not start a second run in it", stacklevel=2)
-        yield
+    The lock is lockf's, which ends with its process, also after SIGKILL and while its reading processes still live.
+    Raises ValueError if another process trains in the folder."""
+    file = open(folder / ".lock", "ab")
+    try:
+        import fcntl
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise ValueError(f"another process trains in {folder}: wait for it, or choose another --out") from None
+    except (ImportError, OSError) as error:
+        warnings.warn(f"{folder} cannot be locked ({error}): do not start a second run in it", stacklevel=2)
+    return file
 
 
 def is_step(path):
@@ -616,7 +628,7 @@ def save(run, step):
     try:
         dcp.save(state_of(run), checkpoint_id=part)                         # collective
         if run.place.rank == 0:
-            finish(part, folder / f"step-{step:07d}", run.config.keep_last)
+            failed = finish(part, folder / f"step-{step:07d}", run.config.keep_last)
     except (CheckpointException, OSError) as error:
         free = shutil.disk_usage(folder).free / 2 ** 30
         failed = f"step {step} could not be saved: {cause(error)}, {free:.1f} GiB of the disk are free"
@@ -636,12 +648,16 @@ def state_of(run, optimizer=True):
 
 
 def finish(part, checkpoint, keep_last):
-    """Gives a checkpoint its name, removes those before the last ones, and exports its EMA."""
+    """Gives a checkpoint its name, removes those before the last ones, and exports its EMA, or returns why not."""
     shutil.rmtree(checkpoint, ignore_errors=True)
     part.replace(checkpoint)
     for old in steps_in(checkpoint.parent)[:-keep_last]:
-        shutil.rmtree(old)
-    export(checkpoint)
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        export(checkpoint)
+    except OSError as error:
+        print(f"\n{checkpoint} is saved, but {error}", file=sys.stderr)
+        return f"{checkpoint} is saved, but {error}"
 
 
 def export(checkpoint):
@@ -652,16 +668,12 @@ def export(checkpoint):
 
 
 def load_state(run, checkpoint, optimizer=True):
-    """Reads weights, EMA and, if asked, the optimizer's state; its lr and decay stay the config's.  Collective.
+    """Reads weights, EMA and, if asked, the optimizer's state; its weight decay stays the config's.  Collective.
 
     Any number of ranks reads what any other number wrote."""
     check_whole(checkpoint)
     state = state_of(run, optimizer)
-    try:
-        dcp.load(state, checkpoint_id=checkpoint)                           # collective
-    except CheckpointException as error:
-        raise ValueError(f"{checkpoint} cannot be read: {cause(error)} - remove it to resume from the step before "
-                         "it") from None
+    load_shards(state, checkpoint)                                          # collective
     if optimizer:
         set_optimizer_state_dict(run.model, run.optimizer, state["optimizer"])
         for group in run.optimizer.param_groups:
@@ -669,7 +681,7 @@ def load_state(run, checkpoint, optimizer=True):
 
 
 def cause(error):
-    """Returns why a save or load failed: of a CheckpointException, which is no Exception, what one rank says."""
+    """Returns why a save failed; of a CheckpointException, which is no Exception, the error of one rank."""
     if isinstance(error, CheckpointException):
         error = next(iter(error.failures.values()))[0]
     if "[enforce fail at inline_container" in str(error):                   # torch.save's words for a full disk
@@ -696,7 +708,8 @@ def name_in_errors(path):
 # seed they would not be what config.py and the log say; whoever wants that passes --allow-changes.
 FREE_TO_CHANGE = {
     "steps", "data", "num_workers", "read_timeout", "max_bad", "cache", "checkpointing", "compile", "shard", "sp",
-    "accumulation", "out", "init_optimizer", "save_every", "keep_last", "sample_every", "prompts", "validate_every"}
+    "accumulation", "out", "init_optimizer", "save_every", "keep_last", "sample_every", "prompts", "validate_every",
+    "cfg_scale", "fps"}
 
 
 def check_changes(config, last, inputs, allowed, say):
@@ -820,8 +833,7 @@ class Log:
 
     def close(self):
         self.bar.close()
-        if self.file:
-            self.file.close()
+        close(self.file)
         if self.board:
             self.board.close()
 
@@ -832,7 +844,7 @@ def peak_gib():
 
 
 def open_log(path, first):
-    """Returns a log, open for appending.  Lines of steps that will be taken again go, and half a line after a kill."""
+    """Returns a log, open for appending, without the lines of steps that will be repeated or a line cut short."""
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     kept = []
     for number, line in enumerate(lines, start=1):
@@ -849,6 +861,13 @@ def open_log(path, first):
 def append(file, row):
     with name_in_errors(file.name):
         print(json.dumps(row), file=file, flush=True)
+
+
+def close(file):
+    """Closes a log; what could not be written, such as to a full disk, has been reported when it was appended."""
+    with suppress(OSError):
+        if file:
+            file.close()
 
 
 # ---------------------------------------------------------------- validation and previews
@@ -889,8 +908,7 @@ class Validation:
                                "loss_by_bucket": by_bucket})
 
     def close(self):
-        if self.file:
-            self.file.close()
+        close(self.file)
 
 
 def preview(run, vae, text_encoder, step):
@@ -921,11 +939,24 @@ def gather(items):
     return sum(parts, [])
 
 
-def rank0_first(make):
-    """Returns make(), called on rank 0 and then on the others, which find what it wrote or downloaded.  Collective."""
+def on_rank0(make, patient):
+    """Returns make() on rank 0 and None on the others; an error of it is raised on all.  Collective on `patient`."""
+    made = None
+    failed = [None]
     if dist.get_rank() == 0:
-        made = make()
-    dist.barrier()
+        try:
+            made = make()
+        except (ValueError, OSError) as error:
+            failed = [str(error)]
+    dist.broadcast_object_list(failed, src=0, group=patient)
+    if failed[0] is not None:
+        raise ValueError(failed[0])
+    return made
+
+
+def rank0_first(make, patient):
+    """Returns make(), called on rank 0 and then on the others, which find what it wrote or downloaded.  Collective."""
+    made = on_rank0(make, patient)
     return made if dist.get_rank() == 0 else make()
 
 

@@ -213,7 +213,7 @@ def clean_caption(text):
 
 # ---------------------------------------------------------------- loading networks
 # transformers and diffusers fill what is missing with random numbers or an empty tokenizer, and report success.  Here
-# each of that is an error which names what is missing.
+# each of these is an error that names what is missing.
 T5_VOCABULARY = 32128                   # rows of the published T5 networks: 32,100 pieces, rounded up
 T5_TOKENIZER = "google-t5/t5-base"      # all of them have its pieces
 
@@ -382,9 +382,12 @@ def remember(load, captions, folder=None, key=()):
     encoder = None
     for caption in dict.fromkeys(captions):
         path = folder and cache_file(folder, "captions", key, caption)
-        if path and path.is_file():
-            known[caption] = load_file(path)
-            continue
+        try:
+            if path and path.is_file():
+                known[caption] = load_file(path)
+                continue
+        except SafetensorError:     # damaged: written again
+            pass
         encoder = encoder or load()
         known[caption] = encode_caption(encoder, caption)
         if path:
@@ -410,7 +413,9 @@ class CachedClips:
                                    text_encoder.clean, text_encoder.net.dtype)
 
     def latents_file(self, clip, bucket, window):
-        """Returns the path of a clip's latents.  It depends on the clip's file, which therefore has to stay."""
+        """Returns the path of a clip's latents.
+
+        It depends on the path, size and time of change of the clip's file, so that the clips must stay in place."""
         source = stamp(os.path.abspath(self.meta.path(clip)))
         key = int(self.meta["key"][clip])       # which places the window
         return cache_file(self.config.cache, "latents", source, key, window, self.config.frame_interval, tuple(bucket),
@@ -476,8 +481,9 @@ def write_cache(meta, config, vae, text_encoder, rank=0, world=1, group=None):
     missing_captions = [text for text in captions[rank::world] if not cached.caption_file(text).is_file()]
     check_room(config, vae, text_encoder, missing_windows, missing_captions, world)
     if rank == 0:
+        share = "" if world == 1 else f" by rank 0 of {world}"
         print(f"{config.cache}: {len(windows):,} windows and {len(captions):,} captions, of which "
-              f"{world * (len(missing_windows) + len(missing_captions)):,} have to be written")
+              f"{len(missing_windows) + len(missing_captions):,} have to be written{share}")
     faults = write_latents(cached, vae, missing_windows, rank)
     for caption in tqdm(missing_captions, "caching captions", disable=rank > 0 or not missing_captions):
         save_whole(cached.caption_file(caption), encode_caption(text_encoder, caption))

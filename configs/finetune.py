@@ -2,7 +2,7 @@
 
 data      data/mine/meta.csv, some 300 clips of 1 to 10 s with captions, a tenth of them held out (each bucket needs a
           whole batch of one aspect ratio; `python data.py data/mine/meta.csv configs/finetune.py` tells)
-hardware  one RTX 4090: plan.py says 18.6 of 23.6 GiB, 14.3 of them fp32 weights, gradients, Adam and EMA of 767 M
+hardware  one RTX 4090: plan.py says 18.4 of 23.6 GiB, 14.3 of them fp32 weights, gradients, Adam and EMA of 767 M
           parameters.  T5-XXL, 8.9 GiB, has no room beside those: latents and captions are cached before
 disk      12.3 GB a checkpoint and 3.1 GB of averaged weights; twice that while a new one is written, which takes as
           much main memory meanwhile

@@ -3,7 +3,7 @@
 data      9.7 M videos and 2.6 M images with captions; most clips have 36 to 256 frames
 hardware  64 GPUs of 80 GB, as upstream's 64 H800
 steps     17,000, 14 hours there by its report: 3.0 s each, though the comment in its config says about 1 s.  plan.py
-          says 0.3 s, at the 30% MFU that it assumes, and at most 53 GiB a GPU.  The phases before: stage1_240p.py
+          says 0.3 s, at the 30% MFU that it assumes, and at most 33 GiB a GPU.  The phases before: stage1_240p.py
           (24,000 steps, 4 days there) and stage1_144p.py (40,000, 2 days)
 start     the second phase's weights
 From Open-Sora 1.1's report: data, steps, time, masks. From its stage-1 config: buckets, interval, lr, clip, seed.

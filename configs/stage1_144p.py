@@ -3,12 +3,12 @@
 data      9.7 M videos and 2.6 M images with captions, those of the first phase
 hardware  64 GPUs of 80 GB, as upstream's 64 H800
 steps     40,000, two days there by its report: 4.3 s each.  plan.py says 0.4 s, at the 30% MFU that it assumes, and at
-          most 67 GiB a GPU; of the third phase it says 0.3 s where upstream took 3.0 s
+          most 41 GiB a GPU; of the third phase it says 0.3 s where upstream took 3.0 s
 start     the first phase's weights
 From Open-Sora 1.1's report: data, steps, time, no checkpointing, "mostly 144p", and by its word that the third phase
 has plain iddpm, SpeeD here.  From its stage-1 config: sizes and lengths, interval, lr, clip, seed.
 Ours, as it released the third phase's table only: clips per GPU, up to a third more than there (its step took 1.4
-times as long, but more do not fit); 240p and 256 kept at 0.1; 10% masked, as in the first phase; QK-norm; previews.
+times as long); 240p and 256 kept at 0.1; 10% masked, as in the first phase; QK-norm; previews.
 """
 from configs import RECIPE, replace
 from configs.stage1 import config as last

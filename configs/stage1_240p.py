@@ -3,7 +3,7 @@
 data      9.7 M videos and 2.6 M images with captions; most clips have 36 to 256 frames
 hardware  64 GPUs of 80 GB with gradient checkpointing, as upstream's 64 H800
 steps     24,000, four days there by its report: 14 s each.  plan.py says 2.8 s, at the 30% MFU that it assumes, and at
-          most 39 GiB a GPU; of stage 3, whose batches these are, it says 3.1 s where upstream's comment says 13 s
+          most 33 GiB a GPU; of stage 3, whose batches these are, it says 3.1 s where upstream's comment says 13 s
 start     stage 0's weights
 From Open-Sora 1.1's report: data, steps, time, checkpointing, "mostly 240p", 10% masked, and by its word that the third
 phase has plain iddpm, SpeeD here.  From its stage-1 config: sizes and lengths, interval, lr, clip, seed.

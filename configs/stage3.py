@@ -3,7 +3,7 @@
 data      560 k videos and 1.6 M images, chosen for quality
 hardware  64 GPUs of 80 GB with gradient checkpointing, as upstream's 64 H800
 steps     4,000, one day there by its report: 22 s each, though the comment in its config says about 13 s.  plan.py says
-          3.1 s, at the 30% MFU that it assumes, and at most 41 GiB a GPU
+          3.1 s, at the 30% MFU that it assumes, and at most 34 GiB a GPU
 start     stage 2's weights and its optimizer's state, as upstream
 From Open-Sora 1.1's report: data, steps, time, masks. From its stage-3 config: buckets, interval, lr, clip, seed.
 """

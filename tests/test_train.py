@@ -8,6 +8,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -839,6 +840,7 @@ def test_a_rank_that_does_not_see_the_folder_says_so(world, tmp_path):
     ("cut short", "__0_0.distcp has been cut short"),
     ("empty", "__0_0.distcp has been cut short"),
     ("no metadata", ".metadata is damaged"),
+    ("changed", "a shard is damaged"),
 ])
 def test_a_damaged_checkpoint_is_named(world, tmp_path, run_script, fault, named):
     config = copied(world, tmp_path, steps=7)
@@ -850,12 +852,29 @@ def test_a_damaged_checkpoint_is_named(world, tmp_path, run_script, fault, named
         shard.write_bytes(shard.read_bytes()[:-5000])
     elif fault == "empty":
         shard.write_bytes(b"")
+    elif fault == "changed":
+        stored = dcp.FileSystemReader(folder).read_metadata().storage_data
+        (at,) = [shard.offset for index, shard in stored.items() if index.fqn == "ema.blocks.0.mlp.fc1.weight"]
+        content = bytearray(shard.read_bytes())
+        content[at:at + 64] = bytes(64)
+        shard.write_bytes(content)
     else:
         (folder / ".metadata").write_bytes(b"")
+    for script, *words in (("train", config_file(config)), ("sample", "--prompt=a cat", "--ckpt", folder)):
+        ended = run_script(script, *words)
+        assert ended.status == 2
+        assert named in ended.err
+        assert "Traceback" not in ended.err and "weights_only" not in ended.err
+    assert folder.is_dir()
+
+
+def test_a_step_is_saved_even_if_its_average_cannot_be_exported(world, tmp_path, run_script):
+    config = elsewhere(world, tmp_path, steps=3)
+    (Path(config.out) / "model.safetensors" / "in the way").mkdir(parents=True)
     ended = run_script("train", config_file(config))
     assert ended.status == 2
-    assert named in ended.err and "Traceback" not in ended.err
-    assert folder.is_dir()
+    assert re.search("step-0000003 is saved, but .*model.safetensors cannot be written", ended.err)
+    assert checkpoints(config) == ["step-0000003"]
 
 
 def test_after_validation_the_weights_are_sharded_again(world, tmp_path):

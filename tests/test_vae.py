@@ -288,6 +288,16 @@ def test_embeddings_are_kept_in_a_folder(text_encoder, tmp_path):
     assert num_loaded == 3
 
 
+def test_a_kept_embedding_that_is_damaged_is_made_again(text_encoder, tmp_path):
+    expected, _ = remember(lambda: text_encoder, ["a red circle"], tmp_path)(["a red circle"])
+    (file,) = tmp_path.rglob("*.safetensors")
+    whole = file.read_bytes()
+    file.write_bytes(whole[:50])
+    y, _ = remember(lambda: text_encoder, ["a red circle"], tmp_path)(["a red circle"])
+    assert torch.equal(y, expected)
+    assert file.read_bytes() == whole
+
+
 # ---------------------------------------------------------------- nothing that a library makes up
 
 def without(folder, source, part):
