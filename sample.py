@@ -1,11 +1,11 @@
-"""Samples a video from a caption: start from noise, ask the model 100 times what to take away, decode.
+"""Samples a video from a caption: starts from noise, asks the model 100 times what to take away, and decodes.
 
     python sample.py --prompt "a red circle moves right" --seeds 0 1 2 3 --grid     four of it, and one picture of all
-    python sample.py --prompts jobs.txt       one a line, also with JSON: a dog {"num_frames": 16, "animate": "dog.png"}
+    python sample.py --prompts jobs.txt       one in each line, with or without JSON: a dog {"num_frames": 16}
 
-in    captions, frames that are given (optional), a checkpoint: one of our runs, or Open-Sora's published weights
-out   samples/00-a-red-circle.mp4, a contact sheet of its frames, .png, and what made them, .json
-      from Python, `load` and `generate`: uint8 [B T H W 3]
+In    captions, frames that are given (optional), a checkpoint: one of our runs, or Open-Sora's published weights.
+Out   samples/00-a-red-circle.mp4, a contact sheet of its frames, .png, and what made them, .json; from Python, by
+      `load` and `generate`: uint8 [B T H W 3].
 
 Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095),
 classifier-free guidance (2207.12598), its rescaling (2305.08891), v (2202.00512), editing (2108.01073).
@@ -54,12 +54,12 @@ FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           
 
 @dataclass(frozen=True)
 class SampleQuirks:
-    """Quirks of the released sampler, numbered on from model.py's; all off unless asked for."""
+    """The quirks of the released sampler, whose numbers continue model.py's; all are off unless asked for."""
     guide_3_channels: bool = False      # Q4: of the 4 latent channels the first 3 are guided
-    cut_null: bool = False              # Q5: the null caption is cut to the length of the prompt that it stands beside
-    ar_h_over_w: bool = False           # Q6: ar is told as height / width, while training told width / height
-    raw_fps: bool = False               # Q7: fps is told as the source file's, whatever the frame interval
-    join_untold: bool = False           # Q8: iddpm changes a given frame a step before the model is told
+    cut_null: bool = False              # Q5: the null caption is cut to the length of the prompt in the same row
+    ar_h_over_w: bool = False           # Q6: ar is height / width, while in training it was width / height
+    raw_fps: bool = False               # Q7: fps is that of the source file, whatever the frame interval
+    join_untold: bool = False           # Q8: iddpm changes a given frame a step before the model sees it as noised
 
 
 RELEASED = SampleQuirks(*[True] * 5)
@@ -68,8 +68,9 @@ PUBLISHED = replace(RELEASED, join_untold=False)            # what the weights a
 
 # ---------------------------------------------------------------- the noise schedule
 def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
-    """A diffusers scheduler with linear betas 1e-4..0.02 over 1000 steps (DDPM, section 4): its `alphas_cumprod` is
-    what training needs, its `step` what sampling needs."""
+    """Returns a diffusers scheduler with linear betas 1e-4..0.02 over 1000 steps (DDPM, section 4).
+
+    Training uses its `alphas_cumprod`, sampling its `step`."""
     if sampler not in SAMPLERS or prediction not in ("eps", "v"):
         raise ValueError(f"sampler={sampler!r}, prediction={prediction!r}: expected one of {SAMPLERS}; 'eps' or 'v'")
     kind = {"eps": "epsilon", "v": "v_prediction"}[prediction]
@@ -87,7 +88,7 @@ def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
 
 
 def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
-    """`steps` of 999..0, evenly spaced with both ends (2102.09672, section 4), as in 999, 989, .., 10, 0; one is 999.
+    """Returns `steps` times of 999..0, evenly spaced with both ends (2102.09672, section 4): 999, 989, ..., 10, 0.
 
     dpm leaves out 0: log(SNR) rises so steeply there that a second-order step to 0 overshoots.  For latents that are
     N(0.5, 0.3^2), 50 steps are 5% off the exact solution with 0 and 1% without."""
@@ -100,13 +101,13 @@ def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
 
 # ---------------------------------------------------------------- sampling in latent space
 # strength    a frame              its last int(strength * steps) steps           the steps before it joins
-# 1           made from noise z    it is at level t, and the model is told t      none
-# 0 < r < 1   edited: from known   the same, from known noised with z to that t   clean, and the model is told t = 0
+# 1           made from noise z    it is at level t, and conditioned on t         none
+# 0 < r < 1   edited: from known   the same, from known noised with z to that t   clean, and conditioned on t = 0
 # 0           held: known          none                                           the same, to the end
-# x_mask tells the model: True is t, False t = 0.
+# In x_mask, True stands for t and False for t = 0.
 def joining(strength, steps: int, join_untold: bool = False):
-    """(joins, told), int [B T]: how many steps are left when each frame joins, and when the model is first told so:
-    the same, but for Q8.  A frame made from noise has joined before the first: steps + 1.
+    """Returns (joins, told), int [B T]: how many steps are left when each frame joins, and when the model first sees it
+    as noised, which is the same but for Q8.  A frame that is made from noise joins before the first step: steps + 1.
 
     In fp32, as upstream, where 0.29 of 100 steps are 29; in fp64 they are 28."""
     told = (strength.float() * steps).int()
@@ -114,13 +115,13 @@ def joining(strength, steps: int, join_untold: bool = False):
 
 
 def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, rescale: float = 0.0):
-    """Classifier-free guidance (arXiv 2207.12598) of the model's answers with and without caption, [B C_out T h w].
+    """Returns the model's outputs with and without caption, [B C_out T h w], guided classifier-free (2207.12598).
 
     The first `channels` are guided (None: the first half, all of eps or v); the others, the variances among them, stay
     as the caption has them.  v is linear in eps at a given x_t, so guiding either is the same.
     rescale: phi of 2305.08891, eq. 15 and 16: this share of the way back to the contrast before guidance, which a large
-    cfg_scale drives up.  Per frame, as there per image: a held frame's answer says nothing about the others.  The clamp
-    is for a fresh model, which answers 0 everywhere."""
+    cfg_scale drives up.  Per frame, as there per image: the output for a held frame says nothing about the others.  The
+    clamp is for a fresh model, whose output is 0 everywhere."""
     channels = channels or out_cond.shape[1] // 2
     cond, null = out_cond[:, :channels], out_null[:, :channels]
     guided = null + cfg_scale * (cond - null)
@@ -131,7 +132,7 @@ def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, res
 
 
 def step_back(scheduler, out, t, x, generators):
-    """x at the next smaller t, from x at t and the model's answer there, [B C or 2C T h w]."""
+    """Returns x at the next smaller t, from x at t and the model's output there, [B C or 2C T h w]."""
     C = x.shape[1]
     if not isinstance(scheduler, DDPMScheduler):
         return scheduler.step(out[:, :C], t, x, return_dict=False)[0]
@@ -143,13 +144,14 @@ def step_back(scheduler, out, t, x, generators):
 @torch.no_grad()
 def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler="iddpm", prediction="eps",
                    cfg_scale=7.0, rescale=0.0, quirks=SampleQuirks(), known=None, strength=None, progress=None):
-    """Clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a dict of
-    height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps): called after step i.
-    The defaults are the release's.
+    """Returns clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a
+    dict of height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps) is called after
+    step i.  The defaults are the release's.
 
-    strength [B T] says what each frame is, see above; None: all are made from noise.  known [B C T h w]: clean latents
-    of those with strength < 1.  A held frame is known bit for bit, at every step and at the end.  It enters the model
-    clean: in upstream's training it has the noise of t = 0, a hundredth of a standard deviation, too little to miss."""
+    strength [B T] decides what each frame is, see above; None: all are made from noise.  known [B C T h w]: clean
+    latents of those with strength < 1.  A held frame is known bit for bit, at every step and at the end.  It enters the
+    model clean: in upstream's training it has the noise of t = 0, a hundredth of a standard deviation, which makes no
+    difference."""
     B, C, T = z.shape[:3]
     masked, rows = strength is not None, 1 + (cfg_scale != 1)
     if masked != (known is not None) or masked and strength.shape != (B, T):
@@ -191,13 +193,13 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
 # ---------------------------------------------------------------- from captions to frames
 @dataclass(frozen=True)
 class Job:
-    """One video: all that decides its frames but the checkpoint and the sampler's settings.  T is num_frames."""
+    """A video: all that decides its frames but the checkpoint and the sampler's settings.  T is num_frames."""
     prompts: tuple[str, ...]                # one per segment of T frames
     num_frames: int
     height: int                             # pixels; what does not fill a latent cell is dropped
     width: int
     fps: float                              # of the source that the video imitates,
-    frame_interval: int = 1                 # .. of which every so many-th frame is shown
+    frame_interval: int = 1                 # of which every frame_interval-th frame is shown
     references: tuple[str, ...] = ()        # images and videos, numbered from 0
     strategy: str = ""                      # which frames are given from them, and from segments before (masks.Given)
     overlap: int = 0                        # frames that a segment shares with the one before: they are shown once
@@ -210,7 +212,7 @@ class Job:
         return f"{self.number:02d}-{slug(self.prompts[0])}" + f"-seed-{self.seed}" * (self.seed != 0)
 
     def plans(self, references):
-        """masks.frame_plan of each segment; the segments before it count as references."""
+        """Returns masks.frame_plan of each segment; the segments before it count as references."""
         groups, lengths = parse_strategy(self.strategy), [len(frames) for frames in references]
         for group in groups:
             if not 0 <= group.segment < len(self.prompts):
@@ -220,7 +222,7 @@ class Job:
                 for i in range(len(self.prompts))]
 
     def conditions(self, quirks):
-        """What the model is told of the video, beside its text."""
+        """Returns the conditioning values of the video."""
         ar = self.height / self.width if quirks.ar_h_over_w else self.width / self.height
         fps = IMAGE_FPS if self.num_frames == 1 else self.fps / (1 if quirks.raw_fps else self.frame_interval)
         return dict(height=self.height, width=self.width, num_frames=self.num_frames, ar=ar, fps=fps)
@@ -228,7 +230,7 @@ class Job:
 
 def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, seed=0,
              references=None, strategies=None, segments=None, overlap=None, batch_size=4, **how):
-    """Videos, uint8 [B T H W 3], one per prompt.  Video i depends on seed, i, and the i-th of:
+    """Returns videos, uint8 [B T H W 3], one per prompt.  Video i depends on seed, i, and the i-th of:
 
     prompts      a text, or "|0|text|3|text" for segments 0 to 2 and from 3 on
     references   None or a list of uint8 [K H W 3] of any size
@@ -256,7 +258,7 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
 
 
 def plan_job(prompt, groups, segments, overlap, loop=False, **rest):
-    """The Job of a prompt: its text per segment, and each segment tied to the one before by `overlap` frames.
+    """Returns the Job of a prompt: a text per segment, and `overlap` frames that it shares with the segment before.
 
     segments None: as many as the prompt names.  overlap None: a quarter of the frames, the most that training gives."""
     if loop and segments is None:
@@ -275,8 +277,8 @@ def plan_job(prompt, groups, segments, overlap, loop=False, **rest):
 
 
 def split_prompt(prompt, segments=None):
-    """A text per segment: "|0|a cat|2|a dog" says "a cat" in segments 0 and 1 and "a dog" from 2 on; other prompts say
-    the same in all.  segments None: up to the last one named."""
+    """Returns a text per segment: "|0|a cat|2|a dog" is "a cat" in segments 0 and 1 and "a dog" from 2 on; other
+    prompts are the same in all.  segments None: up to the last one named."""
     if not prompt.startswith("|0|"):
         return (prompt,) * (1 if segments is None else segments)
     texts = [(int(start), text.strip()) for start, text in re.findall(r"\|\s*(\d+)\s*\|([^|]*)", prompt)]
@@ -289,7 +291,7 @@ def split_prompt(prompt, segments=None):
 
 
 def check_jobs(jobs, references, down, patch_size):
-    """Raises ValueError, before anything is sampled, where one cannot be.  references(job): as of sample_segments."""
+    """Raises ValueError, before anything is sampled, if a job cannot be.  references(job): as in sample_segments."""
     least = (down * patch_size[1], down * patch_size[2])
     if not jobs:
         raise ValueError("no prompts: expected at least one, as in \"a red circle moves right\"")
@@ -320,7 +322,7 @@ def sample_segments(model, vae, text_encoder, jobs, references, progress=None, q
     given = [encode_references(vae, some, plan, shape, device) for some, plan in zip(references, plans)]
     made = [[] for _ in jobs]
     for segment in range(len(jobs[0].prompts)):
-        # of the CPU: a GPU's would give other noise, and a video would hang on where it was made
+        # On the CPU: a GPU draws other noise, and a video would depend on where it was made.
         generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]
         z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
         known, strength = torch.zeros_like(z), torch.stack([plan[segment][1] for plan in plans])
@@ -341,13 +343,13 @@ def sample_segments(model, vae, text_encoder, jobs, references, progress=None, q
 
 
 def frames_taken(plans):
-    """{reference: those of its frames, ascending, that a segment takes}; the segments before count as references."""
+    """Returns {reference: its frames that a segment takes, ascending}; the segments before count as references."""
     taken = sorted({source for sources, _ in plans for source in sources if source})
     return {r: [frame for _, frame in of_one] for r, of_one in groupby(taken, lambda source: source[0])}
 
 
 def encode_references(vae, references, plans, shape, device):
-    """The latents [C K h w] of each reference, uint8 [K H W 3]; only of frames that a plan takes, else 0."""
+    """Returns the latents [C K h w] of each reference, uint8 [K H W 3]; 0 for frames that no plan takes."""
     latents, (C, _, h, w), taken = [], shape, frames_taken(plans)
     for r, frames in enumerate(references):
         latents.append(torch.zeros(C, len(frames), h, w, device=device))
@@ -359,7 +361,7 @@ def encode_references(vae, references, plans, shape, device):
 
 
 def show(vae, job, segments):
-    """The video, uint8 [T_total H W 3], of a job's segments [C T h w]; frames that two of them share are shown once."""
+    """Returns the video, uint8 [T_total H W 3], of segments [C T h w]; frames that two of them share are shown once."""
     videos = []
     for i, z in enumerate(segments):
         first, last = job.overlap * (i > 0), job.overlap * (job.loop and i == len(segments) - 1)
@@ -400,10 +402,9 @@ class Checkpoint(NamedTuple):
 
 
 def load(ckpt, device="cpu", offload=False) -> Checkpoint:
-    """The model of find_checkpoint(ckpt), ready to sample: in bf16 on a GPU where it was trained so, else in fp32.
+    """Returns a checkpoint's model, ready to sample: in bf16 on a GPU if it was trained so, else in fp32.
 
-    offload: its blocks stay in host memory.
-    ValueError names weights that are missing, unknown or misshapen."""
+    offload: its blocks stay in host memory.  Raises ValueError for weights that are missing, unknown or misshapen."""
     file, config, quirks = find_checkpoint(ckpt)
     alone = not any(file.with_name(name).is_file() for name in ("config.py", "config.json"))
     if config.model.as_released and not (dist.is_initialized() and dist.get_rank()):
@@ -419,9 +420,9 @@ def weight_dtype(config, device):
 
 
 def visiting(net, blocks, device):
-    """net on device but for its blocks, which stay in host memory and are copied there one by one as they compute.
+    """Moves a net to a device but for its blocks, which stay in host memory and are copied one by one as they compute.
 
-    Of T5-XXL in bf16 0.4 GB at a time are there instead of 9, of XL/2 54 MB instead of 1.5 GB; a forward copies all."""
+    The device then holds 0.4 GB of T5-XXL at a time instead of 9, and 54 MB of XL/2 instead of 1.5 GB, in bf16."""
     at_home = {parameter: parameter.data for parameter in blocks.parameters()}
     for tensor in (*net.parameters(), *net.buffers()):
         if tensor not in at_home:
@@ -442,10 +443,10 @@ def visiting(net, blocks, device):
 
 
 def encode_texts(config, captions, device="cpu", folder=None, offload=False):
-    """A text encoder for generate() that knows these captions, all that will be asked for; T5 itself is gone again.
+    """Returns a text encoder for generate() that knows these captions; T5 itself is loaded, used and freed here.
 
-    folder: keeps the embeddings for the next time, and then T5 is not read at all.  A local T5 is told from another by
-    its files' sizes and times, one on the hub by its name.  offload: its blocks stay in host memory."""
+    folder: keeps the embeddings for the next time, when T5 is not loaded at all.  A local T5 is identified by the sizes
+    and times of its files, one on the hub by its name.  offload: its blocks stay in host memory."""
     name, dtype, L = find(config.text_encoder), weight_dtype(config, device), config.model.model_max_length
 
     def load_it():
@@ -460,11 +461,11 @@ def encode_texts(config, captions, device="cpu", folder=None, offload=False):
 
 
 def export(ckpt, folder):
-    """One of our runs in the layout of Open-Sora 1.1, whose STDiT2.from_pretrained(folder) then reads it.
+    """Writes one of our runs in the layout of Open-Sora 1.1, whose STDiT2.from_pretrained(folder) then reads it.
 
-    Its config.py lies beside config.json and model.safetensors, so that `load` takes the folder for the run that it is.
-    ValueError where Open-Sora would compute something else: it has no embedding of the frame, rotates queries and keys
-    before QK-norm, and samples eps with a learned variance."""
+    Its config.py is written next to config.json and model.safetensors, so that `load` takes the folder for our run.
+    Raises ValueError if Open-Sora would compute something else: it has no embedding of the frame, rotates queries and
+    keys before QK-norm, and samples eps with a learned variance."""
     model, config, _ = load(ckpt)                                           # on the CPU, so in fp32
     m, folder = config.model, Path(folder)
     faults = {"model.temporal_pos=True": m.temporal_pos, "model.pred_sigma=False": not m.pred_sigma,
@@ -487,7 +488,7 @@ def export(ckpt, folder):
 
 # ---------------------------------------------------------------- command line: which videos
 def add_job_options(parser):
-    """What one prompt asks for: these can stand in its JSON too, as "num_frames" or "num-frames"."""
+    """Adds the options of one prompt; they can stand in its JSON too, as "num_frames" or "num-frames"."""
     add = parser.add_argument_group("one video (or in a prompt's JSON)").add_argument
     add("--num-frames", type=int, metavar="T", help="default: of the shortest videos the checkpoint was trained on")
     add("--size", help="HEIGHTxWIDTH in pixels, as in 240x426; default: the largest trained at that length")
@@ -548,12 +549,12 @@ def parse_args(argv=None):
 
 
 def fill(args, **defaults):
-    """Gives what was not asked for its default."""
+    """Sets options that were not given to their defaults."""
     vars(args).update({name: value for name, value in defaults.items() if getattr(args, name) is None})
 
 
 def read_jobs(args, config):
-    """The jobs of the command line or of a file of prompts: number i of each prompt, once per seed."""
+    """Returns the jobs of the command line or of a file of prompts, one per prompt and seed."""
     lines = args.prompt or read_prompts(args.prompts)
     T, *size = default_bucket(config.trained)
     jobs = []
@@ -582,9 +583,9 @@ def read_prompts(path):
 
 
 def split_json(line, args):
-    """(text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ..}, overrides those of the command line.
+    """Returns (text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ...}, overrides the command line.
 
-    It is written as flags and read by the same parser, so that both have the same names, types and messages."""
+    It is turned into flags and read by the same parser, so that both have the same names, types and messages."""
     text, brace, rest = line.partition("{")
     parser, words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), []
     add_job_options(parser)
@@ -612,7 +613,7 @@ def parse_pair(text, sign, option, example):
 
 
 def given_frames(asked, T):
-    """(references, groups) of the option in use."""
+    """Returns (references, groups) of the option in use."""
     keep = max(1, T // 4) if asked.keep is None else asked.keep
     groups = [] if asked.mask_strategy is None else parse_strategy(asked.mask_strategy)
     forms = {"animate": lambda path: ([path], animate()),
@@ -631,12 +632,12 @@ def given_frames(asked, T):
 
 
 def slug(prompt):
-    """The caption's first letters and digits, as a part of a file name on any system."""
+    """Returns the first letters and digits of a caption, for a file name on any system."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
 
 
 def default_bucket(trained):
-    """(num_frames, height, width) to sample at, of config.trained: the shortest video, at its largest resolution."""
+    """Returns (num_frames, height, width) to sample at: of config.trained the shortest video, at its largest size."""
     T = min((T for _, T in trained if T > 1), default=1)
     sizes = [Bucket(name, T, usual_aspect(name)) for name, frames in trained if frames == T]
     best = max(sizes, key=lambda bucket: bucket.height * bucket.width)
@@ -644,16 +645,16 @@ def default_bucket(trained):
 
 
 def usual_aspect(resolution):
-    """16:9, as most video has, told as height / width; square where a resolution has no such size."""
+    """Returns the ratio of 16:9, which most video has, or the most square one if a resolution has no such size."""
     return "0.56" if "0.56" in ASPECT[resolution] else min(ASPECT[resolution], key=lambda ar: abs(float(ar) - 1))
 
 
 def read_references(job):
-    """Each clip or image that a job names, as a list of frames at about the job's rate, uint8 [H W 3]: those that a
-    segment takes, else None, as a film of ten minutes does not fit into memory when its last four frames are to go on.
+    """Returns each clip or image that a job names as a list of frames at about the job's rate, uint8 [H W 3].
 
-    The frames are counted so that the clip's last one is among them, if any group takes its end, otherwise its first.
-    A negative number counts from the segment that says it: in segment i, i segments stand behind the references."""
+    Frames that no segment takes are None: a film of ten minutes does not fit into memory when only its last four frames
+    are needed.  Frames are counted so that the clip's last one is among them if any group takes its end, otherwise its
+    first.  A negative number counts from the segment of its group: in segment i, i segments follow the references."""
     paths, many, segments = [find(path) for path in job.references], len(job.references), range(len(job.prompts))
     from_end = [group for group in parse_strategy(job.strategy) if group.ref_start < 0 and group.segment in segments]
     at_end = [any(group.reference in (r, r - many - group.segment) for group in from_end) for r in range(many)]
@@ -670,7 +671,7 @@ def read_references(job):
 
 @lru_cache
 def at_rate(path, fps, at_end):
-    """Which frames of a clip to take for `fps`, as a range: up to its last one or from its first one."""
+    """Returns which frames of a clip to take for `fps`, as a range: up to its last one or from its first one."""
     many, rate = length_and_rate(path)
     every = max(1, round((rate or fps) / fps))
     return range((many - 1) % every if at_end else 0, many, every)
@@ -681,7 +682,7 @@ read_again = lru_cache(maxsize=4)(read_window)      # several prompts or seeds f
 
 # ---------------------------------------------------------------- command line: sampling them
 def run(args):
-    """Samples the jobs that are asked for and not there yet; the groups of args.sp processes share them."""
+    """Samples the jobs that do not exist yet; the groups of args.sp processes share them."""
     place = start_processes(sp=args.sp, device=args.device)
     place.say(use(place.device, args.plain))
     file, config, quirks = find_checkpoint(args.ckpt)
@@ -794,7 +795,7 @@ def exists(job, record, args, place):
 
 
 def write_grid(jobs, out):
-    """The contact sheets of one prompt's seeds as one picture, by whoever finishes last."""
+    """Writes the contact sheets of one prompt's seeds as one picture; the process that finishes last does it."""
     paths = [out / f"{job.name}.png" for job in jobs]
     if all(path.exists() for path in paths):
         sheets = np.concatenate([np.asarray(Image.open(path)) for path in paths], axis=int(jobs[0].num_frames == 1))
@@ -804,7 +805,7 @@ def write_grid(jobs, out):
 
 
 def print_plan(ckpt):
-    """GiB that sampling one video with guidance holds on a GPU: T5 comes and goes, then the model and the VAE."""
+    """Prints the GiB that sampling one video with guidance holds on a GPU: T5, which is then freed, model and VAE."""
     config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt)[1]
     m, dtype, gib = config.model, config.torch_dtype, 2**30
     from configs.plan import FROZEN, forward_bytes, parameters
