@@ -123,11 +123,13 @@ def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, res
     cfg_scale drives up.  Per frame, as there per image: the output for a held frame says nothing about the others.  The
     clamp is for a fresh model, whose output is 0 everywhere."""
     channels = channels or out_cond.shape[1] // 2
-    cond, null = out_cond[:, :channels], out_null[:, :channels]
+    cond = out_cond[:, :channels]
+    null = out_null[:, :channels]
     guided = null + cfg_scale * (cond - null)
     if rescale:
-        contrast = lambda answer: answer.std(dim=(1, 3, 4), keepdim=True)                                # [B 1 T 1 1]
-        guided = guided * (1 - rescale + rescale * contrast(cond) / contrast(guided).clamp(min=1e-6))
+        contrast = cond.std(dim=(1, 3, 4), keepdim=True)                                                 # [B 1 T 1 1]
+        contrast_guided = guided.std(dim=(1, 3, 4), keepdim=True).clamp(min=1e-6)
+        guided = guided * (1 - rescale + rescale * contrast / contrast_guided)
     return torch.cat([guided, out_cond[:, channels:]], dim=1)
 
 
@@ -153,37 +155,50 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
     model clean: in upstream's training it has the noise of t = 0, a hundredth of a standard deviation, which makes no
     difference."""
     B, C, T = z.shape[:3]
-    masked, rows = strength is not None, 1 + (cfg_scale != 1)
+    masked = strength is not None
     if masked != (known is not None) or masked and strength.shape != (B, T):
         raise ValueError(f"strength must be [B T] = [{B} {T}] and stand with known, got "
                          f"{[None if value is None else list(value.shape) for value in (strength, known)]}")
-    known, strength = (known, strength.to(z.device)) if masked else (torch.zeros_like(z), z.new_ones(B, T))
-    joins, told = joining(strength, steps, quirks.join_untold and sampler == "iddpm")
-    joins = rearrange(joins, "b t -> b 1 t 1 1")
-    if rows == 2:                                                       # rows 0..B-1 with caption, B..2B-1 without
+    if not masked:
+        known = torch.zeros_like(z)
+        strength = z.new_ones(B, T)
+    join_step, noised_step = joining(strength.to(z.device), steps, quirks.join_untold and sampler == "iddpm")
+    join_step = rearrange(join_step, "b t -> b 1 t 1 1")
+    rows = 1 if cfg_scale == 1 else 2                                   # rows 0..B-1 with caption, B..2B-1 without
+    if rows == 2:
         null_mask = y_mask if quirks.cut_null else torch.ones_like(y_mask)
-        y, y_mask = torch.cat([y, model.null_y.to(y).expand_as(y)]), torch.cat([y_mask, null_mask])
+        y = torch.cat([y, model.null_y.to(y).expand_as(y)])
+        y_mask = torch.cat([y_mask, null_mask])
         cond = {name: torch.cat([value, value]) for name, value in cond.items()}
-    scheduler, times = noise_schedule(sampler, prediction), timesteps(steps, sampler)
-    scheduler.set_timesteps(timesteps=times)
+    scheduler = noise_schedule(sampler, prediction)
+    scheduler.set_timesteps(timesteps=timesteps(steps, sampler))
+
+    def predict(x, t, steps_left):
+        """Returns the guided output of the model; frames that have not joined enter it clean."""
+        x_rows = repeat(torch.where(steps_left <= join_step, x, known), "b c t h w -> (rows b) c t h w", rows=rows)
+        x_mask = repeat(steps_left <= noised_step, "b t -> (rows b) t", rows=rows) if masked else None
+        t_rows = torch.full((rows * B,), int(t), device=x.device)
+        out = model(x_rows, t_rows, y, y_mask, x_mask=x_mask, **cond)
+        if rows == 1:
+            return out
+        out_cond, out_null = out.chunk(2)
+        return guide(out_cond, out_null, cfg_scale, 3 if quirks.guide_3_channels else C, rescale)
+
     x = z
     for i, t in enumerate(scheduler.timesteps):
-        # The model sees a frame that has not joined clean; to the solver it is at level t (DDPM, eq. 4), the answer
-        # (v: 2202.00512, appendix D) that says x_0 = known: so dpm has a true history of it when it joins.
-        left, signal = steps - i, scheduler.alphas_cumprod[t].sqrt()
+        steps_left = steps - i
+        signal = scheduler.alphas_cumprod[t].sqrt()
         noise = (1 - scheduler.alphas_cumprod[t]).sqrt()
-        x = torch.where(left < joins, x, signal * known + noise * z)
-        x_rows = repeat(torch.where(left <= joins, x, known), "b c t h w -> (rows b) c t h w", rows=rows)
-        x_mask = repeat(left <= told, "b t -> (rows b) t", rows=rows) if masked else None
-        out = model(x_rows, torch.full((rows * B,), int(t), device=x.device), y, y_mask, x_mask=x_mask, **cond)
-        if rows == 2:
-            out = guide(*out.chunk(2), cfg_scale, 3 if quirks.guide_3_channels else C, rescale)
+        # For the solver a frame that has not joined is at level t (DDPM, eq. 4), with the output that leads to
+        # known (v: 2202.00512, appendix D): so a multi-step solver has a true history of it when it joins.
+        x = torch.where(steps_left < join_step, x, signal * known + noise * z)
+        out = predict(x, t, steps_left)
         exact = z if prediction == "eps" else signal * z - noise * known
-        out = torch.cat([torch.where(left <= joins, out[:, :C], exact), out[:, C:]], dim=1)
+        out = torch.cat([torch.where(steps_left <= join_step, out[:, :C], exact), out[:, C:]], dim=1)
         x = step_back(scheduler, out, t, x, generators)
         if progress:
             progress(i + 1, steps)
-    latents = torch.where(joins >= 1, x, known)
+    latents = torch.where(join_step >= 1, x, known)
     if not latents.isfinite().all():                                    # sync
         raise ValueError(f"after {steps} steps the latents are not finite: are the weights whole? cfg_scale is "
                          f"{cfg_scale:g}")
@@ -213,7 +228,8 @@ class Job:
 
     def plans(self, references):
         """Returns masks.frame_plan of each segment; the segments before it count as references."""
-        groups, lengths = parse_strategy(self.strategy), [len(frames) for frames in references]
+        groups = parse_strategy(self.strategy)
+        lengths = [len(frames) for frames in references]
         for group in groups:
             if not 0 <= group.segment < len(self.prompts):
                 raise ValueError(f"mask strategy {format_strategy([group])!r} is for segment {group.segment}, expected "
@@ -238,7 +254,8 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
     With segments > 1, T = segments * (num_frames - overlap) + overlap.  fps: of a source of which every
     frame_interval-th frame is taken.  how: the sampler's settings, those of sample_latents from steps to quirks."""
     many = len(prompts)
-    references, strategies = references or [None] * many, strategies or [None] * many
+    references = references or [None] * many
+    strategies = strategies or [None] * many
     if not len(references) == len(strategies) == many:
         raise ValueError(f"{len(references)} references and {len(strategies)} strategies for {many} prompts: expected "
                          "one (or None) per prompt")
@@ -263,7 +280,8 @@ def plan_job(prompt, groups, segments, overlap, loop=False, **rest):
     segments None: as many as the prompt names.  overlap None: a quarter of the frames, the most that training gives."""
     if loop and segments is None:
         segments = max(2, len(split_prompt(prompt)))
-    prompts, T = split_prompt(prompt, segments), rest["num_frames"]
+    prompts = split_prompt(prompt, segments)
+    T = rest["num_frames"]
     if len(prompts) == 1 and not loop:
         return Job(prompts, strategy=format_strategy(groups), **rest)
     overlap = max(1, T // 4) if overlap is None else overlap
@@ -316,8 +334,8 @@ def sample_segments(model, vae, text_encoder, jobs, references, progress=None, q
 
     jobs: of one shape.  references: per job a list of clips of any size, each uint8 [K H W 3], or K frames of which
     those that no plan takes may be None.  how: the settings of sample_latents."""
-    device, shape = model.null_y.device, (vae.channels, jobs[0].num_frames, *(
-        side // vae.down for side in (jobs[0].height, jobs[0].width)))
+    device = model.null_y.device
+    shape = vae.channels, jobs[0].num_frames, jobs[0].height // vae.down, jobs[0].width // vae.down     # C T h w
     plans = [job.plans(some) for job, some in zip(jobs, references)]
     given = [encode_references(vae, some, plan, shape, device) for some, plan in zip(references, plans)]
     made = [[] for _ in jobs]
@@ -325,7 +343,8 @@ def sample_segments(model, vae, text_encoder, jobs, references, progress=None, q
         # On the CPU: a GPU draws other noise, and a video would depend on where it was made.
         generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]
         z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
-        known, strength = torch.zeros_like(z), torch.stack([plan[segment][1] for plan in plans])
+        known = torch.zeros_like(z)
+        strength = torch.stack([plan[segment][1] for plan in plans])
         for b, plan in enumerate(plans):
             sources = given[b] + made[b]
             for t, source in enumerate(plan[segment][0]):
@@ -350,7 +369,9 @@ def frames_taken(plans):
 
 def encode_references(vae, references, plans, shape, device):
     """Returns the latents [C K h w] of each reference, uint8 [K H W 3]; 0 for frames that no plan takes."""
-    latents, (C, _, h, w), taken = [], shape, frames_taken(plans)
+    C, _, h, w = shape
+    taken = frames_taken(plans)
+    latents = []
     for r, frames in enumerate(references):
         latents.append(torch.zeros(C, len(frames), h, w, device=device))
         if r in taken:
@@ -364,8 +385,10 @@ def show(vae, job, segments):
     """Returns the video, uint8 [T_total H W 3], of segments [C T h w]; frames that two of them share are shown once."""
     videos = []
     for i, z in enumerate(segments):
-        first, last = job.overlap * (i > 0), job.overlap * (job.loop and i == len(segments) - 1)
-        videos.append(to_uint8(vae.decode(z[None, :, first : job.num_frames - last])[0]))
+        first = job.overlap if i > 0 else 0
+        closes_loop = job.loop and i == len(segments) - 1
+        stop = job.num_frames - job.overlap if closes_loop else job.num_frames
+        videos.append(to_uint8(vae.decode(z[None, :, first:stop])[0]))
     return np.concatenate(videos)
 
 
@@ -386,7 +409,8 @@ def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
                    "their name on the hub")
         path = fetch(ckpt, ["config.json", "model*.safetensors", "model.safetensors.index.json"], missing)
     file = weights_file(path)
-    own, upstreams = file.with_name("config.py"), file.with_name("config.json")
+    own = file.with_name("config.py")
+    upstreams = file.with_name("config.json")
     if own.is_file():
         config = configs.load(str(own))
         return file, config, PUBLISHED if config.model.as_released else SampleQuirks()
@@ -447,7 +471,9 @@ def encode_texts(config, captions, device="cpu", folder=None, offload=False):
 
     folder: keeps the embeddings for the next time, when T5 is not loaded at all.  A local T5 is identified by the sizes
     and times of its files, one on the hub by its name.  offload: its blocks stay in host memory."""
-    name, dtype, L = find(config.text_encoder), weight_dtype(config, device), config.model.model_max_length
+    name = find(config.text_encoder)
+    dtype = weight_dtype(config, device)
+    L = config.model.model_max_length
 
     def load_it():
         encoder = load_text_encoder(name, L, dtype, "cpu" if offload else device, config.model.as_released)
@@ -467,7 +493,8 @@ def export(ckpt, folder):
     Raises ValueError if Open-Sora would compute something else: it has no embedding of the frame, rotates queries and
     keys before QK-norm, and samples eps with a learned variance."""
     model, config, _ = load(ckpt)                                           # on the CPU, so in fp32
-    m, folder = config.model, Path(folder)
+    m = config.model
+    folder = Path(folder)
     faults = {"model.temporal_pos=True": m.temporal_pos, "model.pred_sigma=False": not m.pred_sigma,
               "model.as_released=False": m.qk_norm and not m.as_released,
               f"prediction={config.prediction!r}": config.prediction != "eps"}
@@ -587,8 +614,9 @@ def split_json(line, args):
 
     It is turned into flags and read by the same parser, so that both have the same names, types and messages."""
     text, brace, rest = line.partition("{")
-    parser, words = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False), []
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_job_options(parser)
+    words = []
     try:
         for name, value in json.loads(brace + rest or "{}").items():
             option = "--" + name.replace("_", "-")
@@ -655,7 +683,9 @@ def read_references(job):
     Frames that no segment takes are None: a film of ten minutes does not fit into memory when only its last four frames
     are needed.  Frames are counted so that the clip's last one is among them if any group takes its end, otherwise its
     first.  A negative number counts from the segment of its group: in segment i, i segments follow the references."""
-    paths, many, segments = [find(path) for path in job.references], len(job.references), range(len(job.prompts))
+    paths = [find(path) for path in job.references]
+    many = len(paths)
+    segments = range(len(job.prompts))
     from_end = [group for group in parse_strategy(job.strategy) if group.ref_start < 0 and group.segment in segments]
     at_end = [any(group.reference in (r, r - many - group.segment) for group in from_end) for r in range(many)]
     moments = [at_rate(path, job.fps / job.frame_interval, end) for path, end in zip(paths, at_end)]
@@ -758,7 +788,9 @@ def check_out(folder):
 
 def alike(jobs, size):
     """Returns lists of at most `size` jobs that are sampled together: of one shape and number of segments."""
-    shape = lambda job: (job.num_frames, job.height, job.width, len(job.prompts))
+    def shape(job):
+        return job.num_frames, job.height, job.width, len(job.prompts)
+
     groups = [list(group) for _, group in groupby(sorted(jobs, key=shape), key=shape)]
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
 
@@ -771,7 +803,8 @@ def pictures(job, args):
 
 
 def save(job, frames, record, args):
-    (T, H, W, _), fps = frames.shape, job.fps / job.frame_interval
+    T, H, W, _ = frames.shape
+    fps = job.fps / job.frame_interval
     for path in pictures(job, args):
         write_video(path, frames, fps)
         order = " in reading order" if path.suffix == ".png" else f", {fps:g} per second"
@@ -782,7 +815,8 @@ def save(job, frames, record, args):
 
 def exists(job, record, args, place):
     """Returns whether a job has been sampled; raises ValueError if that was another prompt, or with other settings."""
-    note, last = args.out / f"{job.name}.json", pictures(job, args)[-1]
+    note = args.out / f"{job.name}.json"
+    last = pictures(job, args)[-1]
     if not note.exists() or not last.exists():
         return False
     before = json.loads(note.read_text("utf-8"))
@@ -807,10 +841,13 @@ def write_grid(jobs, out):
 def print_plan(ckpt):
     """Prints the GiB that sampling one video with guidance holds on a GPU: T5, which is then freed, model and VAE."""
     config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt)[1]
-    m, dtype, gib = config.model, config.torch_dtype, 2**30
+    m = config.model
+    dtype = config.torch_dtype
+    gib = 2 ** 30
     from configs.plan import FROZEN, forward_bytes, parameters
-    t5, vae = (FROZEN.get(name) for name in (config.text_encoder, config.vae))
-    t5, vae, model = (t5 or 0) * dtype.itemsize, (vae or 0) * 4, parameters(m)[0] * dtype.itemsize
+    t5 = FROZEN.get(config.text_encoder, 0) * dtype.itemsize
+    vae = FROZEN.get(config.vae, 0) * 4
+    model = parameters(m)[0] * dtype.itemsize
     counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
     print(f"{ckpt}, {config.dtype}, GiB: T5 {t5 / gib:.2f}, VAE {vae / gib:.2f} (fp32), model {model / gib:.2f}"
           f"{counted}\n{'video':>15}{'activations':>13}{'decoding':>10}{'peak':>8}{'with --offload':>16}")
