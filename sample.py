@@ -50,20 +50,11 @@ NUM_TIMESTEPS = 1000
 DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20}
 SAMPLERS = tuple(DEFAULT_STEPS)
 FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           # and the ends of their names
-
-
-@dataclass(frozen=True)
-class SampleQuirks:
-    """The quirks of the released sampler, whose numbers continue model.py's; all are off unless asked for."""
-    guide_3_channels: bool = False      # Q4: of the 4 latent channels the first 3 are guided
-    cut_null: bool = False              # Q5: the null caption is cut to the length of the prompt in the same row
-    ar_h_over_w: bool = False           # Q6: ar is height / width, while in training it was width / height
-    raw_fps: bool = False               # Q7: fps is that of the source file, whatever the frame interval
-    join_untold: bool = False           # Q8: iddpm changes a given frame a step before the model sees it as noised
-
-
-RELEASED = SampleQuirks(*[True] * 5)
-PUBLISHED = replace(RELEASED, join_untold=False)            # what the weights are used to; Q8 is the sampler's fault
+# STDiTConfig.as_released also turns on what the published weights are used to from their sampler:
+#   Q4    of the 4 latent channels the first 3 are guided
+#   Q5    the null caption is cut to the length of the prompt in the same row
+#   Q6    ar is height / width, while in training it was width / height
+#   Q7    fps is that of the source file, whatever the frame interval
 
 
 # ---------------------------------------------------------------- the noise schedule
@@ -105,13 +96,13 @@ def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
 # 0 < r < 1   edited: from known   the same, from known noised with z to that t   clean, and conditioned on t = 0
 # 0           held: known          none                                           the same, to the end
 # In x_mask, True stands for t and False for t = 0.
-def joining(strength, steps: int, join_untold: bool = False):
-    """Returns (joins, told), int [B T]: how many steps are left when each frame joins, and when the model first sees it
-    as noised, which is the same but for Q8.  A frame that is made from noise joins before the first step: steps + 1.
+def joining(strength, steps: int):
+    """Returns how many steps are left when each frame joins, int [B T]; steps + 1 for one that is made from noise.
 
-    In fp32, as upstream, where 0.29 of 100 steps are 29; in fp64 they are 28."""
-    told = (strength.float() * steps).int()
-    return torch.where(told == steps, steps + 1, told + join_untold), told
+    In fp32, as upstream, where 0.29 of 100 steps are 29; in fp64 they are 28.  The released iddpm changes a given frame
+    one step before the model sees it as noised: a fault of that sampler, which no weights depend on."""
+    last_steps = (strength.float() * steps).int()
+    return torch.where(last_steps == steps, steps + 1, last_steps)
 
 
 def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, rescale: float = 0.0):
@@ -145,7 +136,7 @@ def step_back(scheduler, out, t, x, generators):
 
 @torch.no_grad()
 def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler="iddpm", prediction="eps",
-                   cfg_scale=7.0, rescale=0.0, quirks=SampleQuirks(), known=None, strength=None, progress=None):
+                   cfg_scale=7.0, rescale=0.0, as_released=False, known=None, strength=None, progress=None):
     """Returns clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a
     dict of height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps) is called after
     step i.  The defaults are the release's.
@@ -162,11 +153,11 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
     if not masked:
         known = torch.zeros_like(z)
         strength = z.new_ones(B, T)
-    join_step, noised_step = joining(strength.to(z.device), steps, quirks.join_untold and sampler == "iddpm")
-    join_step = rearrange(join_step, "b t -> b 1 t 1 1")
+    noised_step = joining(strength.to(z.device), steps)
+    join_step = rearrange(noised_step, "b t -> b 1 t 1 1")
     rows = 1 if cfg_scale == 1 else 2                                   # rows 0..B-1 with caption, B..2B-1 without
     if rows == 2:
-        null_mask = y_mask if quirks.cut_null else torch.ones_like(y_mask)
+        null_mask = y_mask if as_released else torch.ones_like(y_mask)                                  # Q5
         y = torch.cat([y, model.null_y.to(y).expand_as(y)])
         y_mask = torch.cat([y_mask, null_mask])
         cond = {name: torch.cat([value, value]) for name, value in cond.items()}
@@ -182,7 +173,7 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
         if rows == 1:
             return out
         out_cond, out_null = out.chunk(2)
-        return guide(out_cond, out_null, cfg_scale, 3 if quirks.guide_3_channels else C, rescale)
+        return guide(out_cond, out_null, cfg_scale, 3 if as_released else C, rescale)                   # Q4
 
     x = z
     for i, t in enumerate(scheduler.timesteps):
@@ -237,10 +228,12 @@ class Job:
         return [frame_plan(groups, i, self.num_frames, lengths + [self.num_frames] * i)
                 for i in range(len(self.prompts))]
 
-    def conditions(self, quirks):
+    def conditions(self, as_released):
         """Returns the conditioning values of the video."""
-        ar = self.height / self.width if quirks.ar_h_over_w else self.width / self.height
-        fps = IMAGE_FPS if self.num_frames == 1 else self.fps / (1 if quirks.raw_fps else self.frame_interval)
+        ar = self.height / self.width if as_released else self.width / self.height                      # Q6
+        fps = self.fps if as_released else self.fps / self.frame_interval                               # Q7
+        if self.num_frames == 1:
+            fps = IMAGE_FPS
         return dict(height=self.height, width=self.width, num_frames=self.num_frames, ar=ar, fps=fps)
 
 
@@ -252,8 +245,10 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
     references   None or a list of uint8 [K H W 3] of any size
     strategies   None or a list of masks.Given; None with references: the first frame of the first one comes first
     With segments > 1, T = segments * (num_frames - overlap) + overlap.  fps: of a source of which every
-    frame_interval-th frame is taken.  how: the sampler's settings, those of sample_latents from steps to quirks."""
+    frame_interval-th frame is taken.  how: the sampler's settings, those of sample_latents from steps to as_released,
+    which by default is the model's."""
     many = len(prompts)
+    how.setdefault("as_released", model.config.as_released)
     references = references or [None] * many
     strategies = strategies or [None] * many
     if not len(references) == len(strategies) == many:
@@ -329,7 +324,7 @@ def check_jobs(jobs, references, down, patch_size):
             print(f"{height}x{width} asked, {made} made: a latent cell is {down} pixels wide")
 
 
-def sample_segments(model, vae, text_encoder, jobs, references, progress=None, quirks=SampleQuirks(), **how):
+def sample_segments(model, vae, text_encoder, jobs, references, progress=None, as_released=False, **how):
     """Returns the latents of each job's segments, lists of [C T h w].
 
     jobs: of one shape.  references: per job a list of clips of any size, each uint8 [K H W 3], or K frames of which
@@ -352,10 +347,10 @@ def sample_segments(model, vae, text_encoder, jobs, references, progress=None, q
                     known[b, :, t] = sources[source[0]][:, source[1]]
         masks = dict(known=known, strength=strength) if (strength < 1).any() else {}
         y, y_mask = text_encoder([job.prompts[segment] for job in jobs])
-        rows = [job.conditions(quirks) for job in jobs]
+        rows = [job.conditions(as_released) for job in jobs]
         cond = {name: torch.tensor([float(row[name]) for row in rows], device=device) for name in rows[0]}
-        z = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators, quirks=quirks,
-                           progress=progress, **masks, **how)
+        z = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators,
+                           as_released=as_released, progress=progress, **masks, **how)
         for segments, latent in zip(made, z):
             segments.append(latent)
     return made
@@ -393,9 +388,10 @@ def show(vae, job, segments):
 
 
 # ---------------------------------------------------------------- checkpoints, in and out
-def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
-    """(the file of a checkpoint's weights, its config, for Open-Sora's what sampling needs of one, and the quirks to
-    sample it with): before the weights are read, so that T5 can be gone when they are.  ckpt is one of
+def find_checkpoint(ckpt) -> tuple[Path, configs.Config]:
+    """Returns the file of a checkpoint's weights and its config, for Open-Sora's what sampling needs of one.
+
+    The weights are not read yet, so that T5 can be freed before they are.  ckpt is one of
 
     our runs, or assets/tiny   a folder with config.py and model.safetensors
     Open-Sora's weights        a folder with config.json and model.safetensors, or shards with their
@@ -412,31 +408,29 @@ def find_checkpoint(ckpt) -> tuple[Path, configs.Config, SampleQuirks]:
     own = file.with_name("config.py")
     upstreams = file.with_name("config.json")
     if own.is_file():
-        config = configs.load(str(own))
-        return file, config, PUBLISHED if config.model.as_released else SampleQuirks()
+        return file, configs.load(str(own))
     shape = upstream_config(read_json(upstreams) if upstreams.is_file() else {}, upstreams)
     config = replace(configs.load("configs/stage3.py"), model=shape, buckets={"240p": {16: (1.0, 1)}})
-    return file, config, PUBLISHED
+    return file, config
 
 
 class Checkpoint(NamedTuple):
     model: STDiT
     config: configs.Config
-    quirks: SampleQuirks
 
 
 def load(ckpt, device="cpu", offload=False) -> Checkpoint:
     """Returns a checkpoint's model, ready to sample: in bf16 on a GPU if it was trained so, else in fp32.
 
     offload: its blocks stay in host memory.  Raises ValueError for weights that are missing, unknown or misshapen."""
-    file, config, quirks = find_checkpoint(ckpt)
+    file, config = find_checkpoint(ckpt)
     alone = not any(file.with_name(name).is_file() for name in ("config.py", "config.json"))
     if config.model.as_released and not (dist.is_initialized() and dist.get_rank()):
         print(f"{ckpt}: " + "no config.json beside it, so taken for XL/2 as published; " * alone
               + "as_released: with the quirks Q1 to Q7 that its weights were trained with, captions cleaned")
     model = with_weights(config.model, read_weights(file), file).requires_grad_(False).eval()
     model.to(weight_dtype(config, device))
-    return Checkpoint(visiting(model, model.blocks, device) if offload else model.to(device), config, quirks)
+    return Checkpoint(visiting(model, model.blocks, device) if offload else model.to(device), config)
 
 
 def weight_dtype(config, device):
@@ -492,7 +486,7 @@ def export(ckpt, folder):
     Its config.py is written next to config.json and model.safetensors, so that `load` takes the folder for our run.
     Raises ValueError if Open-Sora would compute something else: it has no embedding of the frame, rotates queries and
     keys before QK-norm, and samples eps with a learned variance."""
-    model, config, _ = load(ckpt)                                           # on the CPU, so in fp32
+    model, config = load(ckpt)                                              # on the CPU, so in fp32
     m = config.model
     folder = Path(folder)
     faults = {"model.temporal_pos=True": m.temporal_pos, "model.pred_sigma=False": not m.pred_sigma,
@@ -556,7 +550,6 @@ def parse_args(argv=None):
     add("--steps", type=int, help="default: " + ", ".join(f"{name} {n}" for name, n in DEFAULT_STEPS.items()))
     add("--cfg-scale", type=float, help="guidance; 1: none, at half the time; default: the config's")
     add("--rescale", type=float, default=0.0, help="of the guidance, 0 to 1; default: %(default)s")
-    add("--quirks", action="store_const", const=RELEASED, help="Q4 to Q8 on; default: what the weights expect")
     add = parser.add_argument_group("files").add_argument
     add("--out", type=Path, default="samples", help="folder; default: %(default)s")
     add("--format", choices=FORMATS, default="mp4", help="beside the contact sheet, .png; default: %(default)s")
@@ -715,9 +708,9 @@ def run(args):
     """Samples the jobs that do not exist yet; the groups of args.sp processes share them."""
     place = start_processes(sp=args.sp, device=args.device)
     place.say(use(place.device, args.plain))
-    file, config, quirks = find_checkpoint(args.ckpt)
+    file, config = find_checkpoint(args.ckpt)
     fill(args, vae=config.vae, text_encoder=config.text_encoder, steps=DEFAULT_STEPS[args.sampler],
-         cfg_scale=config.cfg_scale, quirks=quirks)
+         cfg_scale=config.cfg_scale)
     config = replace(config, vae=args.vae, text_encoder=args.text_encoder)
     timesteps(args.steps, args.sampler)                                     # raises where there are none
     if not math.isfinite(args.cfg_scale):
@@ -730,10 +723,11 @@ def run(args):
     vae = load_vae(args.vae, device=place.device)
     check_jobs(jobs, read_references, vae.down, config.model.patch_size)
     check_out(args.out)
-    how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale", "quirks")}
-    told = dict(sampling=how | {"quirks": asdict(args.quirks)}, ckpt=args.ckpt, weights=weights, vae=args.vae,
+    how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale")}
+    how["as_released"] = config.model.as_released
+    settings = dict(sampling=how, ckpt=args.ckpt, weights=weights, vae=args.vae,
                 text_encoder=args.text_encoder, plain=args.plain)           # all of it is the same only to rounding
-    records = {job: {"job": asdict(job)} | told for job in jobs}
+    records = {job: {"job": asdict(job)} | settings for job in jobs}
     todo = [job for job in jobs if args.overwrite or not exists(job, records[job], args, place)]
     dist.barrier()                          # collective; nobody writes before all have seen what is there
     if mine := todo[place.data_rank::place.num_data_ranks]:                 # T5 is freed before the model is loaded

@@ -55,7 +55,7 @@ from kernels import Place, all_frames, own_frames, sequence_parallel, start_proc
 from masks import draw_mask
 from model import (STDiT, check_weights, check_whole, from_pixart, is_pixart, load_shards, read_step,
                    read_weights)
-from sample import PUBLISHED, SampleQuirks, default_bucket, generate, noise_schedule
+from sample import default_bucket, generate, noise_schedule
 from vae import fetch, find, fingerprint as weights_name, load_text_encoder, load_vae, remember, write_cache
 
 LOG_EVERY = 10              # steps, as upstream's log_every
@@ -917,8 +917,7 @@ def preview(run, vae, text_encoder, step):
     num_frames, height, width = default_bucket(config.trained)
     videos = generate(run.ema, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height,
                       width=width, fps=config.fps, frame_interval=config.frame_interval, steps=50,
-                      prediction=config.prediction, cfg_scale=config.cfg_scale, seed=config.seed,
-                      quirks=PUBLISHED if config.model.as_released else SampleQuirks())
+                      prediction=config.prediction, cfg_scale=config.cfg_scale, seed=config.seed)
     reshard(run.ema)
     if run.place.rank == 0:
         write_video(run.folder / "samples" / f"step-{step:07d}.png", rearrange(videos, "b t h w c -> (b t) h w c"))

@@ -125,7 +125,7 @@ class Judge:
         from sample import generate, load
         from vae import load_text_encoder, load_vae
         self.generate = generate
-        self.model, self.config, _ = load(ckpt)
+        self.model, self.config = load(ckpt)
         self.vae = load_vae(self.config.vae)
         self.text_encoder = load_text_encoder(self.config.text_encoder, self.config.model.model_max_length)
         defaults = dict(height=32, width=32, fps=8, num_frames=8, batch_size=32, cfg_scale=self.config.cfg_scale,

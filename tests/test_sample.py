@@ -31,7 +31,7 @@ from inputs import example_inputs
 from masks import Given, edit, parse_strategy
 from model import STDiT, STDiTConfig, from_upstream
 from reader import Judge, obey, prompts as prompts_of_shapes, read_clip, read_frame
-from sample import (PUBLISHED, SampleQuirks, export, generate, guide, load, noise_schedule, sample_latents, step_back,
+from sample import (export, generate, guide, load, noise_schedule, sample_latents, step_back,
                     timesteps, visiting)
 from vae import load_text_encoder, load_vae
 
@@ -64,7 +64,7 @@ class Standin:
 
     def __init__(self, eps=None, prediction="eps", null=0.0, learned_variance=True, marks_given=True):
         self.null_y = torch.full((10, 8), null)
-        self.config = SimpleNamespace(patch_size=(1, 2, 2))
+        self.config = SimpleNamespace(patch_size=(1, 2, 2), as_released=False)
         self.eps = eps or tanh_eps
         self.prediction = prediction
         self.learned_variance = learned_variance
@@ -169,7 +169,7 @@ def draw_recorded_noise(monkeypatch, noises):
     return generators
 
 
-def sample_as_recorded(monkeypatch, case, quirks):
+def sample_as_recorded(monkeypatch, case):
     """Repeats a recorded sampling of ten steps with its noises; returns (golden, the network's calls, the result)."""
     golden = load_file(GOLDEN / f"b_sample_{case}.safetensors")
     strength = golden.get("mask")
@@ -185,7 +185,7 @@ def sample_as_recorded(monkeypatch, case, quirks):
     model.null_y = golden["null"]
     generators = draw_recorded_noise(monkeypatch, noises)
     x = sample_latents(model, z, golden["y"][:, 0], torch.ones(2, 10, dtype=torch.bool), {}, generators=generators,
-                       steps=10, cfg_scale=7.0, quirks=quirks, **given)
+                       steps=10, cfg_scale=7.0, as_released="cfg3" in case, **given)
     return golden, model.calls, x
 
 
@@ -199,8 +199,8 @@ def test_sampling_repeats_the_releases(monkeypatch, case):
     """Ten guided steps: without masks, with masks that hold nothing, and with references.  All that the network is
     given at each step is compared, so every intermediate x is.
 
-    The release changes a held frame in its very last step (Q8); here it stays as given, bit for bit."""
-    golden, calls, x = sample_as_recorded(monkeypatch, case, SampleQuirks(guide_3_channels="cfg3" in case))
+    The release changes a held frame in its very last step; here it stays as given, bit for bit."""
+    golden, calls, x = sample_as_recorded(monkeypatch, case)
     strength = golden.get("mask", torch.ones(2, 6))
     held = rearrange(strength == 0, "b t -> b 1 t 1 1").expand_as(x)
     assert len(calls) == 10
@@ -215,11 +215,6 @@ def test_sampling_repeats_the_releases(monkeypatch, case):
             assert relative(half * ~held, golden["model_x"][i] * ~held) < 1e-6
     assert torch.equal(x[held], golden["z"][held])
     assert relative(x * ~held * first_coefficient(), golden["steps"][-1] * ~held) < 1e-6
-
-
-def test_with_its_quirk_held_frames_change_as_in_the_release(monkeypatch):
-    golden, _, x = sample_as_recorded(monkeypatch, "ref_cfg3", SampleQuirks(guide_3_channels=True, join_untold=True))
-    assert relative(x * first_coefficient(), golden["steps"][-1]) < 1e-6
 
 
 def one_step(monkeypatch, sampler, t, x, out, noise):
@@ -337,7 +332,7 @@ def test_guidance_asks_with_caption_and_with_a_full_length_null_caption():
     arguments = request()
     for cut in (False, True):
         model = Standin(null=0.7)
-        sample_latents(model, **arguments, steps=2, cfg_scale=3.0, quirks=SampleQuirks(cut_null=cut))
+        sample_latents(model, **arguments, steps=2, cfg_scale=3.0, as_released=cut)
         assert len(model.calls) == 2
         call = model.calls[0]
         null = (call["y"] == 0.7).all(dim=(1, 2))
@@ -529,7 +524,7 @@ def test_the_network_is_given_sizes_and_rates():
         return {name: float(model.calls[-1][name][0]) for name in ("height", "width", "num_frames", "ar", "fps")}
 
     assert conditioning(frame_interval=3) == dict(height=16, width=24, num_frames=4, ar=1.5, fps=8)
-    released = conditioning(frame_interval=3, quirks=SampleQuirks(ar_h_over_w=True, raw_fps=True))
+    released = conditioning(frame_interval=3, as_released=True)
     assert released == dict(height=16, width=24, num_frames=4, ar=pytest.approx(16 / 24), fps=24)
     assert conditioning(num_frames=1)["fps"] == 120                     # a still image
 
@@ -796,10 +791,6 @@ def test_options_reach_the_network_and_the_file(command, calls, tmp_path):
     assert calls[0]["fps"].tolist() == [10] * 4
     assert calls[0]["ar"].tolist() == [1.5] * 4
     assert not torch.equal(calls[0]["x"][0], calls[0]["x"][1])
-    command("--prompt", "a red circle", *SMALL, "--fps", 30, "--frame-interval", 3, "--seed", 8, "--quirks",
-            "--overwrite")
-    assert calls[-2]["fps"].tolist() == [30] * 2
-    assert calls[-2]["ar"].tolist() == [pytest.approx(16 / 24)] * 2
 
 
 def frames_0_to_7(color):
@@ -1271,12 +1262,11 @@ def test_published_weights_load_in_every_form(published, tmp_path, monkeypatch, 
     torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "w.pth")
     (tmp_path / "config.json").write_text((published / "config.json").read_text())
     for ckpt in (published, "some/name", published / "model.safetensors", tmp_path / "w.pth"):
-        model, config, quirks = load(ckpt)
+        model, config = load(ckpt)
         state = model.state_dict()
         assert state.keys() == weights.keys()
         assert all(torch.equal(value, weights[name]) for name, value in state.items())
-        assert quirks == PUBLISHED
-        assert quirks.guide_3_channels and quirks.cut_null and quirks.ar_h_over_w and quirks.raw_fps
+        assert config.model.as_released
         assert model.config.as_released
         assert not model.training
         out = capsys.readouterr().out
@@ -1349,8 +1339,8 @@ def test_published_weights_may_be_in_shards(published, tmp_path):
         save_file({name: value for name, value in weights.items() if weight_map[name] == shard}, tmp_path / shard)
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     for ckpt in (tmp_path, tmp_path / "model.safetensors.index.json"):
-        model, config, quirks = load(ckpt)
-        assert quirks == PUBLISHED
+        model, config = load(ckpt)
+        assert config.model.as_released
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
 
 
@@ -1400,9 +1390,9 @@ def test_a_run_is_loaded_with_its_own_config(checkpoint, tmp_path, capsys):
         save_file(others, run / name)
     averaged = load_file(checkpoint / "model.safetensors")
     for ckpt in (run, run / "model.safetensors"):
-        model, config, quirks = load(ckpt)
+        model, config = load(ckpt)
         assert config == configs.load(str(run / "config.py"))
-        assert quirks == SampleQuirks()
+        assert not config.model.as_released
         assert all(torch.equal(value, averaged[name]) for name, value in model.state_dict().items())
     assert not capsys.readouterr().out
     assert load("assets/tiny").model.null_y.dtype == torch.float32      # though it is stored in bf16
@@ -1415,7 +1405,7 @@ def test_a_run_goes_to_open_sora_and_comes_back(tmp_path, run_script, capsys):
     before = load(run)
     after = load(out)
     assert after.config == before.config
-    assert after.quirks == before.quirks
+    assert after.config.model.as_released == before.config.model.as_released
     with safe_open(out / "model.safetensors", "pt") as f:
         assert f.metadata() == {"format": "pt"}                         # transformers refuses it without
         assert {f.get_slice(name).get_dtype() for name in f.keys()} == {"F32"}
@@ -1430,7 +1420,7 @@ def test_a_run_goes_to_open_sora_and_comes_back(tmp_path, run_script, capsys):
         assert expected.std() > 0.01
         assert torch.equal(theirs(**inputs), expected)
     (out / "config.py").unlink()                                        # as it would come from there
-    assert load(out).quirks == PUBLISHED
+    assert load(out).config.model.as_released
     assert load(out).config.model == before.config.model
     export(out, out)                                                    # over the file that it is read from
     again = load(out).model.state_dict()
