@@ -917,6 +917,8 @@ def read_image(path):
     """Returns an image as a viewer shows it, uint8 [H W 3]: turned as its EXIF entry says, on white if transparent."""
     try:
         with Image.open(path) as image:
+            if getattr(image, "n_frames", 1) > 1:
+                report(f"{path}: is animated, and only its first frame is used; as a video it would give all")
             if image.mode.startswith("I;16"):                   # Pillow would cut 16 bits off at white, not scale them
                 image = image.point(lambda level: level / 256, "L")
             image = ImageOps.exif_transpose(image)

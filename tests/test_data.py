@@ -863,6 +863,18 @@ def test_pixels_that_are_not_square_become_so(tmp_path, name, codec):
     assert read(tmp_path / name).shape == (8, 72, 128, 3)
 
 
+def test_an_animated_image_is_reported(tmp_path, capsys):
+    """Only its first frame is used."""
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue", "green")]
+    for name in ("moving.webp", "moving.png"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], duration=100, lossless=True)
+        assert read_window(tmp_path / name)[0].shape == (1, 8, 8, 3)
+        assert f"{name}: is animated" in capsys.readouterr().err
+    frames[0].save(tmp_path / "still.png")
+    read_window(tmp_path / "still.png")
+    assert capsys.readouterr().err == ""
+
+
 def test_images(tmp_path):
     rgb = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
     Image.fromarray(rgb).save(tmp_path / "a.png")
