@@ -159,7 +159,7 @@ CUDA_NAMES = {torch.float32: "float", torch.bfloat16: "bf16"}      # the dtypes 
 
 
 def use(device, plain=False):
-    """Chooses the plain form of every op, or CUDA where there is a kernel; returns a line that says what runs."""
+    """Chooses the plain form of every op, or CUDA for those that have kernels; returns a line that names the choice."""
     PLAIN["only"] = plain
     if plain or torch.device(device).type != "cuda":
         return "ops: plain PyTorch"
@@ -1123,7 +1123,9 @@ def start_processes(shard=0, sp=1, device=None):
     if "RANK" in os.environ:
         store, rank, world = next(dist.rendezvous("env://"))
     else:
-        store, rank, world = dist.HashStore(), 0, 1
+        store = dist.HashStore()
+        rank = 0
+        world = 1
     if os.environ.get("GROUP_WORLD_SIZE") == "1":
         # Processes that torchrun has restarted would find the addresses of the dead ones in its store.
         store = dist.PrefixStore(f"start {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)

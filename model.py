@@ -521,7 +521,7 @@ def load_shards(state, folder, **how):
     """Fills the tensors of a state dict from a step of a run; collective unless no_dist.  Raises ValueError."""
     try:
         dcp.load(state, checkpoint_id=folder, **how)
-    except CheckpointException as error:    # no Exception; what torch says of it advises to unpickle
+    except CheckpointException as error:    # no Exception; torch's own message advises to unpickle
         kinds = {type(failure).__name__ for failure, _ in error.failures.values()}
         raise ValueError(f"{folder} cannot be read, a shard is damaged or of another model ({', '.join(kinds)}) - "
                          "remove this step to resume from the one before it") from None

@@ -111,7 +111,7 @@ def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, res
     The first `channels` are guided (None: the first half, all of eps or v); the others, the variances among them, stay
     as the caption has them.  v is linear in eps at a given x_t, so guiding either is the same.
     rescale: phi of 2305.08891, eq. 15 and 16: this share of the way back to the contrast before guidance, which a large
-    cfg_scale drives up.  Per frame, as there per image: the output for a held frame says nothing about the others.  The
+    cfg_scale drives up.  Per frame, as there per image: the output for a held frame has no bearing on the others.  The
     clamp is for a fresh model, whose output is 0 everywhere."""
     channels = channels or out_cond.shape[1] // 2
     cond = out_cond[:, :channels]
@@ -298,7 +298,7 @@ def split_prompt(prompt, segments=None):
     starts = [start for start, _ in texts]
     segments = starts[-1] + 1 if segments is None else segments
     if not re.fullmatch(r"(\|\s*\d+\s*\|[^|]*)+", prompt) or sorted(starts) != starts or starts[-1] > segments:
-        raise ValueError(f"prompt {prompt!r}: expected |0|text|3|text, each text behind the segment, of {segments}, "
+        raise ValueError(f"prompt {prompt!r}: expected |0|text|3|text, each text after the segment, of {segments}, "
                          "from which on it holds")
     return tuple([text for start, text in texts if start <= i][-1] for i in range(segments))
 
@@ -396,7 +396,7 @@ def find_checkpoint(ckpt) -> tuple[Path, configs.Config]:
     our runs, or assets/tiny   a folder with config.py and model.safetensors
     Open-Sora's weights        a folder with config.json and model.safetensors, or shards with their
                                model.safetensors.index.json, the name of one on the hub, or the weights' file alone,
-                               .safetensors or .pth: without a config.json beside it, of XL/2"""
+                               .safetensors or .pth: without a config.json next to it, of XL/2"""
     path = Path(find(ckpt))
     if not path.exists():
         missing = (f"there is no checkpoint {ckpt}, expected a run (config.py and model.safetensors, as `python "
@@ -426,7 +426,7 @@ def load(ckpt, device="cpu", offload=False) -> Checkpoint:
     file, config = find_checkpoint(ckpt)
     alone = not any(file.with_name(name).is_file() for name in ("config.py", "config.json"))
     if config.model.as_released and not (dist.is_initialized() and dist.get_rank()):
-        print(f"{ckpt}: " + "no config.json beside it, so taken for XL/2 as published; " * alone
+        print(f"{ckpt}: " + "no config.json next to it, so taken for XL/2 as published; " * alone
               + "as_released: with the quirks Q1 to Q7 that its weights were trained with, captions cleaned")
     model = with_weights(config.model, read_weights(file), file).requires_grad_(False).eval()
     model.to(weight_dtype(config, device))
@@ -527,7 +527,7 @@ def add_job_options(parser):
     add("--keep", type=int, metavar="FRAMES", help="that these share with the video; default: T / 4, --connect: 1")
     add("--edit", metavar="CLIP", help="its first T frames, changed by --strength")
     add("--strength", type=float, default=0.5, help="0: not at all, to 1: all new; default: %(default)s")
-    add("--infill", nargs=2, metavar=("CLIP", "START:STOP"), help="frames START to STOP - 1, from 0, are made anew")
+    add("--infill", nargs=2, metavar=("CLIP", "START:STOP"), help="frames START to STOP - 1, from 0, are generated")
     add("--reference", "--reference-path", nargs="+", metavar="PATH", help="or \"a.png;b.mp4\", images and clips, for")
     add("--mask-strategy", metavar="GROUPS", help="their frames and places, as in masks.py; default: 0, the first")
 
@@ -552,9 +552,9 @@ def parse_args(argv=None):
     add("--rescale", type=float, default=0.0, help="of the guidance, 0 to 1; default: %(default)s")
     add = parser.add_argument_group("files").add_argument
     add("--out", type=Path, default="samples", help="folder; default: %(default)s")
-    add("--format", choices=FORMATS, default="mp4", help="beside the contact sheet, .png; default: %(default)s")
+    add("--format", choices=FORMATS, default="mp4", help="written with the contact sheet, .png; default: %(default)s")
     add("--grid", action="store_true", help="a picture of the contact sheets of all seeds of a prompt")
-    add("--overwrite", action="store_true", help="make anew what is there; otherwise it is skipped")
+    add("--overwrite", action="store_true", help="replace videos that exist; otherwise they are skipped")
     add = parser.add_argument_group("machine").add_argument
     add("--batch-size", type=positive_int, default=4, help="videos of one size sampled at once; default: %(default)s")
     add("--offload", action="store_true", help="blocks of T5 and of the model stay in host memory until they compute")
@@ -635,21 +635,32 @@ def parse_pair(text, sign, option, example):
 
 def given_frames(asked, T):
     """Returns (references, groups) of the option in use."""
-    keep = max(1, T // 4) if asked.keep is None else asked.keep
-    groups = [] if asked.mask_strategy is None else parse_strategy(asked.mask_strategy)
-    forms = {"animate": lambda path: ([path], animate()),
-             "extend_after": lambda path: ([path], extend_after(keep)),
-             "extend_before": lambda path: ([path], extend_before(keep)),
-             "connect": lambda paths: (paths, connect(1 if asked.keep is None else keep)),
-             "edit": lambda path: ([path], edit(asked.strength, T)),
-             "infill": lambda words: ([words[0]], infill(*parse_pair(words[1], ":", "--infill", "4:12"), T)),
-             "reference": lambda paths: ([path.strip() for path in ";".join(paths).split(";")],
-                                         animate() if asked.mask_strategy is None else groups)}
+    forms = ("animate", "extend_after", "extend_before", "connect", "edit", "infill", "reference")
     used = [name for name in forms if getattr(asked, name) is not None]
-    if len(used) > 1 or used != ["reference"] and used and groups:
+    groups = parse_strategy(asked.mask_strategy) if asked.mask_strategy is not None else []
+    if len(used) > 1 or used and used != ["reference"] and groups:
         names = ["--" + name.replace("_", "-") for name in (*used, "mask_strategy")][:2]
-        raise ValueError(f"{' and '.join(names)}: expected one of them; --reference with --mask-strategy says it all")
-    return forms[used[0]](getattr(asked, used[0])) if used else ([], groups)
+        raise ValueError(f"{' and '.join(names)}: expected one of them; --reference with --mask-strategy expresses any "
+                         "combination")
+    keep = max(1, T // 4) if asked.keep is None else asked.keep
+    if asked.animate is not None:
+        return [asked.animate], animate()
+    if asked.extend_after is not None:
+        return [asked.extend_after], extend_after(keep)
+    if asked.extend_before is not None:
+        return [asked.extend_before], extend_before(keep)
+    if asked.connect is not None:
+        return asked.connect, connect(1 if asked.keep is None else keep)
+    if asked.edit is not None:
+        return [asked.edit], edit(asked.strength, T)
+    if asked.infill is not None:
+        path, span = asked.infill
+        start, stop = parse_pair(span, ":", "--infill", "4:12")
+        return [path], infill(start, stop, T)
+    if asked.reference is not None:
+        paths = [path.strip() for path in ";".join(asked.reference).split(";")]
+        return paths, animate() if asked.mask_strategy is None else groups
+    return [], groups
 
 
 def slug(prompt):
@@ -729,7 +740,7 @@ def run(args):
                 text_encoder=args.text_encoder, plain=args.plain)           # all of it is the same only to rounding
     records = {job: {"job": asdict(job)} | settings for job in jobs}
     todo = [job for job in jobs if args.overwrite or not exists(job, records[job], args, place)]
-    dist.barrier()                          # collective; nobody writes before all have seen what is there
+    dist.barrier()                          # collective; no rank writes before all have seen which files exist
     if mine := todo[place.data_rank::place.num_data_ranks]:                 # T5 is freed before the model is loaded
         captions = list(dict.fromkeys(prompt for job in mine for prompt in job.prompts))
         text_encoder = encode_texts(config, captions, place.device, folder=args.text_cache, offload=args.offload)

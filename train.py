@@ -228,7 +228,10 @@ def loss_of(model, batch, config, vectors, step, device):
     y_mask = batch["y_mask"].cpu() | drop[:, None]                          # the null caption: all its tokens count
     all_noised = bool(x_mask.all())                                         # known on the CPU: no sync
 
-    x_mask, t, drop, y = x_mask.to(device), t.to(device), drop.to(device), batch["y"].to(device)
+    x_mask = x_mask.to(device)
+    t = t.to(device)
+    drop = drop.to(device)
+    y = batch["y"].to(device)
     y = torch.where(drop[:, None, None], model.null_y.to(y.dtype), y)
     x_0 = batch["mean"].to(device) + batch["std"].to(device) * posterior    # another draw of the latents each time
     x_t = q_sample(vectors, x_0, torch.where(x_mask, t[:, None], 0), noise)     # given frames are at t = 0, as upstream
@@ -387,11 +390,11 @@ def train(config, allow_changes=False, plain=False):
     place = start_processes(config.shard, config.sp)
     place.say(use(place.device, plain))
     patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))    # for what takes one rank hours
-    meta = rank0_first(lambda: read_meta(config.data), patient)             # which saves the table
+    meta = rank0_first(patient, read_meta, config.data)                     # which saves the table
     sampler = BucketSampler(meta, config)
     place.say(sampler.table())
     folder = open_folder(config, place)
-    lock = on_rank0(lambda: lock_folder(folder), patient)
+    lock = on_rank0(patient, lock_folder, folder)
     try:
         return train_in_folder(config, place, patient, meta, sampler, allow_changes)
     finally:
@@ -404,11 +407,10 @@ def train_in_folder(config, place, patient, meta, sampler, allow_changes):
     folder = Path(config.out)
     last = latest(folder)
     first = step_of(last) if last else 0
-    init = rank0_first(lambda: find_weights(config.init), patient) if config.init and not last else None
-    vae = rank0_first(lambda: load_vae(config.vae, config.torch_dtype, place.device), patient)     # rank 0 downloads
-    text_encoder = rank0_first(lambda: load_text_encoder(
-        config.text_encoder, config.model.model_max_length, config.torch_dtype, place.device,
-        config.model.as_released), patient)
+    init = rank0_first(patient, find_weights, config.init) if config.init and not last else None
+    vae = rank0_first(patient, load_vae, config.vae, config.torch_dtype, place.device)              # rank 0 downloads
+    text_encoder = rank0_first(patient, load_text_encoder, config.text_encoder, config.model.model_max_length,
+                               config.torch_dtype, place.device, config.model.as_released)
     inputs = fingerprint(meta, vae, text_encoder)
     if last:
         check_changes(config, last, inputs, allow_changes, place.say)
@@ -425,7 +427,7 @@ def train_in_folder(config, place, patient, meta, sampler, allow_changes):
     # prompts alone: with these remembered, T5's 9 GiB can go.
     encode = partial(to_latents, vae=vae, text_encoder=text_encoder, group=place.group)
     validation = Validation(config, meta, place, first, encode) if config.validate_every else None
-    prompts = remember(lambda encoder=text_encoder: encoder, config.prompts)
+    prompts = remember(lambda: text_encoder, config.prompts)
     dataset = ClipDataset(meta, config)
     if config.cache:
         dataset = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)
@@ -718,7 +720,8 @@ def check_changes(config, last, inputs, allowed, say):
     old = configs.load(folder / "config.py")
     changes = {}
     for field in fields(config):
-        before, now = getattr(old, field.name), getattr(config, field.name)
+        before = getattr(old, field.name)
+        now = getattr(config, field.name)
         if before != now:
             changes[field.name] = f"{field.name} {before!r} -> {now!r}"
     clips = folder / "clips.txt"
@@ -766,7 +769,7 @@ def over_ranks(sums):
     return total
 
 
-def mean(sums, name, group="all"):
+def mean_of(sums, name, group="all"):
     """Returns the mean over the clips of a group, or None if it has none."""
     return sums[name, group] / sums["clips", group] if sums["clips", group] else None
 
@@ -815,8 +818,8 @@ class Log:
         self.begin_line()
         if not self.file:
             return
-        row = {"step": step, "loss": mean(sums, "loss"), "mse": mean(sums, "mse"), "vb": mean(sums, "vb"),
-               "loss_by_t": [mean(sums, "loss", quarter) for quarter in range(4)], **of_step,
+        row = {"step": step, "loss": mean_of(sums, "loss"), "mse": mean_of(sums, "mse"), "vb": mean_of(sums, "vb"),
+               "loss_by_t": [mean_of(sums, "loss", quarter) for quarter in range(4)], **of_step,
                "clips_per_s": sums["clips", "all"] / seconds,
                "tflop_per_s": sums["flop"] / seconds / self.place.world / 1e12,     # of each GPU
                "data_wait": sums["waited"] / seconds / self.place.num_data_ranks,   # a share of the time
@@ -901,10 +904,10 @@ class Validation:
         reshard(run.model)
         sums = over_ranks(sums)
         if self.file:
-            by_bucket = {f"{kind[0]} x {kind[1]}": mean(sums, "loss", kind) for kind in self.kinds
+            by_bucket = {f"{kind[0]} x {kind[1]}": mean_of(sums, "loss", kind) for kind in self.kinds
                          if sums["clips", kind]}
-            by_t = [mean(sums, "loss", quarter) for quarter in range(4)]
-            append(self.file, {"step": step, "loss": mean(sums, "loss"), "loss_by_t": by_t,
+            by_t = [mean_of(sums, "loss", quarter) for quarter in range(4)]
+            append(self.file, {"step": step, "loss": mean_of(sums, "loss"), "loss_by_t": by_t,
                                "loss_by_bucket": by_bucket})
 
     def close(self):
@@ -938,13 +941,13 @@ def gather(items):
     return sum(parts, [])
 
 
-def on_rank0(make, patient):
-    """Returns make() on rank 0 and None on the others; an error of it is raised on all.  Collective on `patient`."""
+def on_rank0(patient, make, *args):
+    """Returns make(*args) on rank 0 and None on the others; its error is raised on all.  Collective on `patient`."""
     made = None
     failed = [None]
     if dist.get_rank() == 0:
         try:
-            made = make()
+            made = make(*args)
         except (ValueError, OSError) as error:
             failed = [str(error)]
     dist.broadcast_object_list(failed, src=0, group=patient)
@@ -953,10 +956,12 @@ def on_rank0(make, patient):
     return made
 
 
-def rank0_first(make, patient):
-    """Returns make(), called on rank 0 and then on the others, which find what it wrote or downloaded.  Collective."""
-    made = on_rank0(make, patient)
-    return made if dist.get_rank() == 0 else make()
+def rank0_first(patient, make, *args):
+    """Returns make(*args), called on rank 0 and then on the others, which find what it wrote or downloaded.
+
+    Collective on `patient`."""
+    made = on_rank0(patient, make, *args)
+    return made if dist.get_rank() == 0 else make(*args)
 
 
 # ---------------------------------------------------------------- the command line
