@@ -62,8 +62,9 @@ from tqdm import tqdm
 from data import (COLUMNS, IMAGES, SCORES, UnreadableClip, assign, atomic_write, bucket_table, displayed_width,
                   end_with_parent, one_line_errors, opened, orientation, read_csv, read_image, read_meta, read_number,
                   read_window)
-from vae import from_pretrained, load_net  # before transformers, which it tells that our kernels.py is not the package
+from vae import from_pretrained, hugging_face, load_net
 
+hugging_face()      # before transformers, to which our kernels.py must not look like the package of that name
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
                           CLIPConfig, CLIPModel)
 

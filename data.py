@@ -43,7 +43,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from av.video.reformatter import VideoReformatter
-from einops import rearrange, repeat
+from einops import rearrange
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -1246,7 +1246,7 @@ def write_video(path, frames, fps=24):
     if path.suffix == ".png":
         Image.fromarray(contact_sheet(frames)).save(part)
     elif path.suffix == ".gif":
-        first, *rest = [Image.fromarray(frame) for frame in enlarge(frames)]
+        first, *rest = [Image.fromarray(frame) for frame in enlarge(frames, 256)]
         first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
     elif path.suffix == ".mp4":
         write_mp4(part, frames, fps)
@@ -1275,20 +1275,25 @@ def write_mp4(path, frames, fps):
         out.mux(stream.encode())
 
 
-def enlarge(frames):
-    """Returns [T H W 3] with pixels repeated up to a short side of at most 128, so that 32 x 32 is no thumbnail."""
-    k = max(1, 128 // min(frames.shape[1:3]))
-    return repeat(frames, "t h w c -> t (h k1) (w k2) c", k1=k, k2=k)
+def enlarge(frames, side):
+    """Returns uint8 [T H W 3], scaled up smoothly by the largest whole number that leaves the short side <= `side`."""
+    factor = side // min(frames.shape[1:3])
+    if factor < 2:
+        return frames
+    x = rearrange(torch.as_tensor(frames), "t h w c -> t c h w")
+    x = F.interpolate(x, scale_factor=factor, mode="bicubic")
+    return rearrange(x, "t c h w -> t h w c").numpy()
 
 
 def contact_sheet(frames, per_row=8):
     """Returns one picture [H' W' 3] of uint8 [T H W 3]: frames in reading order, a white rule of 2 pixels after each.
 
-    A single frame stays as it is, since it may be given to sample.py."""
+    Small frames are enlarged.  A single frame has no rule, since it may be given to sample.py."""
+    frames = enlarge(frames, 128)
     if len(frames) == 1:
-        return enlarge(frames)[0]
+        return frames[0]
     missing = -len(frames) % per_row if len(frames) > per_row else 0        # in the last row: white
-    frames = np.pad(enlarge(frames), ((0, missing), (0, 2), (0, 2), (0, 0)), constant_values=255)
+    frames = np.pad(frames, ((0, missing), (0, 2), (0, 2), (0, 0)), constant_values=255)
     return rearrange(frames, "(r c) h w ch -> (r h) (c w) ch", c=min(per_row, len(frames)))
 
 

@@ -27,7 +27,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from einops import rearrange
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.nn.attention.varlen import varlen_attn
 
 __version__ = "0"   # transformers looks for a package called `kernels`, finds this file, and asks for its version
 EPS = 1e-6          # of every norm in the model, LayerNorm and RMSNorm alike
@@ -125,6 +124,7 @@ def cross_attention(q, k, v, lengths):
         k, v = (rearrange(z, "(b l) heads d -> b heads l d", l=lengths[0]) for z in (k, v))
         return attention(q, k, v)
     if takes_varlen(q):
+        from torch.nn.attention.varlen import varlen_attn       # a second to import, and only GPUs need it
         B, _, N, _ = q.shape
         out = varlen_attn(rearrange(q, "b heads n d -> (b n) heads d"), k, v, offsets((N,) * B, q.device),
                           offsets(tuple(lengths), q.device), N, max(lengths))

@@ -1,14 +1,15 @@
-"""Samples a video from a caption: starts from noise, asks the model 100 times what to take away, and decodes.
+"""Samples videos from captions: starts from noise, asks the model at each step what to take away, and decodes.
 
-    python sample.py --prompt "a red circle moves right" --seeds 0 1 2 3 --grid     four of it, and one picture of all
-    python sample.py --prompts jobs.txt       one in each line, with or without JSON: a dog {"num_frames": 16}
+    python sample.py --prompt "a red circle moves right" --seeds 0 1 2 3
+    python sample.py --prompt "a red circle moves up" --animate first-frame.png
+    python sample.py --prompts prompts.txt          one a line; options may follow: a dog {"num_frames": 16}
 
 In    captions, frames that are given (optional), a checkpoint: one of our runs, or Open-Sora's published weights.
 Out   samples/00-a-red-circle.mp4, a contact sheet of its frames, .png, and what made them, .json; from Python, by
       `load` and `generate`: uint8 [B T H W 3].
 
 Papers: DDPM (arXiv 2006.11239), learned variances (2102.09672), DDIM (2010.02502), DPM-Solver++ (2211.01095),
-classifier-free guidance (2207.12598), its rescaling (2305.08891), v (2202.00512), editing (2108.01073).
+classifier-free guidance (2207.12598), v (2202.00512), editing (2108.01073).
 """
 import argparse
 import json
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -28,28 +29,24 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
-from diffusers import DDPMScheduler, DPMSolverMultistepScheduler
 from einops import rearrange, repeat
-from PIL import Image
 from safetensors.torch import save_file
 from tqdm import tqdm
 
 import configs
-from data import (ASPECT, IMAGE_FPS, Bucket, atomic_write, length_and_rate, one_line_errors, positive_int, read_window,
-                  resize_crop, slot_generator, to_uint8, to_video, write_video)
+from data import (ASPECT, IMAGE_FPS, Bucket, atomic_write, enlarge, length_and_rate, one_line_errors, positive_int,
+                  read_window, resize_crop, slot_generator, to_uint8, to_video, write_video)
 from kernels import sequence_parallel, start_processes, use
 from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
 from model import STDiT, read_json, read_weights, upstream_config, weights_file, with_weights
-from vae import (DECODER_BYTES, clean_caption, fetch, find, fingerprint, frames_at_once, load_text_encoder, load_vae,
-                 remember, stamp)
+from vae import (clean_caption, fetch, find, fingerprint, hugging_face, load_text_encoder, load_vae, remember, stamp)
 
 IMPORTED = time.time()
 NUM_TIMESTEPS = 1000
-# iddpm's is the release's; ddim: 2010.02502 has 20 to 100; dpm: 2211.01095 has 15 to 20 with guidance
-DEFAULT_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20}
-SAMPLERS = tuple(DEFAULT_STEPS)
-FORMATS = {"mp4": ".mp4", "gif": ".gif", "png": ".png", "folder": ""}           # and the ends of their names
+SAMPLERS = tuple(configs.SAMPLING_STEPS)
+SUFFIXES = {"mp4": ".mp4", "gif": ".gif", "folder": ""}
+SHOWN_SIDE = 256        # pixels, up to which an mp4 of small frames is enlarged: a player would show a stamp
 # STDiTConfig.as_released also turns on what the published weights are used to from their sampler:
 #   Q4    of the 4 latent channels the first 3 are guided
 #   Q5    the null caption is cut to the length of the prompt in the same row
@@ -64,13 +61,15 @@ def noise_schedule(sampler: str = "iddpm", prediction: str = "eps"):
     Training uses its `alphas_cumprod`, sampling its `step`."""
     if sampler not in SAMPLERS or prediction not in ("eps", "v"):
         raise ValueError(f"sampler={sampler!r}, prediction={prediction!r}: expected one of {SAMPLERS}; 'eps' or 'v'")
+    diffusers, _ = hugging_face()
     kind = {"eps": "epsilon", "v": "v_prediction"}[prediction]
     if sampler == "iddpm":                                              # by default it clips x_0 to -1..1
-        scheduler = DDPMScheduler(prediction_type=kind, variance_type="learned_range", clip_sample=False)
+        scheduler = diffusers.DDPMScheduler(prediction_type=kind, variance_type="learned_range", clip_sample=False)
     else:
         # DPM-Solver++ of order 1 is DDIM. diffusers' DDIMScheduler always steps from t to t - 1000 // n, which is right
         # for evenly spaced t only; this class takes any list. No variance_type: with one it would keep 3 channels.
-        scheduler = DPMSolverMultistepScheduler(prediction_type=kind, solver_order=1 if sampler == "ddim" else 2)
+        order = 1 if sampler == "ddim" else 2
+        scheduler = diffusers.DPMSolverMultistepScheduler(prediction_type=kind, solver_order=order)
     # fp64, as diffusers' fp32 betas are 1e-4 off where 1 - abar is small; x stays fp32 when multiplied by such scalars
     scheduler.betas = torch.linspace(1e-4, 0.02, NUM_TIMESTEPS, dtype=torch.float64)
     scheduler.alphas = 1 - scheduler.betas
@@ -86,11 +85,96 @@ def timesteps(steps: int, sampler: str = "iddpm") -> list[int]:
     spaces = steps if sampler == "dpm" else max(1, steps - 1)
     if not 1 <= spaces < NUM_TIMESTEPS or steps < 1:
         most = NUM_TIMESTEPS - 1 if sampler == "dpm" else NUM_TIMESTEPS
-        raise ValueError(f"steps={steps}: expected 1 to {most}; usual are {DEFAULT_STEPS}")
+        raise ValueError(f"steps={steps}: expected 1 to {most}; usual are {configs.SAMPLING_STEPS}")
     return [round(i * (NUM_TIMESTEPS - 1) / spaces) for i in range(spaces, spaces - steps, -1)]
 
 
+def step_back(scheduler, out, t, x, generators):
+    """Returns x at the next smaller t, from x at t and the model's output there, [B C or 2C T h w]."""
+    C = x.shape[1]
+    if scheduler.config.get("variance_type") is None:
+        out = out[:, :C]
+    elif out.shape[1] == C:                                             # no learned variance: its lower bound
+        out = torch.cat([out, torch.full_like(out, -1)], dim=1)
+    return scheduler.step(out, t, x, generator=generators, return_dict=False)[0]
+
+
 # ---------------------------------------------------------------- sampling in latent space
+@torch.no_grad()
+def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler="iddpm", prediction="eps",
+                   cfg_scale=7.0, as_released=False, known=None, strength=None, progress=None):
+    """Returns clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a
+    dict of height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps) is called after
+    step i.  The defaults are the release's.
+
+    strength [B T] decides what each frame is, see "given frames"; None: all are made from noise.  known [B C T h w]:
+    clean latents of those with strength < 1.  A held frame is known bit for bit, at every step and at the end.  It
+    enters the model clean: in upstream's training it has the noise of t = 0, a hundredth of a standard deviation, which
+    makes no difference."""
+    B, C, T = z.shape[:3]
+    masked = strength is not None
+    if masked != (known is not None) or masked and strength.shape != (B, T):
+        raise ValueError(f"strength must be [B T] = [{B} {T}] and stand with known, got "
+                         f"{[None if value is None else list(value.shape) for value in (strength, known)]}")
+    if not masked:
+        known = torch.zeros_like(z)
+        strength = z.new_ones(B, T)
+    join_step = joining(strength.to(z.device), steps)
+    rows = 1 if cfg_scale == 1 else 2                                   # rows 0..B-1 with caption, B..2B-1 without
+    if rows == 2:
+        null_mask = y_mask if as_released else torch.ones_like(y_mask)                                  # Q5
+        y = torch.cat([y, model.null_y.to(y).expand_as(y)])
+        y_mask = torch.cat([y_mask, null_mask])
+        cond = {name: torch.cat([value, value]) for name, value in cond.items()}
+    scheduler = noise_schedule(sampler, prediction)
+    scheduler.set_timesteps(timesteps=timesteps(steps, sampler))
+
+    def predict(x, t, joined):
+        """Returns the guided output of the model.  Frames that have not joined enter it clean; their output is replaced
+        by the one that leads to `known` (v: 2202.00512, appendix D), a true history for a multi-step solver."""
+        joined_frames = rearrange(joined, "b t -> b 1 t 1 1")
+        x_rows = repeat(torch.where(joined_frames, x, known), "b c t h w -> (rows b) c t h w", rows=rows)
+        x_mask = repeat(joined, "b t -> (rows b) t", rows=rows) if masked else None
+        t_rows = torch.full((rows * B,), int(t), device=x.device)
+        out = model(x_rows, t_rows, y, y_mask, x_mask=x_mask, **cond)
+        if rows == 2:
+            out_cond, out_null = out.chunk(2)
+            out = guide(out_cond, out_null, cfg_scale, 3 if as_released else C)                         # Q4
+        abar = scheduler.alphas_cumprod[t]
+        exact = z if prediction == "eps" else abar.sqrt() * z - (1 - abar).sqrt() * known
+        return torch.cat([torch.where(joined_frames, out[:, :C], exact), out[:, C:]], dim=1)
+
+    x = z
+    for i, t in enumerate(scheduler.timesteps):
+        steps_left = steps - i
+        abar = scheduler.alphas_cumprod[t]
+        # For the solver a given frame is noised to level t until it joins (DDPM, eq. 4), while the model sees it clean.
+        is_solved = rearrange(steps_left < join_step, "b t -> b 1 t 1 1")
+        x = torch.where(is_solved, x, abar.sqrt() * known + (1 - abar).sqrt() * z)
+        out = predict(x, t, steps_left <= join_step)
+        x = step_back(scheduler, out, t, x, generators)
+        if progress:
+            progress(i + 1, steps)
+    is_held = rearrange(join_step == 0, "b t -> b 1 t 1 1")
+    latents = torch.where(is_held, known, x)
+    if not latents.isfinite().all():                                    # sync
+        raise ValueError(f"after {steps} steps the latents are not finite: are the weights whole? cfg_scale is "
+                         f"{cfg_scale:g}")
+    return latents
+
+
+def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None):
+    """Returns the model's outputs with and without caption, [B C_out T h w], guided classifier-free (2207.12598).
+
+    The first `channels` are guided (None: the first half, all of eps or v); the others, the variances among them, stay
+    as the caption has them.  v is linear in eps at a given x_t, so guiding either is the same."""
+    channels = channels or out_cond.shape[1] // 2
+    cond = out_cond[:, :channels]
+    null = out_null[:, :channels]
+    return torch.cat([null + cfg_scale * (cond - null), out_cond[:, channels:]], dim=1)
+
+
+# ---------------------------------------------------------------- given frames
 # strength    a frame              its last int(strength * steps) steps           the steps before it joins
 # 1           made from noise z    it is at level t, and conditioned on t         none
 # 0 < r < 1   edited: from known   the same, from known noised with z to that t   clean, and conditioned on t = 0
@@ -105,98 +189,15 @@ def joining(strength, steps: int):
     return torch.where(last_steps == steps, steps + 1, last_steps)
 
 
-def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None, rescale: float = 0.0):
-    """Returns the model's outputs with and without caption, [B C_out T h w], guided classifier-free (2207.12598).
-
-    The first `channels` are guided (None: the first half, all of eps or v); the others, the variances among them, stay
-    as the caption has them.  v is linear in eps at a given x_t, so guiding either is the same.
-    rescale: phi of 2305.08891, eq. 15 and 16: this share of the way back to the contrast before guidance, which a large
-    cfg_scale drives up.  Per frame, as there per image: the output for a held frame has no bearing on the others.  The
-    clamp is for a fresh model, whose output is 0 everywhere."""
-    channels = channels or out_cond.shape[1] // 2
-    cond = out_cond[:, :channels]
-    null = out_null[:, :channels]
-    guided = null + cfg_scale * (cond - null)
-    if rescale:
-        contrast = cond.std(dim=(1, 3, 4), keepdim=True)                                                 # [B 1 T 1 1]
-        contrast_guided = guided.std(dim=(1, 3, 4), keepdim=True).clamp(min=1e-6)
-        guided = guided * (1 - rescale + rescale * contrast / contrast_guided)
-    return torch.cat([guided, out_cond[:, channels:]], dim=1)
-
-
-def step_back(scheduler, out, t, x, generators):
-    """Returns x at the next smaller t, from x at t and the model's output there, [B C or 2C T h w]."""
-    C = x.shape[1]
-    if not isinstance(scheduler, DDPMScheduler):
-        return scheduler.step(out[:, :C], t, x, return_dict=False)[0]
-    if out.shape[1] == C:                                               # no learned variance: its lower bound
-        out = torch.cat([out, torch.full_like(out, -1)], dim=1)
-    return scheduler.step(out, t, x, generator=generators, return_dict=False)[0]
-
-
-@torch.no_grad()
-def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler="iddpm", prediction="eps",
-                   cfg_scale=7.0, rescale=0.0, as_released=False, known=None, strength=None, progress=None):
-    """Returns clean latents [B C T h w] from noise z [B C T h w], captions y [B L C] with y_mask [B L], and cond, a
-    dict of height, width, num_frames, ar, fps, each [B].  generators: one per clip.  progress(i, steps) is called after
-    step i.  The defaults are the release's.
-
-    strength [B T] decides what each frame is, see above; None: all are made from noise.  known [B C T h w]: clean
-    latents of those with strength < 1.  A held frame is known bit for bit, at every step and at the end.  It enters the
-    model clean: in upstream's training it has the noise of t = 0, a hundredth of a standard deviation, which makes no
-    difference."""
-    B, C, T = z.shape[:3]
-    masked = strength is not None
-    if masked != (known is not None) or masked and strength.shape != (B, T):
-        raise ValueError(f"strength must be [B T] = [{B} {T}] and stand with known, got "
-                         f"{[None if value is None else list(value.shape) for value in (strength, known)]}")
-    if not masked:
-        known = torch.zeros_like(z)
-        strength = z.new_ones(B, T)
-    noised_step = joining(strength.to(z.device), steps)
-    join_step = rearrange(noised_step, "b t -> b 1 t 1 1")
-    rows = 1 if cfg_scale == 1 else 2                                   # rows 0..B-1 with caption, B..2B-1 without
-    if rows == 2:
-        null_mask = y_mask if as_released else torch.ones_like(y_mask)                                  # Q5
-        y = torch.cat([y, model.null_y.to(y).expand_as(y)])
-        y_mask = torch.cat([y_mask, null_mask])
-        cond = {name: torch.cat([value, value]) for name, value in cond.items()}
-    scheduler = noise_schedule(sampler, prediction)
-    scheduler.set_timesteps(timesteps=timesteps(steps, sampler))
-
-    def predict(x, t, steps_left):
-        """Returns the guided output of the model; frames that have not joined enter it clean."""
-        x_rows = repeat(torch.where(steps_left <= join_step, x, known), "b c t h w -> (rows b) c t h w", rows=rows)
-        x_mask = repeat(steps_left <= noised_step, "b t -> (rows b) t", rows=rows) if masked else None
-        t_rows = torch.full((rows * B,), int(t), device=x.device)
-        out = model(x_rows, t_rows, y, y_mask, x_mask=x_mask, **cond)
-        if rows == 1:
-            return out
-        out_cond, out_null = out.chunk(2)
-        return guide(out_cond, out_null, cfg_scale, 3 if as_released else C, rescale)                   # Q4
-
-    x = z
-    for i, t in enumerate(scheduler.timesteps):
-        steps_left = steps - i
-        signal = scheduler.alphas_cumprod[t].sqrt()
-        noise = (1 - scheduler.alphas_cumprod[t]).sqrt()
-        # For the solver a frame that has not joined is at level t (DDPM, eq. 4), with the output that leads to
-        # known (v: 2202.00512, appendix D): so a multi-step solver has a true history of it when it joins.
-        x = torch.where(steps_left < join_step, x, signal * known + noise * z)
-        out = predict(x, t, steps_left)
-        exact = z if prediction == "eps" else signal * z - noise * known
-        out = torch.cat([torch.where(steps_left <= join_step, out[:, :C], exact), out[:, C:]], dim=1)
-        x = step_back(scheduler, out, t, x, generators)
-        if progress:
-            progress(i + 1, steps)
-    latents = torch.where(join_step >= 1, x, known)
-    if not latents.isfinite().all():                                    # sync
-        raise ValueError(f"after {steps} steps the latents are not finite: are the weights whole? cfg_scale is "
-                         f"{cfg_scale:g}")
-    return latents
-
-
 # ---------------------------------------------------------------- from captions to frames
+class Reference(NamedTuple):
+    """A clip or image whose frames can be given; its frame k is frame `first` + k * `interval` of the file."""
+    path: str
+    num_frames: int
+    first: int = 0
+    interval: int = 1
+
+
 @dataclass(frozen=True)
 class Job:
     """A video: all that decides its frames but the checkpoint and the sampler's settings.  T is num_frames."""
@@ -206,7 +207,7 @@ class Job:
     width: int
     fps: float                              # of the source that the video imitates,
     frame_interval: int = 1                 # of which every frame_interval-th frame is shown
-    references: tuple[str, ...] = ()        # images and videos, numbered from 0
+    references: tuple[Reference, ...] = ()  # numbered from 0
     strategy: str = ""                      # which frames are given from them, and from segments before (masks.Given)
     overlap: int = 0                        # frames that a segment shares with the one before: they are shown once
     loop: bool = False                      # the last segment shares as many with the first one
@@ -215,18 +216,20 @@ class Job:
 
     @property
     def name(self):
-        return f"{self.number:02d}-{slug(self.prompts[0])}" + f"-seed-{self.seed}" * (self.seed != 0)
+        seed = f"-seed-{self.seed}" if self.seed else ""
+        return f"{self.number:02d}-{slug(self.prompts[0])}{seed}"
 
-    def plans(self, references):
-        """Returns masks.frame_plan of each segment; the segments before it count as references."""
-        groups = parse_strategy(self.strategy)
-        lengths = [len(frames) for frames in references]
-        for group in groups:
-            if not 0 <= group.segment < len(self.prompts):
-                raise ValueError(f"mask strategy {format_strategy([group])!r} is for segment {group.segment}, expected "
-                                 f"0 to {len(self.prompts) - 1}: {len(self.prompts)} segments are made")
-        return [frame_plan(groups, i, self.num_frames, lengths + [self.num_frames] * i)
-                for i in range(len(self.prompts))]
+    def plan(self, segment):
+        """Returns masks.frame_plan of a segment; the segments before it count as references."""
+        lengths = [reference.num_frames for reference in self.references] + [self.num_frames] * segment
+        return frame_plan(parse_strategy(self.strategy), segment, self.num_frames, lengths)
+
+    def given(self):
+        """Returns the frames that are taken from references, as (number of the reference, its frame), sorted."""
+        sources = set()
+        for segment in range(len(self.prompts)):
+            sources.update(self.plan(segment)[0])
+        return sorted(source for source in sources - {None} if source[0] < len(self.references))
 
     def conditions(self, as_released):
         """Returns the conditioning values of the video."""
@@ -237,56 +240,41 @@ class Job:
         return dict(height=self.height, width=self.width, num_frames=self.num_frames, ar=ar, fps=fps)
 
 
-def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, seed=0,
-             references=None, strategies=None, segments=None, overlap=None, batch_size=4, **how):
-    """Returns videos, uint8 [B T H W 3], one per prompt.  Video i depends on seed, i, and the i-th of:
-
-    prompts      a text, or "|0|text|3|text" for segments 0 to 2 and from 3 on
-    references   None or a list of uint8 [K H W 3] of any size
-    strategies   None or a list of masks.Given; None with references: the first frame of the first one comes first
-    With segments > 1, T = segments * (num_frames - overlap) + overlap.  fps: of a source of which every
-    frame_interval-th frame is taken.  how: the sampler's settings, those of sample_latents from steps to as_released,
-    which by default is the model's."""
-    many = len(prompts)
-    how.setdefault("as_released", model.config.as_released)
-    references = references or [None] * many
-    strategies = strategies or [None] * many
-    if not len(references) == len(strategies) == many:
-        raise ValueError(f"{len(references)} references and {len(strategies)} strategies for {many} prompts: expected "
-                         "one (or None) per prompt")
-    references = [[np.asarray(frames) for frames in ([] if some is None else some)] for some in references]
-    for shape in (frames.shape for some in references for frames in some if frames.ndim != 4):
-        raise ValueError(f"references: expected per prompt a list of uint8 [K H W 3], got {list(shape)} in one")
-    jobs = []
-    for number, (prompt, some, groups) in enumerate(zip(prompts, references, strategies)):
-        groups = (animate() if some else []) if groups is None else groups
-        jobs.append(plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width,
-                             fps=fps, frame_interval=frame_interval, seed=seed, number=number))
-    check_jobs(jobs, lambda job: references[job.number], vae.down, model.config.patch_size)
-    made = []
-    for part in (slice(i, i + batch_size) for i in range(0, many, batch_size)):
-        made += sample_segments(model, vae, text_encoder, jobs[part], references[part], **how)
-    return np.stack([show(vae, job, latents) for job, latents in zip(jobs, made)])
-
-
-def plan_job(prompt, groups, segments, overlap, loop=False, **rest):
-    """Returns the Job of a prompt: a text per segment, and `overlap` frames that it shares with the segment before.
+def plan_job(prompt, groups, segments=None, overlap=None, loop=False, **rest):
+    """Returns the Job of a prompt; raises ValueError if it cannot be made.
 
     segments None: as many as the prompt names.  overlap None: a quarter of the frames, the most that training gives."""
     if loop and segments is None:
         segments = max(2, len(split_prompt(prompt)))
     prompts = split_prompt(prompt, segments)
     T = rest["num_frames"]
-    if len(prompts) == 1 and not loop:
-        return Job(prompts, strategy=format_strategy(groups), **rest)
-    overlap = max(1, T // 4) if overlap is None else overlap
-    if T == 1:
-        raise ValueError(f"{len(prompts)} segments of 1 frame: expected 2 frames or more, as segments share some")
-    if not 0 < overlap < T:
-        raise ValueError(f"overlap={overlap} of segments of {T} frames: expected 1 to {T - 1}")
-    chain = seamless(overlap, len(prompts)) if loop else [
-        group for i in range(1, len(prompts)) for group in extend_after(overlap, segment=i, reference=-1)]
-    return Job(prompts, strategy=format_strategy([*groups, *chain]), overlap=overlap, loop=loop, **rest)
+    if not prompts or not all(text.strip() for text in prompts):
+        raise ValueError(f"prompt {rest['number']}, {list(prompts)}: expected one segment or more, and each must say "
+                         "something, as in \"a red circle moves right\"")
+    if T < 1 or not rest["fps"] > 0 or rest["frame_interval"] < 1:
+        raise ValueError(f"num_frames={T}, fps={rest['fps']}, frame_interval={rest['frame_interval']}: expected more "
+                         "than 0 of each")
+    if loop or len(prompts) > 1:
+        if T == 1:
+            raise ValueError(f"{len(prompts)} segments of 1 frame: expected 2 frames or more, as segments share some")
+        overlap = max(1, T // 4) if overlap is None else overlap
+        if not 0 < overlap < T:
+            raise ValueError(f"overlap={overlap} of segments of {T} frames: expected 1 to {T - 1}")
+        groups = [*groups, *chain(overlap, len(prompts), loop)]
+    for group in groups:
+        if not 0 <= group.segment < len(prompts):
+            raise ValueError(f"mask strategy {format_strategy([group])!r} is for segment {group.segment}, expected 0 to "
+                             f"{len(prompts) - 1}: {len(prompts)} segments are made")
+    job = Job(prompts, strategy=format_strategy(groups), overlap=overlap or 0, loop=loop, **rest)
+    job.given()                             # raises if a group does not fit
+    return job
+
+
+def chain(overlap, segments, loop):
+    """Returns the groups with which each segment starts with the end of the one before; loop: and leads back."""
+    if loop:
+        return seamless(overlap, segments)
+    return [group for i in range(1, segments) for group in extend_after(overlap, segment=i, reference=-1)]
 
 
 def split_prompt(prompt, segments=None):
@@ -303,80 +291,103 @@ def split_prompt(prompt, segments=None):
     return tuple([text for start, text in texts if start <= i][-1] for i in range(segments))
 
 
-def check_jobs(jobs, references, down, patch_size):
-    """Raises ValueError, before anything is sampled, if a job cannot be.  references(job): as in sample_segments."""
+def check_sizes(jobs, down, patch_size):
+    """Raises ValueError for a video that is smaller than one patch, and reports those that are not made as asked."""
     least = (down * patch_size[1], down * patch_size[2])
-    if not jobs:
-        raise ValueError("no prompts: expected at least one, as in \"a red circle moves right\"")
-    for job in jobs:
-        if not job.prompts or not all(prompt.strip() for prompt in job.prompts):
-            raise ValueError(f"prompt {job.number}, {list(job.prompts)}: expected one segment or more, and each must "
-                             "say something, as in \"a red circle moves right\"")
-        if not job.fps > 0 or job.frame_interval < 1:
-            raise ValueError(f"fps={job.fps}, frame_interval={job.frame_interval}: expected more than 0")
-        if job.num_frames < 1 or job.height < least[0] or job.width < least[1]:
-            raise ValueError(f"{job.num_frames} frames of {job.height}x{job.width} (height x width): expected 1 frame "
-                             f"or more of {least[0]}x{least[1]} pixels, one patch, or more")
-        job.plans(references(job))
     for height, width in dict.fromkeys((job.height, job.width) for job in jobs):
+        if height < least[0] or width < least[1]:
+            raise ValueError(f"{height}x{width} (height x width): expected {least[0]}x{least[1]} pixels, one patch, or "
+                             "more")
         if height % down or width % down:
             made = f"{height // down * down}x{width // down * down}"
             print(f"{height}x{width} asked, {made} made: a latent cell is {down} pixels wide")
 
 
-def sample_segments(model, vae, text_encoder, jobs, references, progress=None, as_released=False, **how):
+def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, seed=0,
+             references=None, strategies=None, segments=None, overlap=None, batch_size=4, **how):
+    """Returns videos, uint8 [B T H W 3], one per prompt.  Video i depends on seed, i, and the i-th of:
+
+    prompts      a text, or "|0|text|3|text" for segments 0 to 2 and from 3 on
+    references   None or a list of uint8 [K H W 3] of any size
+    strategies   None or a list of masks.Given; None with references: the first frame of the first one comes first
+    With segments > 1, T = segments * (num_frames - overlap) + overlap.  fps: of a source of which every
+    frame_interval-th frame is taken.  how: the sampler's settings, those of sample_latents from steps to as_released,
+    which by default is the model's."""
+    how.setdefault("as_released", model.config.as_released)
+    references = references or [None] * len(prompts)
+    strategies = strategies or [None] * len(prompts)
+    if not len(references) == len(strategies) == len(prompts) > 0:
+        raise ValueError(f"{len(references)} references and {len(strategies)} strategies for {len(prompts)} prompts: "
+                         "expected at least one prompt, and one (or None) of each per prompt")
+    jobs = []
+    frames = []
+    for number, prompt in enumerate(prompts):
+        clips = [np.asarray(clip) for clip in ([] if references[number] is None else references[number])]
+        for clip in clips:
+            if clip.ndim != 4:
+                raise ValueError(f"references: expected per prompt a list of uint8 [K H W 3], got {list(clip.shape)} in "
+                                 "one")
+        groups = strategies[number]
+        if groups is None:
+            groups = animate() if clips else []
+        job = plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width, fps=fps,
+                       frame_interval=frame_interval, seed=seed, number=number,
+                       references=tuple(Reference("", len(clip)) for clip in clips))
+        jobs.append(job)
+        frames.append({(r, k): clips[r][k] for r, k in job.given()})
+    check_sizes(jobs, vae.down, model.config.patch_size)
+    made = []
+    for part in (slice(i, i + batch_size) for i in range(0, len(jobs), batch_size)):
+        made += sample_segments(model, vae, text_encoder, jobs[part], frames[part], **how)
+    return np.stack([decode(vae, job, latents) for job, latents in zip(jobs, made)])
+
+
+def sample_segments(model, vae, text_encoder, jobs, frames, progress=None, as_released=False, **how):
     """Returns the latents of each job's segments, lists of [C T h w].
 
-    jobs: of one shape.  references: per job a list of clips of any size, each uint8 [K H W 3], or K frames of which
-    those that no plan takes may be None.  how: the settings of sample_latents."""
+    jobs: of one shape.  frames: for each the frames of Job.given, {(reference, frame): uint8 [H W 3]}, of any size.
+    how: the settings of sample_latents."""
     device = model.null_y.device
-    shape = vae.channels, jobs[0].num_frames, jobs[0].height // vae.down, jobs[0].width // vae.down     # C T h w
-    plans = [job.plans(some) for job, some in zip(jobs, references)]
-    given = [encode_references(vae, some, plan, shape, device) for some, plan in zip(references, plans)]
+    T = jobs[0].num_frames
+    h = jobs[0].height // vae.down
+    w = jobs[0].width // vae.down
+    latents = [encode_frames(vae, some, h, w, device) for some in frames]           # {(reference, frame): [C h w]}
     made = [[] for _ in jobs]
     for segment in range(len(jobs[0].prompts)):
         # On the CPU: a GPU draws other noise, and a video would depend on where it was made.
         generators = [slot_generator(job.seed, segment, job.number, "sample") for job in jobs]
-        z = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(device)                 # [B C T h w]
-        known = torch.zeros_like(z)
-        strength = torch.stack([plan[segment][1] for plan in plans])
-        for b, plan in enumerate(plans):
-            sources = given[b] + made[b]
-            for t, source in enumerate(plan[segment][0]):
+        z = torch.stack([torch.randn(vae.channels, T, h, w, generator=g) for g in generators]).to(device)
+        known = torch.zeros_like(z)                                                                       # [B C T h w]
+        strength = torch.ones(len(jobs), T)
+        for b, job in enumerate(jobs):
+            sources, strength[b] = job.plan(segment)
+            for t, source in enumerate(sources):
                 if source:
-                    known[b, :, t] = sources[source[0]][:, source[1]]
+                    known[b, :, t] = latents[b][source]
         masks = dict(known=known, strength=strength) if (strength < 1).any() else {}
         y, y_mask = text_encoder([job.prompts[segment] for job in jobs])
         rows = [job.conditions(as_released) for job in jobs]
         cond = {name: torch.tensor([float(row[name]) for row in rows], device=device) for name in rows[0]}
-        z = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators,
+        x = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators,
                            as_released=as_released, progress=progress, **masks, **how)
-        for segments, latent in zip(made, z):
-            segments.append(latent)
+        for b, job in enumerate(jobs):
+            made[b].append(x[b])
+            number = len(job.references) + segment
+            latents[b] |= {(number, t): x[b, :, t] for t in range(T)}
     return made
 
 
-def frames_taken(plans):
-    """Returns {reference: its frames that a segment takes, ascending}; the segments before count as references."""
-    taken = sorted({source for sources, _ in plans for source in sources if source})
-    return {r: [frame for _, frame in of_one] for r, of_one in groupby(taken, lambda source: source[0])}
+def encode_frames(vae, frames, h, w, device):
+    """Returns latents {key: [C h w]} of frames {key: uint8 [H W 3]} of any size."""
+    if not frames:
+        return {}
+    resized = [resize_crop(torch.as_tensor(frame)[None], h * vae.down, w * vae.down) for frame in frames.values()]
+    video = to_video(torch.cat(resized))[None].to(device)                                               # [1 3 K H W]
+    z = vae.encode(video)[0]                                                                # the posterior's mean
+    return dict(zip(frames, z.unbind(1)))
 
 
-def encode_references(vae, references, plans, shape, device):
-    """Returns the latents [C K h w] of each reference, uint8 [K H W 3]; 0 for frames that no plan takes."""
-    C, _, h, w = shape
-    taken = frames_taken(plans)
-    latents = []
-    for r, frames in enumerate(references):
-        latents.append(torch.zeros(C, len(frames), h, w, device=device))
-        if r in taken:
-            video = torch.as_tensor(np.stack([frames[frame] for frame in taken[r]]))
-            video = to_video(resize_crop(video, h * vae.down, w * vae.down))
-            latents[r][:, taken[r]] = vae.encode(video[None].to(device))[0].to(latents[r])    # the posterior's mean
-    return latents
-
-
-def show(vae, job, segments):
+def decode(vae, job, segments):
     """Returns the video, uint8 [T_total H W 3], of segments [C T h w]; frames that two of them share are shown once."""
     videos = []
     for i, z in enumerate(segments):
@@ -424,40 +435,44 @@ def load(ckpt, device="cpu", offload=False) -> Checkpoint:
 
     offload: its blocks stay in host memory.  Raises ValueError for weights that are missing, unknown or misshapen."""
     file, config = find_checkpoint(ckpt)
-    alone = not any(file.with_name(name).is_file() for name in ("config.py", "config.json"))
     if config.model.as_released and not (dist.is_initialized() and dist.get_rank()):
-        print(f"{ckpt}: " + "no config.json next to it, so taken for XL/2 as published; " * alone
-              + "as_released: with the quirks Q1 to Q7 that its weights were trained with, captions cleaned")
+        has_config = file.with_name("config.py").is_file() or file.with_name("config.json").is_file()
+        shape = "" if has_config else "no config.json next to it, so taken for XL/2 as published; "
+        print(f"{ckpt}: {shape}as_released: with the quirks Q1 to Q7 that its weights were trained with, captions "
+              "cleaned")
     model = with_weights(config.model, read_weights(file), file).requires_grad_(False).eval()
     model.to(weight_dtype(config, device))
-    return Checkpoint(visiting(model, model.blocks, device) if offload else model.to(device), config)
+    if offload:
+        offload_blocks(model, model.blocks, device)
+    else:
+        model.to(device)
+    return Checkpoint(model, config)
 
 
 def weight_dtype(config, device):
     return config.torch_dtype if torch.device(device).type == "cuda" else torch.float32
 
 
-def visiting(net, blocks, device):
+def offload_blocks(net, blocks, device):
     """Moves a net to a device but for its blocks, which stay in host memory and are copied one by one as they compute.
 
     The device then holds 0.4 GB of T5-XXL at a time instead of 9, and 54 MB of XL/2 instead of 1.5 GB, in bf16."""
-    at_home = {parameter: parameter.data for parameter in blocks.parameters()}
+    in_host_memory = {parameter: parameter.data for parameter in blocks.parameters()}
     for tensor in (*net.parameters(), *net.buffers()):
-        if tensor not in at_home:
+        if tensor not in in_host_memory:
             tensor.data = tensor.data.to(device)
 
-    def come(block, *_):
+    def copy_to_device(block, *_):
         for parameter in block.parameters():
-            parameter.data = at_home[parameter].to(device)
+            parameter.data = in_host_memory[parameter].to(device)
 
-    def leave(block, *_):
+    def free_copy(block, *_):
         for parameter in block.parameters():
-            parameter.data = at_home[parameter]
+            parameter.data = in_host_memory[parameter]
 
     for block in blocks:
-        block.register_forward_pre_hook(come)
-        block.register_forward_hook(leave)
-    return net
+        block.register_forward_pre_hook(copy_to_device)
+        block.register_forward_hook(free_copy)
 
 
 def encode_texts(config, captions, device="cpu", folder=None, offload=False):
@@ -472,7 +487,7 @@ def encode_texts(config, captions, device="cpu", folder=None, offload=False):
     def load_it():
         encoder = load_text_encoder(name, L, dtype, "cpu" if offload else device, config.model.as_released)
         if offload:
-            visiting(encoder.net, encoder.net.encoder.block, device)
+            offload_blocks(encoder.net, encoder.net.encoder.block, device)
         return encoder
 
     files = sorted(Path(name).iterdir()) if Path(name).is_dir() else []
@@ -488,7 +503,6 @@ def export(ckpt, folder):
     keys before QK-norm, and samples eps with a learned variance."""
     model, config = load(ckpt)                                              # on the CPU, so in fp32
     m = config.model
-    folder = Path(folder)
     faults = {"model.temporal_pos=True": m.temporal_pos, "model.pred_sigma=False": not m.pred_sigma,
               "model.as_released=False": m.qk_norm and not m.as_released,
               f"prediction={config.prediction!r}": config.prediction != "eps"}
@@ -498,9 +512,10 @@ def export(ckpt, folder):
     if not m.as_released:
         print("note: Open-Sora computes with as_released, this model was trained without: in bf16 it rounds t, sizes "
               "and fps, and given frames leave its last layer otherwise")
-    folder.mkdir(parents=True, exist_ok=True)
     written = {name: value for name, value in asdict(m).items() if name not in ("as_released", "temporal_pos")}
     written |= {"model_type": "STDiT2", "architectures": ["STDiT2"], "torch_dtype": "float32"}
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(written, indent=2) + "\n", "utf-8")
     if find_checkpoint(ckpt)[0].with_name("config.py").is_file():           # a run of ours
         (folder / "config.py").write_text(configs.dump(config), "utf-8")
@@ -509,63 +524,67 @@ def export(ckpt, folder):
 
 # ---------------------------------------------------------------- command line: which videos
 def add_job_options(parser):
-    """Adds the options of one prompt; they can stand in its JSON too, as "num_frames" or "num-frames"."""
-    add = parser.add_argument_group("one video (or in a prompt's JSON)").add_argument
-    add("--num-frames", type=int, metavar="T", help="default: of the shortest videos the checkpoint was trained on")
-    add("--size", help="HEIGHTxWIDTH in pixels, as in 240x426; default: the largest trained at that length")
-    add("--fps", type=float, help="frames per second of the source that it imitates; default: the config's")
-    add("--frame-interval", type=int, metavar="N", help="of these it shows every N-th; default: the config's")
-    add("--seed", "--seeds", dest="seeds", type=int, nargs="+", default=[0], help="a video for each; default: 0")
-    add("--segments", type=int, metavar="N", help="of T frames each; default: as a prompt |0|text|3|text names")
-    add("--overlap", type=int, metavar="FRAMES", help="that a segment takes from the one before; default: T / 4")
-    add("--seamless", action="store_true", default=False, help="the last segment leads back to the first: a loop")
-    add = parser.add_argument_group("frames that are given: one of these (or in a prompt's JSON)").add_argument
-    add("--animate", metavar="IMAGE", help="the first frame")
+    """Adds the options of one video; they can stand in a prompt's JSON too, as "num_frames" or "num-frames"."""
+    add = parser.add_argument_group("the video (also in a prompt's JSON)").add_argument
+    add("--num-frames", type=int, metavar="T", help="default: those of the shortest videos trained on")
+    add("--size", metavar="HxW", help="height x width, pixels; default: largest trained")
+    add("--fps", type=positive_float, metavar="X", help="of the imitated source; default: the config's")
+    add("--frame-interval", type=positive_int, metavar="N", help="shows every N-th of its frames")
+    add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="a video for each; default: 0")
+    add("--segments", type=int, metavar="N", help="of T frames each, chained to a long video")
+    add("--overlap", type=int, metavar="N", help="frames that segments share; default: T / 4")
+    add("--seamless", action="store_true", default=False, help="the last segment leads back to the first")
+    add = parser.add_argument_group("given frames: one of these (also in a prompt's JSON)").add_argument
+    add("--animate", metavar="IMAGE", help="comes first")
     add("--extend-after", metavar="CLIP", help="its last frames come first")
     add("--extend-before", metavar="CLIP", help="its first frames come last")
-    add("--connect", nargs=2, metavar=("A", "B"), help="clips or images: the video leads from A to B")
-    add("--keep", type=int, metavar="FRAMES", help="that these share with the video; default: T / 4, --connect: 1")
-    add("--edit", metavar="CLIP", help="its first T frames, changed by --strength")
-    add("--strength", type=float, default=0.5, help="0: not at all, to 1: all new; default: %(default)s")
-    add("--infill", nargs=2, metavar=("CLIP", "START:STOP"), help="frames START to STOP - 1, from 0, are generated")
-    add("--reference", "--reference-path", nargs="+", metavar="PATH", help="or \"a.png;b.mp4\", images and clips, for")
-    add("--mask-strategy", metavar="GROUPS", help="their frames and places, as in masks.py; default: 0, the first")
+    add("--connect", nargs=2, metavar=("A", "B"), help="clips or images; the video leads from A to B")
+    add("--keep", type=int, metavar="N", help="frames of these; default: T / 4, of --connect 1")
+    add("--edit", metavar="CLIP", help="its first T frames are changed")
+    add("--strength", type=float, default=0.5, metavar="R", help="of --edit, 0 to 1; default: %(default)s")
+    add("--infill", nargs=2, metavar=("CLIP", "A:B"), help="its frames A to B - 1 are generated")
+    add("--reference", nargs="+", metavar="PATH", help="clips and images, whose frames go where")
+    add("--reference-path", dest="reference", nargs="+", help=argparse.SUPPRESS)     # Open-Sora's name for it
+    add("--mask-strategy", metavar="GROUPS", help="says, see masks.py; default: 0, the first frame")
 
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\nPapers")[0], allow_abbrev=False,
-                                     usage="python sample.py --prompt CAPTION [options]",
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    wide = partial(argparse.RawDescriptionHelpFormatter, max_help_position=30)
+    parser = argparse.ArgumentParser(description=__doc__.split("\nIn ")[0], allow_abbrev=False, formatter_class=wide,
+                                     usage="python sample.py --prompt CAPTION [options]")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--prompt", nargs="+", help="captions, each in quotes")
-    what.add_argument("--prompts", metavar="FILE", help="of captions, one a line")
-    what.add_argument("--plan", action="store_true", help="print the memory that sampling takes, and stop")
-    what.add_argument("--export", metavar="FOLDER", help="write --ckpt as Open-Sora reads it, and stop")
+    what.add_argument("--prompt", nargs="+", metavar="CAPTION", help="captions, each in quotes")
+    what.add_argument("--prompts", metavar="FILE", help="a text file, a caption a line")
+    what.add_argument("--export", metavar="FOLDER", help="write --ckpt as Open-Sora reads it")
+    add = parser.add_argument
+    add("--ckpt", default="assets/tiny", metavar="NAME", help="a run, or a hub name; default: %(default)s")
+    add("--vae", metavar="NAME", help="folder or hub name; default: the config's")
+    add("--text-encoder", metavar="NAME", help="T5's folder or hub name; default: the config's")
+    add("--sampler", choices=SAMPLERS, help="default: the config's")
+    add("--steps", type=int, metavar="N",
+        help="default: " + ", ".join(f"{name} {steps}" for name, steps in configs.SAMPLING_STEPS.items()))
+    add("--cfg-scale", type=float, metavar="X", help="guidance; 1: none; default: the config's")
+    add("--out", type=Path, default="samples", metavar="FOLDER", help="default: %(default)s")
+    add("--format", choices=SUFFIXES, default="mp4", help="next to a contact sheet; default: %(default)s")
+    add("--overwrite", action="store_true", help="replace what exists; otherwise it is skipped")
     add_job_options(parser)
-    add = parser.add_argument_group("how").add_argument
-    add("--ckpt", default="assets/tiny", help="a run, or Open-Sora's folder, file or hub name; default: %(default)s")
-    add("--vae", metavar="NAME", help="folder or hub name of the autoencoder; default: the config's")
-    add("--text-encoder", metavar="NAME", help="folder or hub name of the T5; default: the config's")
-    add("--sampler", choices=SAMPLERS, default="iddpm", help="default: %(default)s")
-    add("--steps", type=int, help="default: " + ", ".join(f"{name} {n}" for name, n in DEFAULT_STEPS.items()))
-    add("--cfg-scale", type=float, help="guidance; 1: none, at half the time; default: the config's")
-    add("--rescale", type=float, default=0.0, help="of the guidance, 0 to 1; default: %(default)s")
-    add = parser.add_argument_group("files").add_argument
-    add("--out", type=Path, default="samples", help="folder; default: %(default)s")
-    add("--format", choices=FORMATS, default="mp4", help="written with the contact sheet, .png; default: %(default)s")
-    add("--grid", action="store_true", help="a picture of the contact sheets of all seeds of a prompt")
-    add("--overwrite", action="store_true", help="replace videos that exist; otherwise they are skipped")
     add = parser.add_argument_group("machine").add_argument
-    add("--batch-size", type=positive_int, default=4, help="videos of one size sampled at once; default: %(default)s")
-    add("--offload", action="store_true", help="blocks of T5 and of the model stay in host memory until they compute")
-    add("--text-cache", metavar="FOLDER", help="keeps the embeddings of captions; T5 is not loaded for those in it")
-    add("--sp", type=positive_int, default=1, help="under torchrun: GPUs that share each video")
-    add("--device", choices=("cuda", "cpu"), help="default: the GPU, if there is one")
-    add("--plain", action="store_true", help="each op as PyTorch has it: slower, takes more memory")
-    add("--debug", action="store_true", help="errors with their traceback")
+    add("--batch-size", type=positive_int, default=4, metavar="N", help="videos at once; default: %(default)s")
+    add("--offload", action="store_true", help="blocks stay in host memory until they compute")
+    add("--text-cache", metavar="FOLDER", help="keeps embeddings, so that T5 is not loaded")
+    add("--sp", type=positive_int, default=1, metavar="N", help="GPUs that share a video (torchrun)")
+    add("--device", choices=("cuda", "cpu"), help="default: a GPU if there is one")
+    add("--debug", action="store_true", help="show errors with their traceback")
     args = parser.parse_args(argv)
     args.command = shlex.join(["python", "sample.py", *(sys.argv[1:] if argv is None else argv)])
     return args
+
+
+def positive_float(text):
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, got {text!r}")
+    return number
 
 
 def fill(args, **defaults):
@@ -575,18 +594,18 @@ def fill(args, **defaults):
 
 def read_jobs(args, config):
     """Returns the jobs of the command line or of a file of prompts, one per prompt and seed."""
-    lines = args.prompt or read_prompts(args.prompts)
-    T, *size = default_bucket(config.trained)
+    T, height, width = default_bucket(config.trained)
     jobs = []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(args.prompt or read_prompts(args.prompts)):
         text, asked = split_json(line, args)
-        fill(asked, num_frames=T, size="{}x{}".format(*size), fps=config.fps)
-        fill(asked, frame_interval=config.frame_interval)
-        height, width = parse_pair(asked.size, "x", "--size", "240x426")
-        references, groups = given_frames(asked, asked.num_frames)
-        jobs += [plan_job(text, groups, asked.segments, asked.overlap, asked.seamless, num_frames=asked.num_frames,
-                          height=height, width=width, fps=asked.fps, frame_interval=asked.frame_interval,
-                          references=tuple(references), seed=seed, number=number) for seed in asked.seeds]
+        fill(asked, num_frames=T, size=f"{height}x{width}", fps=config.fps, frame_interval=config.frame_interval)
+        H, W = parse_pair(asked.size, "x", "--size", "240x426")
+        paths, groups = given_frames(asked, asked.num_frames)
+        references = find_references(paths, groups, asked.fps / asked.frame_interval)
+        job = plan_job(text, groups, asked.segments, asked.overlap, asked.seamless, num_frames=asked.num_frames,
+                       height=H, width=W, fps=asked.fps, frame_interval=asked.frame_interval, references=references,
+                       number=number)
+        jobs += [replace(job, seed=seed) for seed in asked.seeds]
     return jobs
 
 
@@ -613,8 +632,12 @@ def split_json(line, args):
     try:
         for name, value in json.loads(brace + rest or "{}").items():
             option = "--" + name.replace("_", "-")
-            words += [option] * value if isinstance(value, bool) else (
-                [option, *map(str, value)] if isinstance(value, list) else [f"{option}={value}"])
+            if isinstance(value, bool):
+                words += [option] if value else []
+            elif isinstance(value, list):
+                words += [option, *map(str, value)]
+            else:
+                words.append(f"{option}={value}")
         asked, unknown = parser.parse_known_args(words, argparse.Namespace(**vars(args)))
     except json.JSONDecodeError as error:
         raise ValueError(f"prompt {line!r}: a brace starts JSON that ends it, as in a cat {{\"num_frames\": 16}}: "
@@ -634,14 +657,15 @@ def parse_pair(text, sign, option, example):
 
 
 def given_frames(asked, T):
-    """Returns (references, groups) of the option in use."""
+    """Returns (paths, groups) of the option in use: the references, and what is given from them."""
     forms = ("animate", "extend_after", "extend_before", "connect", "edit", "infill", "reference")
     used = [name for name in forms if getattr(asked, name) is not None]
     groups = parse_strategy(asked.mask_strategy) if asked.mask_strategy is not None else []
-    if len(used) > 1 or used and used != ["reference"] and groups:
-        names = ["--" + name.replace("_", "-") for name in (*used, "mask_strategy")][:2]
-        raise ValueError(f"{' and '.join(names)}: expected one of them; --reference with --mask-strategy expresses any "
-                         "combination")
+    if groups and used != ["reference"]:
+        used.append("mask_strategy")
+    if len(used) > 1:
+        names = " and ".join("--" + name.replace("_", "-") for name in used)
+        raise ValueError(f"{names}: expected one of them; --reference with --mask-strategy expresses any combination")
     keep = max(1, T // 4) if asked.keep is None else asked.keep
     if asked.animate is not None:
         return [asked.animate], animate()
@@ -663,6 +687,21 @@ def given_frames(asked, T):
     return [], groups
 
 
+def find_references(paths, groups, fps):
+    """Returns the Reference of each path, at about `fps` frames per second.
+
+    Frames are counted so that a clip's last one is among them if any group takes its end, otherwise its first.  A
+    negative reference counts from the segment of its group: in segment i, i segments follow the references."""
+    references = []
+    for r, path in enumerate(paths):
+        num_frames, rate = length_and_rate(find(path))
+        interval = max(1, round((rate or fps) / fps))
+        from_end = any(group.ref_start < 0 and group.reference % (len(paths) + group.segment) == r for group in groups)
+        first = (num_frames - 1) % interval if from_end else 0
+        references.append(Reference(path, len(range(first, num_frames, interval)), first, interval))
+    return tuple(references)
+
+
 def slug(prompt):
     """Returns the first letters and digits of a caption, for a file name on any system."""
     return re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:40].strip("-") or "prompt"
@@ -681,89 +720,60 @@ def usual_aspect(resolution):
     return "0.56" if "0.56" in ASPECT[resolution] else min(ASPECT[resolution], key=lambda ar: abs(float(ar) - 1))
 
 
-def read_references(job):
-    """Returns each clip or image that a job names as a list of frames at about the job's rate, uint8 [H W 3].
-
-    Frames that no segment takes are None: a film of ten minutes does not fit into memory when only its last four frames
-    are needed.  Frames are counted so that the clip's last one is among them if any group takes its end, otherwise its
-    first.  A negative number counts from the segment of its group: in segment i, i segments follow the references."""
-    paths = [find(path) for path in job.references]
-    many = len(paths)
-    segments = range(len(job.prompts))
-    from_end = [group for group in parse_strategy(job.strategy) if group.ref_start < 0 and group.segment in segments]
-    at_end = [any(group.reference in (r, r - many - group.segment) for group in from_end) for r in range(many)]
-    moments = [at_rate(path, job.fps / job.frame_interval, end) for path, end in zip(paths, at_end)]
-    references = [[None] * len(of_one) for of_one in moments]
-    for r, frames in frames_taken(job.plans(moments)).items():
-        if r < many:                                                # else it is a segment, not made yet
-            window = moments[r][frames[0] : frames[-1] + 1]
-            video, _ = read_again(paths[r], len(window), window.step, window.start)
-            for frame in frames:
-                references[r][frame] = video[frame - frames[0]].numpy()
-    return references
-
-
-@lru_cache
-def at_rate(path, fps, at_end):
-    """Returns which frames of a clip to take for `fps`, as a range: up to its last one or from its first one."""
-    many, rate = length_and_rate(path)
-    every = max(1, round((rate or fps) / fps))
-    return range((many - 1) % every if at_end else 0, many, every)
-
-
-read_again = lru_cache(maxsize=4)(read_window)      # several prompts or seeds for one clip; and all is read to check it
-
-
 # ---------------------------------------------------------------- command line: sampling them
 def run(args):
-    """Samples the jobs that do not exist yet; the groups of args.sp processes share them."""
+    """Samples the jobs that do not exist yet; the groups of args.sp processes share them.
+
+    All that can be wrong is checked before the networks are loaded."""
     place = start_processes(sp=args.sp, device=args.device)
-    place.say(use(place.device, args.plain))
+    place.say(use(place.device))
     file, config = find_checkpoint(args.ckpt)
-    fill(args, vae=config.vae, text_encoder=config.text_encoder, steps=DEFAULT_STEPS[args.sampler],
-         cfg_scale=config.cfg_scale)
+    fill(args, vae=config.vae, text_encoder=config.text_encoder, sampler=config.sampler, cfg_scale=config.cfg_scale)
+    fill(args, steps=configs.SAMPLING_STEPS[args.sampler])
     config = replace(config, vae=args.vae, text_encoder=args.text_encoder)
     timesteps(args.steps, args.sampler)                                     # raises where there are none
     if not math.isfinite(args.cfg_scale):
         raise ValueError(f"--cfg-scale {args.cfg_scale}: expected a number")
-    if not 0 <= args.rescale <= 1:
-        raise ValueError(f"--rescale {args.rescale}: expected 0, no change, to 1")
     jobs = read_jobs(args, config)
     check_captions(jobs, config)
-    weights = fingerprint(read_weights(file))
-    vae = load_vae(args.vae, device=place.device)
-    check_jobs(jobs, read_references, vae.down, config.model.patch_size)
     check_out(args.out)
-    how = {name: getattr(args, name) for name in ("steps", "sampler", "cfg_scale", "rescale")}
-    how["as_released"] = config.model.as_released
-    settings = dict(sampling=how, ckpt=args.ckpt, weights=weights, vae=args.vae,
-                text_encoder=args.text_encoder, plain=args.plain)           # all of it is the same only to rounding
+    how = dict(steps=args.steps, sampler=args.sampler, cfg_scale=args.cfg_scale, as_released=config.model.as_released)
+    settings = dict(sampling=how, ckpt=args.ckpt, weights=fingerprint(read_weights(file)), vae=args.vae,
+                    text_encoder=args.text_encoder)
     records = {job: {"job": asdict(job)} | settings for job in jobs}
     todo = [job for job in jobs if args.overwrite or not exists(job, records[job], args, place)]
     dist.barrier()                          # collective; no rank writes before all have seen which files exist
-    if mine := todo[place.data_rank::place.num_data_ranks]:                 # T5 is freed before the model is loaded
-        captions = list(dict.fromkeys(prompt for job in mine for prompt in job.prompts))
-        text_encoder = encode_texts(config, captions, place.device, folder=args.text_cache, offload=args.offload)
-        model = load(args.ckpt, place.device, offload=args.offload).model
-        if place.group:
-            sequence_parallel(model, place.group)
-    batches = alike(mine, args.batch_size)
+    mine = todo[place.data_rank::place.num_data_ranks]
+    for job in mine:
+        read_given(job)                     # raises for a damaged reference; they are read again when it is their turn
+    if mine:
+        make_videos(args, config, place, mine, records, how)
+    place.say(f"{len(todo)} of {len(jobs)} made, {args.steps} {args.sampler} steps: "
+              f"{time.time() - process_start():.1f} s from the start")
+
+
+def make_videos(args, config, place, jobs, records, how):
+    """Samples and writes videos.  T5 is loaded, used and freed before the model is loaded."""
+    vae = load_vae(args.vae, device=place.device)
+    check_sizes(jobs, vae.down, config.model.patch_size)
+    captions = [prompt for job in jobs for prompt in job.prompts]
+    text_encoder = encode_texts(config, captions, place.device, folder=args.text_cache, offload=args.offload)
+    model = load(args.ckpt, place.device, offload=args.offload).model
+    if place.group:
+        sequence_parallel(model, place.group)
+    batches = alike(jobs, args.batch_size)
     total = args.steps * sum(len(batch[0].prompts) for batch in batches)
     with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
         for batch in batches:
-            references = [read_references(job) for job in batch]
-            made = sample_segments(model, vae, text_encoder, batch, references, lambda *_: bar.update(),
+            frames = [read_given(job) for job in batch]
+            made = sample_segments(model, vae, text_encoder, batch, frames, lambda *_: bar.update(),
                                    prediction=config.prediction, **how)
-            for job, segments in zip(batch, made) if place.reads else ():   # one of those who share it
-                save(job, show(vae, job, segments), records[job], args)
-    if args.grid and place.reads:
-        for _, seeds in groupby(jobs, lambda job: job.number):
-            write_grid(list(seeds), args.out)
-    place.say(f"{len(todo)} of {len(jobs)} made, {args.steps} {args.sampler} steps: "
-              f"{time.time() - started():.1f} s from the start")
+            for job, segments in zip(batch, made):
+                if place.reads:             # one of those who share it
+                    save(job, decode(vae, job, segments), records[job], args)
 
 
-def started():
+def process_start():
     """Returns when this process began, in seconds since 1970: what a user has waited includes the imports."""
     try:
         ticks = int(Path("/proc/self/stat").read_text("utf-8").rpartition(")")[2].split()[19])
@@ -775,12 +785,13 @@ def started():
 
 def check_captions(jobs, config):
     """Raises ValueError for a prompt of which cleaning, where the weights want it, leaves nothing."""
-    if config.model.as_released:
-        for job in jobs:
-            for prompt in job.prompts:
-                if not clean_caption(prompt):
-                    raise ValueError(f"prompt {prompt!r}: nothing is left of it when it is cleaned as the weights' "
-                                     "captions were: write it in words")
+    if not config.model.as_released:
+        return
+    for job in jobs:
+        for prompt in job.prompts:
+            if not clean_caption(prompt):
+                raise ValueError(f"prompt {prompt!r}: nothing is left of it when it is cleaned as the weights' captions "
+                                 "were: write it in words")
 
 
 def check_out(folder):
@@ -791,29 +802,50 @@ def check_out(folder):
         pass
 
 
+def read_given(job):
+    """Returns the frames of Job.given from their files, {(reference, frame): uint8 [H W 3]}; raises UnreadableClip.
+
+    Only the span that is needed is read: a film of ten minutes does not fit into memory."""
+    frames = {}
+    for r, sources in groupby(job.given(), key=lambda source: source[0]):
+        wanted = [frame for _, frame in sources]
+        path, _, first, interval = job.references[r]
+        span = wanted[-1] - wanted[0] + 1
+        video, _ = read_window(find(path), span, interval, first + wanted[0] * interval)
+        for frame in wanted:
+            frames[r, frame] = video[frame - wanted[0]].numpy()
+    return frames
+
+
 def alike(jobs, size):
     """Returns lists of at most `size` jobs that are sampled together: of one shape and number of segments."""
     def shape(job):
         return job.num_frames, job.height, job.width, len(job.prompts)
 
-    groups = [list(group) for _, group in groupby(sorted(jobs, key=shape), key=shape)]
-    return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
+    batches = []
+    for _, group in groupby(sorted(jobs, key=shape), key=shape):
+        group = list(group)
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches
 
 
 # out/00-name.png is the contact sheet, .mp4 the video, .json what made them, written last: where it is, all are.
-# out/.00-name.safetensors are the latents of its segments, while there are more to come.
-def pictures(job, args):
-    kinds = [".png"] + [FORMATS[args.format]] * (job.num_frames > 1 and args.format != "png")
-    return [args.out / f"{job.name}{kind}" for kind in kinds]
+def outputs(job, args):
+    """Returns the files of a job's frames."""
+    suffixes = [".png"]
+    if job.num_frames > 1:
+        suffixes.append(SUFFIXES[args.format])
+    return [args.out / f"{job.name}{suffix}" for suffix in suffixes]
 
 
 def save(job, frames, record, args):
+    """Writes the files of a job, and prints what they are."""
     T, H, W, _ = frames.shape
     fps = job.fps / job.frame_interval
-    for path in pictures(job, args):
-        write_video(path, frames, fps)
-        order = " in reading order" if path.suffix == ".png" else f", {fps:g} per second"
-        tqdm.write(f"{path}  " + (f"{T} frames of {H}x{W}{order}" if T > 1 else f"an image of {H}x{W}"))
+    for path in outputs(job, args):
+        write_video(path, enlarge(frames, SHOWN_SIDE) if path.suffix == ".mp4" else frames, fps)
+        order = "in reading order" if path.suffix == ".png" else f"{fps:g} per second"
+        tqdm.write(f"{path}  " + (f"{T} frames of {H}x{W}, {order}" if T > 1 else f"an image of {H}x{W}"))
     with atomic_write(args.out / f"{job.name}.json") as part:
         part.write_text(json.dumps({"command": args.command} | record, indent=1), "utf-8")
 
@@ -821,7 +853,7 @@ def save(job, frames, record, args):
 def exists(job, record, args, place):
     """Returns whether a job has been sampled; raises ValueError if that was another prompt, or with other settings."""
     note = args.out / f"{job.name}.json"
-    last = pictures(job, args)[-1]
+    last = outputs(job, args)[-1]
     if not note.exists() or not last.exists():
         return False
     before = json.loads(note.read_text("utf-8"))
@@ -833,46 +865,11 @@ def exists(job, record, args, place):
     return True
 
 
-def write_grid(jobs, out):
-    """Writes the contact sheets of one prompt's seeds as one picture; the process that finishes last does it."""
-    paths = [out / f"{job.name}.png" for job in jobs]
-    if all(path.exists() for path in paths):
-        sheets = np.concatenate([np.asarray(Image.open(path)) for path in paths], axis=int(jobs[0].num_frames == 1))
-        path = out / f"{jobs[0].number:02d}-{slug(jobs[0].prompts[0])}-grid.png"
-        Image.fromarray(sheets).save(path)
-        print(f"{path}  seeds {' '.join(str(job.seed) for job in jobs)}")
-
-
-def print_plan(ckpt):
-    """Prints the GiB that sampling one video with guidance holds on a GPU: T5, which is then freed, model and VAE."""
-    config = configs.load(ckpt) if ckpt.endswith(".py") else find_checkpoint(ckpt)[1]
-    m = config.model
-    dtype = config.torch_dtype
-    gib = 2 ** 30
-    from configs.plan import FROZEN, forward_bytes, parameters
-    t5 = FROZEN.get(config.text_encoder, 0) * dtype.itemsize
-    vae = FROZEN.get(config.vae, 0) * 4
-    model = parameters(m)[0] * dtype.itemsize
-    counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
-    print(f"{ckpt}, {config.dtype}, GiB: T5 {t5 / gib:.2f}, VAE {vae / gib:.2f} (fp32), model {model / gib:.2f}"
-          f"{counted}\n{'video':>15}{'activations':>13}{'decoding':>10}{'peak':>8}{'with --offload':>16}")
-    for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):      # of stage 3's buckets
-        held = forward_bytes(m, dtype, 2, T, height // 8, width // 8)
-        pixels = height * width                                                 # 3 * 4: all frames decoded, in fp32
-        decoding = (DECODER_BYTES * min(T, frames_at_once(height, width)) + 3 * 4 * T) * pixels * bool(vae)
-        peak = vae + max(t5, model + held, model + decoding)
-        lean = vae + max(t5 / 24, model / m.depth + held, decoding)             # a block: T5-XXL has 24
-        print(f"{T:>4} x {height:>3}x{width:<4}{held / gib:>13.2f}{decoding / gib:>10.2f}{peak / gib:>8.2f}"
-              f"{lean / gib:>16.2f}")
-
-
 def main(argv=None):
     args = parse_args(argv)
     with one_line_errors(args.debug, "; run the same command again to make the videos that are missing"):
         if args.export:
             export(args.ckpt, args.export)
-        elif args.plan:
-            print_plan(args.ckpt)
         else:
             run(args)
 

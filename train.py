@@ -915,11 +915,11 @@ class Validation:
 
 
 def preview(run, vae, text_encoder, step):
-    """Writes samples/step-0000500.png, a row of frames per prompt, sampled from the EMA in 50 steps.  Collective."""
+    """Writes samples/step-0000500.png, a row of frames per prompt, sampled from the EMA.  Collective."""
     config = run.config
     num_frames, height, width = default_bucket(config.trained)
     videos = generate(run.ema, vae, text_encoder, list(config.prompts), num_frames=num_frames, height=height,
-                      width=width, fps=config.fps, frame_interval=config.frame_interval, steps=50,
+                      width=width, fps=config.fps, frame_interval=config.frame_interval, sampler="dpm", steps=20,
                       prediction=config.prediction, cfg_scale=config.cfg_scale, seed=config.seed)
     reshard(run.ema)
     if run.place.rank == 0:

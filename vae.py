@@ -19,37 +19,27 @@ import shutil
 import sys
 import unicodedata
 from datetime import timedelta
+from functools import cache, partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
-
-import transformers.utils.import_utils
-
-# Where Hugging Face's package `kernels` is installed, its functions would be looked for in our kernels.py.
-for module in (transformers.utils, transformers.utils.import_utils):
-    module.is_kernels_available = lambda *_: False
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
-from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha
 from einops import rearrange
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, T5EncoderModel
-from transformers.utils.logging import disable_progress_bar
 
 from data import (IMAGE_FPS, Plan, UnreadableClip, batches, bucket_list, check_row, length_and_rate, one_line_errors,
                   positive_int, reachable, read_clip, read_meta, read_window, report, resize_crop, short_hash,
                   to_uint8, to_video, window_generator, window_number, write_video)
 
 ROOT = Path(__file__).parent
-disable_progress_bar()      # transformers' own, which it shows while weights load
 
 
 # ---------------------------------------------------------------- pixels <-> latents
@@ -197,36 +187,58 @@ def fix_text(text):
     return unicodedata.normalize("NFC", text)
 
 
-# diffusers has the cleaner of Open-Sora's captions, which is DeepFloyd's.  It asks for two packages; the stand-ins are
-# used whether they are installed or not, so that a caption gives the same everywhere.
-PIXART = pipeline_pixart_alpha.PixArtAlphaPipeline
-STAND_INS = {"BeautifulSoup": PlainText, "ftfy": SimpleNamespace(fix_text=fix_text)}
-CLEAN_ONCE = FunctionType(PIXART._clean_caption.__code__, vars(pipeline_pixart_alpha) | STAND_INS)
+@cache
+def caption_cleaner():
+    """Returns diffusers' cleaner of Open-Sora's captions, which is DeepFloyd's.
+
+    It asks for two packages.  The stand-ins are used whether they are installed or not, so that a caption gives the
+    same everywhere."""
+    hugging_face()
+    from diffusers.pipelines.pixart_alpha import pipeline_pixart_alpha
+    stand_ins = {"BeautifulSoup": PlainText, "ftfy": SimpleNamespace(fix_text=fix_text)}
+    pixart = pipeline_pixart_alpha.PixArtAlphaPipeline
+    return partial(FunctionType(pixart._clean_caption.__code__, vars(pipeline_pixart_alpha) | stand_ins), pixart)
 
 
 def clean_caption(text):
     """Returns a caption as the T5 of Open-Sora's weights saw it: lower case, without addresses, tags and odd signs."""
-    for _ in range(2):      # as Open-Sora does: the second time finds what the first one laid bare
-        text = CLEAN_ONCE(PIXART, text)
-    return text
+    clean_once = caption_cleaner()
+    return clean_once(clean_once(text))     # as Open-Sora does: the second time finds what the first one laid bare
 
 
 # ---------------------------------------------------------------- loading networks
 # transformers and diffusers fill what is missing with random numbers or an empty tokenizer, and report success.  Here
 # each of these is an error that names what is missing.
+@cache
+def hugging_face():
+    """Returns the packages diffusers and transformers.
+
+    They take seconds to import, so mistakes in a command are reported before.  Where Hugging Face's package `kernels`
+    is installed, transformers would look for its functions in our kernels.py."""
+    import transformers.utils.import_utils
+    for module in (transformers.utils, transformers.utils.import_utils):
+        module.is_kernels_available = lambda *_: False
+    import diffusers
+    transformers.utils.logging.disable_progress_bar()       # which it shows while weights load
+    return diffusers, transformers
+
+
 T5_VOCABULARY = 32128                   # rows of the published T5 networks: 32,100 pieces, rounded up
 T5_TOKENIZER = "google-t5/t5-base"      # all of them have its pieces
 
 
 def load_vae(name, dtype=torch.float32, device="cpu"):
     """Returns the VAE of a folder or hub name, such as "stabilityai/sd-vae-ft-ema"."""
-    return VAE(load_net(AutoencoderKL, find(name), torch_dtype=dtype, low_cpu_mem_usage=False).to(device))
+    diffusers, _ = hugging_face()
+    net = load_net(diffusers.AutoencoderKL, find(name), torch_dtype=dtype, low_cpu_mem_usage=False)
+    return VAE(net.to(device))
 
 
 def load_text_encoder(name, max_length, dtype=torch.float32, device="cpu", clean=False):
     """Returns the TextEncoder of a folder or hub name, such as "DeepFloyd/t5-v1_1-xxl"."""
     name = find(name)
-    net = load_net(T5EncoderModel, name, dtype=dtype)
+    _, transformers = hugging_face()
+    net = load_net(transformers.T5EncoderModel, name, dtype=dtype)
     tokenizer = load_tokenizer(name, net.config.vocab_size)
     return TextEncoder(net.to(device), tokenizer, max_length, clean)
 
@@ -244,8 +256,9 @@ def load_tokenizer(name, vocab_size):
         whose = f"that of {T5_TOKENIZER}" if vocab_size == T5_VOCABULARY else "the one that it was trained with"
         folder = name if Path(name).is_dir() else "a folder with its config.json and weights, and name that folder"
         raise FileNotFoundError(f"text encoder {name!r} has no tokenizer.json: put {whose} into {folder}")
+    _, transformers = hugging_face()
     try:
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as error:          # of the tokenizers library, which has no class of errors of its own
         raise ValueError(f"{file} cannot be read as a tokenizer: {str(error).splitlines()[0]}") from error
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}

@@ -22,6 +22,9 @@ from data import ASPECT
 from masks import RECIPE, check_ratios  # noqa: F401    config files take their names from here
 from model import TINY, STDiTConfig  # noqa: F401
 
+# iddpm's is the release's; ddim: 2010.02502 has 20 to 100; dpm: 2211.01095 has 15 to 20 with guidance
+SAMPLING_STEPS = {"iddpm": 100, "ddim": 50, "dpm": 20}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -44,7 +47,8 @@ class Config:
     world: int = 1                                  # GPUs of the batch sizes: a global batch is clips per GPU * world
     mask_ratios: dict                               # masking strategy (masks.py) -> share of the samples
     prediction: str = "eps"                         # the network's target: "eps" (the noise) or "v" (velocity)
-    cfg_scale: float = 7.0                          # guidance of samples (Open-Sora's); sample.py has a flag
+    sampler: str = "iddpm"                          # of samples, one of SAMPLING_STEPS; sample.py has a flag
+    cfg_scale: float = 7.0                          # their guidance (Open-Sora's); sample.py has a flag
     speed: bool = False                             # draw t as SpeeD does (arXiv 2405.17403) instead of uniformly
     lr: float                                       # AdamW's step size, constant after the warm-up
     weight_decay: float = 0.0                       # AdamW, decoupled
@@ -102,6 +106,8 @@ class Config:
             raise wrong(self, "prompts", "captions")
         if self.prediction not in ("eps", "v"):
             raise wrong(self, "prediction", "'eps' or 'v'")
+        if self.sampler not in SAMPLING_STEPS:
+            raise wrong(self, "sampler", f"one of {', '.join(SAMPLING_STEPS)}")
         if self.dtype not in ("fp32", "bf16"):
             raise wrong(self, "dtype", "'fp32' or 'bf16'")
         if not -2 ** 63 <= self.seed < 2 ** 63:

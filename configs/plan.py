@@ -17,6 +17,7 @@ import torch
 import configs
 from data import ASPECT, Bucket, BucketSampler, one_line_errors, read_meta
 from model import STDiT
+from vae import DECODER_BYTES, frames_at_once
 
 
 class Gpu(NamedTuple):
@@ -40,6 +41,7 @@ PER_NODE = 8            # GPUs of a machine, as in NVIDIA's DGX
 MFU = 0.3               # assumed: the share of a GPU's FLOP/s that transformer, T5 and VAE reach
 LINK_USE = 0.7          # assumed: the share of the links' rates that collectives reach
 USABLE = 0.92           # assumed: the share of memory that is ours; CUDA, NCCL and fragmentation take the rest
+T5_BLOCKS = 24          # of T5-XXL, about equal parts of it
 FROZEN = {"DeepFloyd/t5-v1_1-xxl": 4.76e9, "stabilityai/sd-vae-ft-ema": 84e6}   # parameters
 VAE_FLOP = 4.3e6        # per pixel, of sd-vae-ft-ema's encoder: 4.16e6 at 256 x 256, 4.65e6 at 1024 x 1024, counted
 
@@ -265,6 +267,28 @@ def plan(config, world, gpu="h800", shares=None):
     return "\n".join(lines)
 
 
+def plan_sampling(config):
+    """Returns as text the GiB that sampling one video with guidance holds on a GPU: T5, which is freed before the model
+    is loaded, then the model and the VAE.  What `sample.py --offload` leaves of them is one block at a time."""
+    m = config.model
+    dtype = config.torch_dtype
+    t5 = FROZEN.get(config.text_encoder, 0) * dtype.itemsize
+    vae = FROZEN.get(config.vae, 0) * 4                                             # in fp32
+    model = parameters(m)[0] * dtype.itemsize
+    counted = "" if t5 and vae else "; T5 and VAE are not those of Open-Sora: not counted"
+    lines = [f"sampling, {config.dtype}, GiB: T5 {t5 / GIB:.2f}, VAE {vae / GIB:.2f}, model {model / GIB:.2f}{counted}",
+             f"{'video':>15}{'activations':>13}{'decoding':>10}{'peak':>8}{'with --offload':>16}"]
+    for T, height, width in ((16, 240, 426), (64, 240, 426), (16, 720, 1280)):      # of stage 3's buckets
+        activations = forward_bytes(m, dtype, 2, T, height // 8, width // 8)
+        per_pixel = DECODER_BYTES * min(T, frames_at_once(height, width)) + 3 * 4 * T       # and all frames, in fp32
+        decoding = per_pixel * height * width if vae else 0
+        peak = vae + max(t5, model + activations, model + decoding)
+        offloaded = vae + max(t5 / T5_BLOCKS, model / m.depth + activations, decoding)
+        lines.append(f"{T:>4} x {height:>3}x{width:<4}{activations / GIB:>13.2f}{decoding / GIB:>10.2f}"
+                     f"{peak / GIB:>8.2f}{offloaded / GIB:>16.2f}")
+    return "\n".join(lines)
+
+
 def shares_of_steps(config):
     """Returns {(resolution, frames): steps of an epoch} if the csv files exist, else None."""
     try:
@@ -289,6 +313,7 @@ def main(argv=None):
         world = config.world if args.gpus is None else args.gpus
         plan(config, world, args.gpu)                           # raises before millions of rows are read
         print(plan(config, world, args.gpu, shares_of_steps(config)))
+        print(plan_sampling(config))
 
 
 if __name__ == "__main__":

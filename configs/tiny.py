@@ -18,6 +18,7 @@ config = Config(
     num_workers=0,
     mask_ratios=RECIPE,
     prediction="v",
+    sampler="dpm",
     cfg_scale=2.0,
     lr=1e-3,
     warmup_steps=100,

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
 from configs import RECIPE, Config, load
-from configs.plan import GPUS, forward_bytes, plan, plan_step, state_bytes, traffic_bytes
+from configs.plan import GPUS, forward_bytes, plan, plan_sampling, plan_step, state_bytes, traffic_bytes
 from inputs import example_inputs
 from model import STDiT, STDiTConfig
 from vae import DECODER_BYTES
@@ -302,6 +302,20 @@ def test_fine_tuning_fits_on_one_gpu_of_24_gb():
 ])
 def test_a_shipped_config_fits_where_it_says(name, world, gpu):
     assert "TOO BIG" not in plan(load(name), world, gpu)
+
+
+def test_the_memory_of_sampling_is_planned(config):
+    """At its peak a GPU holds the VAE and the larger of T5 and of the model with what it computes."""
+    published = plan_sampling(load("stage3"))
+    size = {name: float(re.search(rf"{name} ([\d.]+)", published)[1]) for name in ("T5", "VAE", "model")}
+    assert size["T5"] == pytest.approx(4.76e9 * 2 / 2 ** 30, abs=0.01)
+    rows = re.findall(r"(\d+) x +\d+x\d+ +([\d.]+) +([\d.]+) +([\d.]+) +([\d.]+)", published)
+    assert len(rows) == 3
+    for _, activations, decoding, peak, offloaded in rows:
+        expected = size["VAE"] + max(size["T5"], size["model"] + float(activations), size["model"] + float(decoding))
+        assert float(peak) == pytest.approx(expected, abs=0.02)
+        assert float(offloaded) < float(peak)
+    assert "not counted" in plan_sampling(config)
 
 
 @pytest.mark.slow

@@ -35,6 +35,7 @@ config = Config(
                  'mask_image_tail': 0.025,
                  'mask_image_head_tail': 0.05},
     prediction='v',
+    sampler="dpm",
     cfg_scale=2.0,
     speed=False,
     lr=0.001,
