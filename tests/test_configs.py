@@ -47,8 +47,8 @@ def changed(value):
 def test_a_dump_holds_every_field(tmp_path):
     """Changes each field by itself where it can be changed so, and the others by hand."""
     by_hand = {"model": STDiTConfig(depth=3), "buckets": {"240p": {1: (0.5, 2), 16: (0, None)}},
-               "mask_ratios": {"mask_no": 0.5, "mask_image_head": 0.5}, "prediction": "v", "sampler": "ddim", "dtype": "fp32",
-               "prompts": ("a = b", "it's \"quoted\"\n")}
+               "mask_ratios": {"mask_no": 0.5, "mask_image_head": 0.5}, "prediction": "v", "sampler": "ddim",
+               "dtype": "fp32", "prompts": ("a = b", "it's \"quoted\"\n")}
     values = {}
     for field in dataclasses.fields(Config):
         base = GOOD.get(field.name, field.default)

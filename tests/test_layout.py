@@ -151,7 +151,7 @@ def test_libraries_load_beside_kernels_py(tmp_path, with_package, first):
         info = tmp_path / "kernels-0.18.2.dist-info"
         info.mkdir()
         (info / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.2\n")
-    code = (f"import {first}; import kernels; "
+    code = (f"import {first}; import kernels; from vae import hugging_face; hugging_face(); "
             "from transformers import AutoTokenizer, T5EncoderModel, T5Config; "
             "from diffusers import AutoencoderKL, DDPMScheduler; "
             "T5EncoderModel(T5Config(vocab_size=8, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)); "
