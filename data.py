@@ -197,8 +197,8 @@ class Table:
 def read_meta(pattern):
     """Returns the Table of a meta.csv, of all files that a glob finds (sorted), or of a list of either, each file once.
 
-    Reading 12 million rows takes a minute, so the table is saved in a folder beside the first file, or where the system
-    keeps temporary files, and opened from there while no csv changes its size or time.  Raises ValueError with the
+    Reading 12 million rows takes a minute, so the table is saved in a folder next to the first file, or where the
+    system keeps temporary files, and opened from there while no csv changes its size or time.  Raises ValueError with the
     row and the column of what is wrong."""
     patterns = [pattern] if isinstance(pattern, str) else pattern
     found = {}

@@ -263,8 +263,8 @@ def plan_job(prompt, groups, segments=None, overlap=None, loop=False, **rest):
         groups = [*groups, *chain(overlap, len(prompts), loop)]
     for group in groups:
         if not 0 <= group.segment < len(prompts):
-            raise ValueError(f"mask strategy {format_strategy([group])!r} is for segment {group.segment}, expected 0 to "
-                             f"{len(prompts) - 1}: {len(prompts)} segments are made")
+            raise ValueError(f"mask strategy {format_strategy([group])!r} is for segment {group.segment}, expected 0 "
+                             f"to {len(prompts) - 1}: {len(prompts)} segments are made")
     job = Job(prompts, strategy=format_strategy(groups), overlap=overlap or 0, loop=loop, **rest)
     job.given()                             # raises if a group does not fit
     return job
@@ -325,8 +325,8 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
         clips = [np.asarray(clip) for clip in ([] if references[number] is None else references[number])]
         for clip in clips:
             if clip.ndim != 4:
-                raise ValueError(f"references: expected per prompt a list of uint8 [K H W 3], got {list(clip.shape)} in "
-                                 "one")
+                raise ValueError(f"references: expected per prompt a list of uint8 [K H W 3], got {list(clip.shape)} "
+                                 "in one")
         groups = strategies[number]
         if groups is None:
             groups = animate() if clips else []
@@ -790,8 +790,8 @@ def check_captions(jobs, config):
     for job in jobs:
         for prompt in job.prompts:
             if not clean_caption(prompt):
-                raise ValueError(f"prompt {prompt!r}: nothing is left of it when it is cleaned as the weights' captions "
-                                 "were: write it in words")
+                raise ValueError(f"prompt {prompt!r}: nothing is left of it when it is cleaned as the weights' "
+                                 "captions were: write it in words")
 
 
 def check_out(folder):

@@ -18,7 +18,6 @@ ZeRO (1910.02054), activation checkpointing (1604.06174).
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import signal

@@ -1,4 +1,4 @@
-"""The measured numbers in one place: results/*.txt hold outputs of COMMANDS and of others, with their origin.
+"""The measured numbers in one place: tables in results/summary.md, and outputs of COMMANDS and others in results/*.txt.
 
     python assets/results.py run block     runs that of COMMANDS, stores its output: results/cpu-block.txt
     python assets/results.py               writes assets/results.md from all that is stored
@@ -121,7 +121,8 @@ def main():
     if len(sys.argv) > 1:
         sys.exit(f"usage: python assets/results.py [run {'|'.join(COMMANDS)}]")
     stored = {path.stem: path.read_text(encoding="utf-8").split("\n\n", 1) for path in sorted(STORE.glob("*.txt"))}
-    text = ["# Measured", "Written by `python assets/results.py` from the outputs in [results](results)."]
+    text = ["# Measured", "Written by `python assets/results.py` from the tables and outputs in [results](results).",
+            (STORE / "summary.md").read_text(encoding="utf-8").strip()]
     for name, (header, output) in stored.items():
         origin = re.sub("^command: (.*)", r"command: `\1`", header).replace("\n", "\n- ")
         text += [f"## {name}", f"- {origin}", markdown(output)]

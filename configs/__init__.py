@@ -4,7 +4,7 @@
     config = load("configs/stage1.py", ["--lr=1e-5", "--model.depth=4", "--mask_ratios={'mask_no': 1.0}"])
     dump(config)    # Python source that loads back to an equal Config; every run writes it to <out>/config.py
 
-What cannot work is an error here, before a GPU is touched.  configs/plan.py says what a run costs.
+What cannot work is an error here, before a GPU is used.  configs/plan.py estimates what a run costs.
 """
 import ast
 import difflib

@@ -1,20 +1,19 @@
-"""Fine-tuning: the finished model on a few hundred clips of your own, on one GPU of 24 GB.
+"""Fine-tuning: the published model on a few hundred clips of your own, on one GPU of 24 GB.
 
-data      data/mine/meta.csv, some 300 clips of 1 to 10 s with captions, a tenth of them held out (each bucket needs a
-          whole batch of one aspect ratio; `python data.py data/mine/meta.csv configs/finetune.py` tells)
-hardware  one RTX 4090: plan.py says 18.4 of 23.6 GiB, 14.3 of them fp32 weights, gradients, Adam and EMA of 767 M
-          parameters.  T5-XXL, 8.9 GiB, has no room beside those: latents and captions are cached before
-disk      12.3 GB a checkpoint and 3.1 GB of averaged weights; twice that while a new one is written, which takes as
-          much main memory meanwhile
-steps     2,000, 20 to 50 times each clip; by plan.py 2.6 s each, 1.5 hours, at the 30% MFU that it assumes. Not run
-start     the weights that Open-Sora 1.1 published, with the quirks that they were trained with, in captions and fps
-          too: as_released (model.py).
-          For --init=runs/stage3, a run of ours, turn it off
-expect    the look and the motion of your clips; the loss on those held out, in validation.jsonl, falls, and once it
-          rises they are being learnt by heart: take the checkpoint before, keep_last=9 keeps all
-From Open-Sora 1.1: sizes, interval, masks, no weight decay, gradient clip 1.0; its users met noise after fine-tuning
-on a few clips.  Ours: lr, half of its 2e-5, with a warm-up, as Adam starts with no memory; EMA over some 1,000 steps
-instead of 10,000; batches of about equal time by plan.py, which leave 3 of what plan.py counts on; steps; all others.
+data      data/mine/meta.csv: about 300 captioned clips of 1 to 10 s, a tenth of them held out.  Each bucket needs a
+          whole batch of one aspect ratio; `python data.py data/mine/meta.csv configs/finetune.py` shows which do
+hardware  one RTX 4090: by configs/plan.py 18.4 of 23.6 GiB, of which fp32 weights, gradients, Adam and EMA of 767 M
+          parameters take 14.3.  T5-XXL, 8.9 GiB, does not fit next to them: latents and captions are cached first
+disk      12.3 GB per checkpoint and 3.1 GB of averaged weights; twice that while a checkpoint is written, which takes
+          as much main memory too
+steps     2,000, 20 to 50 times each clip; by configs/plan.py 2.6 s each, 1.5 hours, at an assumed 30% MFU.  Not run
+start     the published weights, with the faults that they were trained with (as_released, see model.py).  To start
+          from a run of ours, --init=runs/stage3, turn as_released off
+expect    the look and the motion of your clips.  The loss on the clips held out, in validation.jsonl, falls at first;
+          once it rises, the clips are being memorised: use the checkpoint before, keep_last=9 keeps all
+From Open-Sora 1.1: sizes, interval, masks, no weight decay, gradient clip 1.0.  Its users report noise after
+fine-tuning on a few clips.  Ours: half of its lr, with a warm-up, because Adam starts without memory; an EMA over
+about 1,000 steps instead of 10,000; batches that take about equal time by the plan; steps; everything else.
 """
 from configs import RECIPE, Config, STDiTConfig
 

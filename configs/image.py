@@ -1,12 +1,12 @@
-"""Stage 0: images of many sizes, to bring an image model to free sizes before it sees a video.
+"""Stage 0: images of many sizes, so that an image model learns free sizes before it sees a video.
 
-data      images with captions, 256 pixels square and larger (upstream: its 2.6 M)
-hardware  64 GPUs of 80 GB, as upstream's 64 H800
-steps     6,000 (its report); about 6 s each (the comment in its image config), so 10 hours.  plan.py says 2.6 s, at the
-          30% MFU that it assumes, and at most 22 GiB a GPU
+data      images with captions, 256 pixels square and larger (Open-Sora: 2.6 M)
+hardware  64 GPUs of 80 GB, as Open-Sora's 64 H800
+steps     6,000 (its report); about 6 s each (the comment in its config), 10 hours.  By configs/plan.py 2.6 s each, at
+          an assumed 30% MFU, and at most 22 GiB per GPU
 start     the weights of PixArt-alpha at 1024, whose spatial, cross-attention and MLP layers have the same shapes
-From Open-Sora 1.1's report: start, steps, SpeeD. From its image config: buckets, lr, gradient clip, seed, workers.
-Ours: QK-norm from the start (upstream added it late in stage 1), gradient checkpointing, previews.
+From Open-Sora 1.1's report: start, steps, SpeeD.  From its image config: buckets, lr, gradient clip, seed, workers.
+Ours: QK-norm from the start (Open-Sora added it late in stage 1), gradient checkpointing, previews.
 """
 from configs import Config, STDiTConfig
 
@@ -31,7 +31,7 @@ config = Config(
     ema_decay=0.9999,
     steps=6_000,
     dtype="bf16",
-    checkpointing=1,  # plan.py says 147 GiB a GPU without
+    checkpointing=1,  # plan.py estimates 147 GiB a GPU without
     seed=42,
     out="runs/image",
     init="PixArt-alpha/PixArt-alpha/PixArt-XL-2-1024-MS.pth",

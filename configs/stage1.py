@@ -1,13 +1,13 @@
 """Stage 1, last of three phases: clips mostly at 144p and 240p, a quarter of them with given frames.
 
 data      9.7 M videos and 2.6 M images with captions; most clips have 36 to 256 frames
-hardware  64 GPUs of 80 GB, as upstream's 64 H800
-steps     17,000, 14 hours there by its report: 3.0 s each, though the comment in its config says about 1 s.  plan.py
-          says 0.3 s, at the 30% MFU that it assumes, and at most 33 GiB a GPU.  The phases before: stage1_240p.py
-          (24,000 steps, 4 days there) and stage1_144p.py (40,000, 2 days)
+hardware  64 GPUs of 80 GB, as Open-Sora's 64 H800
+steps     17,000, which took it 14 hours (its report): 3.0 s each, although the comment in its config has about 1 s.
+          By configs/plan.py 0.3 s, at an assumed 30% MFU, and at most 33 GiB per GPU.  The phases before are
+          stage1_240p.py (24,000 steps, 4 days there) and stage1_144p.py (40,000 steps, 2 days)
 start     the second phase's weights
-From Open-Sora 1.1's report: data, steps, time, masks. From its stage-1 config: buckets, interval, lr, clip, seed.
-Ours: QK-norm from stage 0 on (upstream added it in this phase), previews.
+From Open-Sora 1.1's report: data, steps, time, masks.  From its stage-1 config: buckets, interval, lr, clip, seed.
+Ours: QK-norm from stage 0 on (Open-Sora added it in this phase), previews.
 """
 from configs import RECIPE, Config, STDiTConfig
 

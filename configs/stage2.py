@@ -1,11 +1,11 @@
 """Stage 2: the same clips at larger sizes and longer, mostly 240p and 480p.
 
 data      9.7 M videos and 2.6 M images with captions, those of stage 1
-hardware  64 GPUs of 80 GB with gradient checkpointing, as upstream's 64 H800
-steps     22,000, one day there by its report: 3.9 s each, though the comment in its config says about 7 s.  plan.py
-          says 1.9 s, at the 30% MFU that it assumes, and at most 27 GiB a GPU
+hardware  64 GPUs of 80 GB with gradient checkpointing, as Open-Sora's 64 H800
+steps     22,000, which took it one day (its report): 3.9 s each, although the comment in its config has about 7 s.
+          By configs/plan.py 1.9 s, at an assumed 30% MFU, and at most 27 GiB per GPU
 start     stage 1's weights
-From Open-Sora 1.1's report: data, steps, time, masks. From its stage-2 config: buckets, interval, lr, clip, seed.
+From Open-Sora 1.1's report: data, steps, time, masks.  From its stage-2 config: buckets, interval, lr, clip, seed.
 """
 from configs import RECIPE, Config, STDiTConfig
 
@@ -32,7 +32,7 @@ config = Config(
     ema_decay=0.9999,
     steps=22_000,
     dtype="bf16",
-    checkpointing=1,  # plan.py says 202 GiB a GPU without
+    checkpointing=1,  # plan.py estimates 202 GiB a GPU without
     seed=42,
     out="runs/stage2",
     init="runs/stage1",

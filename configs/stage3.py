@@ -1,11 +1,11 @@
-"""Stage 3: a small hand-picked set, mostly at 480p and 720p.
+"""Stage 3: a smaller set of high quality, mostly at 480p and 720p.
 
 data      560 k videos and 1.6 M images, chosen for quality
-hardware  64 GPUs of 80 GB with gradient checkpointing, as upstream's 64 H800
-steps     4,000, one day there by its report: 22 s each, though the comment in its config says about 13 s.  plan.py says
-          3.1 s, at the 30% MFU that it assumes, and at most 34 GiB a GPU
-start     stage 2's weights and its optimizer's state, as upstream
-From Open-Sora 1.1's report: data, steps, time, masks. From its stage-3 config: buckets, interval, lr, clip, seed.
+hardware  64 GPUs of 80 GB with gradient checkpointing, as Open-Sora's 64 H800
+steps     4,000, which took it one day (its report): 22 s each, although the comment in its config has about 13 s.
+          By configs/plan.py 3.1 s, at an assumed 30% MFU, and at most 34 GiB per GPU
+start     stage 2's weights and its optimizer's state, as Open-Sora does
+From Open-Sora 1.1's report: data, steps, time, masks.  From its stage-3 config: buckets, interval, lr, clip, seed.
 """
 from configs import RECIPE, Config, STDiTConfig
 

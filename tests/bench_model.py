@@ -23,8 +23,13 @@ from model import XL_2, STDiT, rotary_table  # noqa: E402
 
 def bare(config, B, T, S, L, dtype, device):
     """run(backward): the matrix products and attentions of a block, and nothing else."""
-    C, wide, N = config.hidden_size, int(config.hidden_size * config.mlp_ratio), B * T * S
-    new = lambda *shape: torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+    C = config.hidden_size
+    wide = int(C * config.mlp_ratio)
+    N = B * T * S
+
+    def new(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+
     sizes = [(N, C, 3 * C), (N, C, C), (N, C, 3 * C), (N, C, C), (N, C, C), (B * L, C, 2 * C), (N, C, C),
              (N, C, wide), (N, wide, C)]
     tasks = [(F.linear, (new(n, a), new(b, a), new(b)), new(n, b)) for n, a, b in sizes]
@@ -43,11 +48,19 @@ def bare(config, B, T, S, L, dtype, device):
 
 def one_block(config, B, T, S, L, dtype, device, masked=False, compiled=False):
     """run(backward) of a block as it is in a model, and its elements held for backward, per token and unit of width."""
-    block, C, each = STDiT(replace(config, depth=1)).blocks[0].to(device, dtype), config.hidden_size, T if masked else 1
-    new = lambda *shape: torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+    block = STDiT(replace(config, depth=1)).blocks[0].to(device, dtype)
+    C = config.hidden_size
+    each = T if masked else 1
+
+    def new(*shape):
+        return torch.randn(*shape, dtype=dtype, device=device).requires_grad_()
+
     x, mod, mod_temp, text = args = new(B, T, S, C), new(B, each, 6 * C), new(B, each, 3 * C), new(B * L, C)
     grad, rotary = torch.randn_like(x), rotary_table(T, config.head_dim, device)
-    forward = lambda: block(*args, [L] * B, rotary)
+
+    def forward():
+        return block(*args, [L] * B, rotary)
+
     own = {z.untyped_storage()._cdata for z in (*block.parameters(), mod, mod_temp, text)}
     if compiled:
         block.compile()         # of the plain forms

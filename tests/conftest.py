@@ -4,7 +4,7 @@ import os
 import signal
 from typing import NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # OpenMP's threads sleep soon, so that two runs of pytest share cores
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")     # OpenMP's threads sleep soon: two runs of pytest share cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")        # otherwise a name that is no folder is asked for on the hub
 
 import pytest  # noqa: E402

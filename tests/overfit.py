@@ -49,7 +49,11 @@ def compare(folder, frames, made):
     truth, sample, clip = map(to_video, (frames, made, read_window(str(folder / "clip.mp4"))[0]))       # [3 T H W]
     vae = load_vae(folder / "vae")
     still = repeat(truth.mean(1), "c h w -> c t h w", t=T)
-    change = lambda video: (video[:, 1:] - video[:, :-1]) / 2                                           # in -1..1
+
+    def change(video):
+        """Returns the differences of neighbouring frames, in -1..1."""
+        return (video[:, 1:] - video[:, :-1]) / 2
+
     by_frame = [f"{psnr(a, b):.1f}" for a, b in zip(sample.unbind(1), truth.unbind(1))]
     whole, best_still = psnr(sample, truth), psnr(still, truth)
     print(f"sample {whole:.2f} dB, by frame {' '.join(by_frame)}; the best still image {best_still:.2f} dB")

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import fields
 from functools import cache
@@ -158,14 +159,48 @@ def test_commands_name_what_exists(readme):
     assert [wrong for wrong in map(wrong_command, found) if wrong] == []
 
 
+# ---- code shown in place ----
+
+def code_blocks(text):
+    """Returns the blocks of Python in a text, without their fences."""
+    return [fence[0].partition("\n")[2].removesuffix("```") for fence in FENCE.finditer(text)
+            if fence[0].startswith("```python")]
+
+
+def is_usage(block):
+    """Returns whether a block shows how our code is called, rather than our code."""
+    return re.match(r"from \w+ import ", block)
+
+
+@EACH_README
+def test_shown_code_stands_in_the_sources(readme):
+    """Whole lines, only indented otherwise."""
+    sources = [f"\n{read(path)}" for path in ROOT.glob("*.py")]
+    blocks = [block for block in code_blocks(read(readme)) if not is_usage(block)]
+    assert len(blocks) >= 8
+    for block in blocks:
+        indented = [textwrap.indent(block, " " * width) for width in range(0, 17, 4)]
+        assert any(f"\n{text}" in source for text in indented for source in sources), block
+
+
+@pytest.mark.slow
+def test_shown_usage_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    blocks = [block for block in code_blocks(read(ENGLISH)) if is_usage(block)]
+    assert blocks
+    for block in blocks:
+        exec(block, {})
+
+
 # ---- two languages ----
 
 def test_both_languages_have_the_same_headings():
     assert [level for level, _ in headings(read(ENGLISH))] == [level for level, _ in headings(read(CHINESE))]
 
 
-def test_both_languages_have_the_same_commands_and_pictures():
+def test_both_languages_have_the_same_commands_code_and_pictures():
     assert command_lines(read(ENGLISH)) == command_lines(read(CHINESE))
+    assert code_blocks(read(ENGLISH)) == code_blocks(read(CHINESE))
     english = [Path(target).name for target in PICTURE.findall(without_code(read(ENGLISH)))]
     chinese = [Path(target).name for target in PICTURE.findall(without_code(read(CHINESE)))]
     assert sorted(english) == sorted(chinese)
