@@ -16,6 +16,7 @@ import csv
 import glob
 import hashlib
 import io
+import json
 import math
 import multiprocessing
 import os
@@ -198,8 +199,8 @@ def read_meta(pattern):
     """Returns the Table of a meta.csv, of all files that a glob finds (sorted), or of a list of either, each file once.
 
     Reading 12 million rows takes a minute, so the table is saved in a folder next to the first file, or where the
-    system keeps temporary files, and opened from there while no csv changes its size or time.  Raises ValueError with the
-    row and the column of what is wrong."""
+    system keeps temporary files, and opened from there while no csv changes its size or time.  Raises ValueError with
+    the row and the column of what is wrong."""
     patterns = [pattern] if isinstance(pattern, str) else pattern
     found = {}
     for one in patterns:
@@ -1332,7 +1333,9 @@ def one_line_errors(debug=False, stopped=""):
         error.__traceback__ = None      # it holds what was being done: a reader of clips, say, which ends now
         if rank:
             time.sleep(10)      # mostly all ranks fail alike: rank 0 says so, and torchrun ends the others
-        print(f"error: rank {rank}: {error}" if rank else f"error: {error}", file=sys.stderr)
+        message = f"error: rank {rank}: {error}" if rank else f"error: {error}"
+        print(message, file=sys.stderr)
+        report_to_torchrun(message)
         sys.exit(2)
     except KeyboardInterrupt as error:
         error.__traceback__ = None
@@ -1343,6 +1346,14 @@ def one_line_errors(debug=False, stopped=""):
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+def report_to_torchrun(message):
+    """Lets torchrun end its own report, which follows, with our message in place of a link."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if file:
+        about = {"py_callstack": message, "timestamp": str(int(time.time()))}
+        Path(file).write_text(json.dumps({"message": {"message": message, "extraInfo": about}}), encoding="utf-8")
 
 
 def main(argv=None):

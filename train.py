@@ -426,7 +426,7 @@ def train_in_folder(config, place, patient, meta, sampler, allow_changes):
     # prompts alone: with these remembered, T5's 9 GiB can go.
     encode = partial(to_latents, vae=vae, text_encoder=text_encoder, group=place.group)
     validation = Validation(config, meta, place, first, encode) if config.validate_every else None
-    prompts = remember(lambda: text_encoder, config.prompts)
+    prompts = remember(lambda encoder=text_encoder: encoder, config.prompts)
     dataset = ClipDataset(meta, config)
     if config.cache:
         dataset = write_cache(meta, config, vae, text_encoder, place.rank, place.world, patient)

@@ -137,6 +137,18 @@ def test_an_output_that_cannot_be_written_is_one_line(run_script, tmp_path, comm
     assert "Traceback" not in ended.err
 
 
+@pytest.mark.slow
+def test_under_torchrun_our_words_come_last():
+    """torchrun prints a report of its own after a process has failed; it ends with our message."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "train.py",
+               "configs/tiny.py", "--data=nowhere.csv"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode != 0
+    *_, last, rule = done.stderr.strip().splitlines()
+    assert "error: no file nowhere.csv" in last
+    assert set(rule) == {"="}
+
+
 # ---- kernels is the name of a package that transformers looks for, too ----
 
 def test_kernels_has_the_version_that_transformers_asks_for():
