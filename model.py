@@ -1,4 +1,5 @@
-"""ST-DiT-2, the video transformer of Open-Sora 1.1: predicts the noise (or v) of noisy latents, and its variance.
+"""ST-DiT-2, the video transformer of Open-Sora 1.1: predicts the noise (or v) in noisy latents, and the
+variance of the denoising step.
 
 Start with STDiT.forward, then read Block.  This file knows nothing of diffusion: it computes one function
     x [B C_in T h w] latents, t [B] in 0..999, y [B L C_text] captions, and height, width, num_frames, ar, fps [B]
@@ -7,13 +8,16 @@ Start with STDiT.forward, then read Block.  This file knows nothing of diffusion
 Papers: DiT 2212.09748, PixArt-alpha 2310.00426, Open-Sora 2412.20404.
 
 B clips, T latent frames, S tokens per frame, N = T S, C width, D = C / heads, L text tokens, H W pixels, h w latents.
-STDiTConfig.as_released turns on the mistakes that the published weights were trained with. New models do without them.
+t is the noise level, also called diffusion time, 0 (clean) to 999 (noise).  ar is the aspect ratio, width / height.
+STDiTConfig.as_released turns on the quirks of Open-Sora's code that the published weights were trained with:
   Q1    temporal attention rotates queries and keys before it normalises them, not after
-  Q2    t and the conditioning values are rounded to the model's dtype: bf16 makes 1000 of t = 999 and keeps 507 times
-  Q3    the final layer modulates given frames twice: by time t as if they were noised, then by time 0 + size
+  Q2    t and the conditioning values are rounded to the model's dtype: in bf16, 999 becomes 1000, and only 507 of the
+        1000 noise levels stay distinct
+  Q3    the final layer modulates given frames twice: for noise level t, as if they were noised, then for level 0 with
+        the size added
   Q4-7  concern the sampler (sample.py), captions (vae.clean_caption) and fps (data.conditioning)
-Two more stay in every model: positions are scaled by the size of clip 0 (the clips of a batch share one size), and the
-final layer is conditioned on time but not on size.
+New models do without these.  Two more quirks stay in every model: positions are scaled by the size of clip 0 (the clips
+of a batch share one size), and the final layer is conditioned on t but not on the size.
 """
 import argparse
 import json
@@ -48,8 +52,8 @@ class STDiTConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)    # frames, rows, columns of latent cells in a token
     in_channels: int = 4
     caption_channels: int = 4096
-    model_max_length: int = 200                     # text tokens of the null caption
-    input_sq_size: int = 512                        # a square of this many pixels has positions 0 .. sqrt(S) - 1
+    model_max_length: int = 200                     # most text tokens of a caption; the null caption has as many
+    input_sq_size: int = 512                        # side in pixels at which rows and columns count 0, 1, 2, ...
     qk_norm: bool = True
     class_dropout_prob: float = 0.1                 # how often train.py swaps a caption for the null caption
     pred_sigma: bool = True
@@ -68,7 +72,8 @@ class STDiTConfig:
         if min(counts) < 1:
             raise ValueError(f"depth, sizes, channels and lengths must be 1 or more, got {self}")
         if C % 12:
-            raise ValueError(f"hidden_size must be a multiple of 12 (3 sizes and 4 position tables share it), got {C}")
+            raise ValueError(f"hidden_size must be a multiple of 12 (by 3 for height, width and ar, by 4 for sines and "
+                             f"cosines of rows and columns), got {C}")
         if C % heads or (C // heads) % 2:
             raise ValueError(f"hidden_size / num_heads must be an even number (RoPE turns pairs), got {C} / {heads}")
 
@@ -91,7 +96,7 @@ TINY = STDiTConfig(depth=4, hidden_size=144, num_heads=6, patch_size=(1, 1, 1), 
                    model_max_length=16, input_sq_size=32, temporal_pos=True)
 
 
-# ---- tables, computed in fp32 at each forward: they depend on the clip's size and cost less than looking them up ----
+# ---- tables, computed in fp32 at each forward: they depend on the clip's size, and computing them is cheap ----
 
 def frequencies(dim, device=None):
     """Returns 10000^(-2i / dim) for i < dim / 2 (Attention Is All You Need, section 3.5)."""
@@ -107,7 +112,8 @@ def sin_cos(position, dim):
 def position_table(rows, columns, scale, dim, device=None):
     """Returns the 2-D sinusoidal embedding [S dim]: columns in the first half of the channels, rows in the second.
 
-    scale: side of the clip in pixels / input_sq_size, so that a cell keeps its place at any resolution (PixArt-alpha).
+    scale: side of the clip in pixels / input_sq_size.  A clip of 256 pixels has the positions 0, 2, 4, ... where one of
+    512 pixels has 0, 1, 2, ..., so the same part of a picture has the same positions at any resolution (PixArt-alpha).
     """
     base = round((rows * columns) ** 0.5)
     row = sin_cos(torch.arange(rows, device=device) / scale * base / rows, dim // 2)             # [rows dim/2]
@@ -124,7 +130,7 @@ def rotary_table(num_frames, head_dim, device=None):
     return angle.cos(), angle.sin()
 
 
-# ---- embedders: parameter names are upstream's; a module touches only its own parameters, as FSDP wants ----
+# ---- embedders: parameter names are Open-Sora's ----
 
 class PatchEmbed(nn.Module):
     """Turns x [B C_in T h w] into tokens [B T S C]; pads with zeros at the end of each axis to whole patches."""
@@ -177,7 +183,7 @@ class CaptionEmbedder(nn.Module):
 
 
 class Rope(nn.Module):
-    """Holds rope.freqs as the published files do.  Never read: rotary_table computes them, safe from casts to bf16."""
+    """Holds rope.freqs as the published files do.  The forward uses rotary_table instead, which no cast can round."""
     def __init__(self, head_dim):
         super().__init__()
         self.freqs = nn.Parameter(torch.empty(head_dim // 2), requires_grad=False)
@@ -234,7 +240,10 @@ class CrossAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Space, time, text, MLP.  Cross attention has no norm, no modulation and no gate, as in PixArt-alpha."""
+    """Attention in space, attention in time, cross attention to the text, MLP.
+
+    modulate(x, shift, scale) is LayerNorm(x) * (1 + scale) + shift; gated_residual(x, gate, y) is x + gate * y.  Cross
+    attention has neither norm nor modulation nor gate, as in PixArt-alpha."""
     def __init__(self, config):
         super().__init__()
         C = config.hidden_size
@@ -246,7 +255,10 @@ class Block(nn.Module):
         self.mlp = Mlp(C, int(C * config.mlp_ratio), C)
 
     def forward(self, x, mod, mod_temp, text, lengths, rotary):
-        """x [B T S C]; mod [B T 6C], mod_temp [B T 3C], or T = 1; text [sum(lengths) C]; rotary (cos, sin) of all T."""
+        """Returns x [B T S C] after the block.
+
+        mod [B T 6C], mod_temp [B T 3C], or [B 1 ...] if all frames have the same; text [sum(lengths) C]; rotary: (cos,
+        sin) of all T."""
         mod = rearrange(mod, "b t (six c) -> b t six c", six=6) + self.scale_shift_table
         mod_temp = rearrange(mod_temp, "b t (three c) -> b t three c", three=3) + self.scale_shift_table_temporal
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = mod.unbind(2)  # [B T C] each
@@ -302,11 +314,12 @@ class STDiT(nn.Module):
         self.init_weights(seed)
 
     def forward(self, x, t, y, y_mask=None, x_mask=None, height=None, width=None, num_frames=None, ar=None, fps=None):
-        """x [B C_in T h w]; t [B]; y [B L C_text]; height, width in pixels, num_frames, ar, fps: [B].
+        """Returns fp32 [B C_out T h w] of x [B C_in T h w]; t [B]; y [B L C_text]; height, width (pixels), num_frames,
+        ar, fps: [B].
 
-        y_mask [B L]: the tokens that count, None = all; best left on the CPU.  x_mask [B T] bool: True = noised, at
-        time t; False = given, at time 0; None = all are noised.  Returns fp32 [B C_out T h w].  Raises ValueError if a
-        shape does not fit.
+        x_mask [B T] bool: True for a frame that is noised to level t, False for one that is given, at level 0; None if
+        all are noised.  y_mask [B L]: the tokens that are no padding, None if all; on the CPU it costs no sync.  Raises
+        ValueError if a shape does not fit.
         """
         values = {"t": t, "height": height, "width": width, "num_frames": num_frames, "ar": ar, "fps": fps}
         check_inputs(self.config, x, y, y_mask, x_mask, values)
@@ -338,10 +351,10 @@ class STDiT(nn.Module):
             out = self.final_layer(tokens, time_vec)                                    # [B T S (pt ph pw C_out)]
         pt, ph, pw = self.config.patch_size
         out = rearrange(out, "b t (h w) (pt ph pw c) -> b c (t pt) (h ph) (w pw)", h=rows, pt=pt, ph=ph, pw=pw)
-        return out[:, :, :T, :h, :w].to(torch.float32, copy=True)                       # FSDP2 warns of a view
+        return out[:, :, :T, :h, :w].to(torch.float32, copy=True)                       # FSDP2 warns about views
 
     def to_fp32(self, s, dtype):
-        """Returns a time or conditioning value [B] in fp32, with Q2 rounded to the dtype of the tokens."""
+        """Returns t or a conditioning value [B] in fp32; with Q2 it is rounded to the dtype of the tokens first."""
         if self.config.as_released:
             s = s.to(dtype)
         return s.float()
@@ -374,14 +387,14 @@ class STDiT(nn.Module):
             if value.is_meta:
                 continue
             full = initial_value(name, value.shape, generator).to(value.device, value.dtype)
-            if isinstance(value, DTensor):      # src_data_rank=None: every rank has drawn all of it, so nothing is sent
+            if isinstance(value, DTensor):      # every rank has drawn the whole tensor: None, nothing is sent
                 full = distribute_tensor(full, value.device_mesh, value.placements, src_data_rank=None)
             value.copy_(full)
 
 
 def initial_value(name, shape, generator):
-    """Returns the first value of a parameter or buffer, by the recipe of PixArt-alpha and Open-Sora: at first temporal
-    attention and cross attention add nothing, and the model outputs 0."""
+    """Returns the initial value of a parameter or buffer, by the recipe of PixArt-alpha and Open-Sora: at first
+    temporal attention and cross attention add nothing, and the model outputs 0."""
     zero = ("attn_temp.proj.weight", "cross_attn.proj.weight", "final_layer.linear.weight", ".bias")
     value = torch.empty(shape, device="cpu")
     if name.endswith("rope.freqs"):
@@ -398,7 +411,8 @@ def initial_value(name, shape, generator):
 
 
 def pack_text(y, y_mask):
-    """Returns the tokens of y [B L C_text] that y_mask [B L] counts, end to end [sum(lengths) C_text], and lengths."""
+    """Returns the tokens of y [B L C_text] that are no padding by y_mask [B L], end to end [sum(lengths) C_text], and
+    how many each caption has."""
     B, L, _ = y.shape
     tokens = y.flatten(0, 1)
     if y_mask is None:
@@ -449,7 +463,7 @@ UNREADABLE = (pickle.UnpicklingError, EOFError, RuntimeError, ValueError, Lookup
 def weights_file(path):
     """Returns the file with the weights: path itself, or of a folder its model.safetensors or the index of its shards.
 
-    A step-0000500 of a run is returned as the folder that it is.  Raises FileNotFoundError, and ValueError for the
+    A checkpoint of a run (step-0000500) is returned unchanged.  Raises FileNotFoundError, and ValueError for the
     layout of diffusers."""
     path = Path(path)
     if (path / ".metadata").is_file():
@@ -521,7 +535,7 @@ def load_shards(state, folder, **how):
     """Fills the tensors of a state dict from a step of a run; collective unless no_dist.  Raises ValueError."""
     try:
         dcp.load(state, checkpoint_id=folder, **how)
-    except CheckpointException as error:    # no Exception; torch's own message advises to unpickle
+    except CheckpointException as error:    # a BaseException, whose message advises to unpickle the file
         kinds = {type(failure).__name__ for failure, _ in error.failures.values()}
         raise ValueError(f"{folder} cannot be read, a shard is damaged or of another model ({', '.join(kinds)}) - "
                          "remove this step to resume from the one before it") from None
@@ -606,7 +620,7 @@ IGNORED_KEYS = {
 
 
 def upstream_config(config: dict, source="config.json") -> STDiTConfig:
-    """Returns the STDiTConfig, as released, of what Open-Sora's config.json holds; what it leaves out is as in XL/2."""
+    """Returns the STDiTConfig of Open-Sora's config.json, with as_released; keys that are missing are XL/2's."""
     known = {field.name for field in fields(STDiTConfig)}
     unknown = sorted(set(config) - known - IGNORED_KEYS)
     if unknown:
@@ -622,12 +636,13 @@ def upstream_config(config: dict, source="config.json") -> STDiTConfig:
 
 
 def from_upstream(config: dict, weights: dict) -> STDiT:
-    """Returns Open-Sora's model, as released, from its config.json and weights.  Raises ValueError if either is odd."""
+    """Returns Open-Sora's model from its config.json and weights, with as_released.  Raises ValueError if they do not
+    fit."""
     return with_weights(upstream_config(config), weights)
 
 
 def with_weights(config: STDiTConfig, weights: dict, source="these weights") -> STDiT:
-    """Returns the model that has these very tensors.  Raises ValueError if they do not fit one for one."""
+    """Returns the model with these weights.  Raises ValueError unless names and shapes are the model's."""
     with torch.device("meta"):
         model = STDiT(config)
     check_weights(model, weights, source)
@@ -651,9 +666,10 @@ def is_pixart(weights):
 def from_pixart(weights: dict, config: STDiTConfig, seed: int = 0, source="these weights") -> dict:
     """Returns a whole state dict of STDiT(config) from the image model PixArt-alpha-XL-2-1024-MS: the start of stage 0.
 
-    What PixArt lacks is that of STDiT(config, seed), where temporal attention adds nothing: without QK-norm each frame
-    of 1024 x 1024 pixels comes out as PixArt's image would. PixArt was trained with height / width as ar, and its final
-    layer sees the size too: other shapes start further off.  Raises ValueError if names or shapes do not fit.
+    Parameters that PixArt lacks are initialised as in STDiT(config, seed), where temporal attention adds nothing.  So
+    without QK-norm each frame of 1024 x 1024 pixels comes out as PixArt's image would.  Other shapes differ more,
+    because PixArt was trained with ar = height / width, and its final layer is conditioned on the size too.  Raises
+    ValueError if names or shapes do not fit.
     """
     for key, value in {"input_sq_size": 512, "temporal_pos": False}.items():    # its positions at 1024 have scale 2
         if getattr(config, key) != value:

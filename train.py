@@ -1,20 +1,21 @@
 """Trains the ST-DiT, on clips or on their cached latents.
 
-    python train.py configs/tiny.py                                     the shapes world, 9 minutes on 2 CPU cores
+    python train.py configs/tiny.py                                     moving shapes, 9 minutes on 2 CPU cores
     torchrun --nproc-per-node 8 train.py configs/stage1.py --data=clips/meta.csv
     python -m configs.plan configs/stage2.py --gpus 64 --gpu h800       what a run would cost, before a GPU is rented
 
 Writes <run>/config.py, clips.txt, log.jsonl, validation.jsonl, bad_clips.csv, samples/step-0000500.png, step-0000500/
-(weights, EMA and optimizer, sharded) and model.safetensors (the EMA).  The same command resumes from the last
-checkpoint; another --out starts a new run.  The ranks share a file system.
+(weights, their moving average (EMA) and optimizer state, sharded) and model.safetensors (the EMA).  The same command
+resumes from the last checkpoint; another --out starts a new run.  The ranks share a file system.
 
 Papers: DDPM (arXiv 2006.11239), improved DDPM (2102.09672), v-prediction (2202.00512), SpeeD (2405.17403),
 ZeRO (1910.02054), activation checkpointing (1604.06174).
 """
 # The first half of this file is the recipe, in the order of a step: the loss, one batch, the model with its optimizer
 # and average, the loop.  The second half is what a long run needs: checkpoints, the log, validation, the command line.
-# Which clips, windows, noises, times, masks and caption drops a step sees is a function of (seed, step, slot of the
-# global batch): a run that is resumed, also on another number of GPUs, sees the same.
+# Which clips, windows (the frames taken from a clip), noise, t, masks and caption drops a step sees depends only on
+# the seed, the step and the slot, a clip's place in the global batch.  So a run that is resumed sees the same, also on
+# another number of GPUs.  A line marked "collective" waits for all ranks, one marked "sync" for the GPU.
 import argparse
 import json
 import math
@@ -62,10 +63,10 @@ VALIDATION_BATCHES = 8      # global batches of held-out clips
 
 
 # ---------------------------------------------------------------- the loss
-# DDPM noises x_0 to x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, with abar falling from 0.9999 at t = 0 to 4e-5 at
-# t = 999, and learns to predict eps from x_t.  In improved DDPM the model also predicts the variance of each step back,
-# which a variational bound trains.  The papers count t from 1, the code from 0: at t = 0, "x_t" is their x_1 and
-# "x_t-1" their x_0.
+# DDPM noises x_0 to x_t = sqrt(abar) x_0 + sqrt(1 - abar) eps, where abar, alphas_cumprod in the code, falls from
+# 0.9999 at t = 0 to 4e-5 at t = 999, and learns to predict eps from x_t.  In improved DDPM the model also predicts the
+# variance of each step back, which a variational bound trains.  The papers count t from 1, the code from 0: at t = 0,
+# "x_t" is their x_1 and "x_t-1" their x_0.
 def diffusion_vectors(alphas_cumprod):
     """Returns what the loss reads at t: vectors [1000] from abar, by the names of improved DDPM's code.
 
@@ -73,19 +74,19 @@ def diffusion_vectors(alphas_cumprod):
     abar = alphas_cumprod.double()
     abar_prev = torch.cat([abar.new_ones(1), abar[:-1]])
     beta = 1 - abar / abar_prev
-    posterior_variance = beta * (1 - abar_prev) / (1 - abar)                # 0 at t = 0: its logarithm is that of t = 1
+    posterior_variance = beta * (1 - abar_prev) / (1 - abar)                # 0 at t = 0: replaced by that of t = 1
     log_low = torch.cat([posterior_variance[1:2], posterior_variance[1:]]).log()
     return {
         # x_t of x_0 and eps: DDPM, eq. 4
         "sqrt_alphas_cumprod": abar.sqrt(),
         "sqrt_one_minus_alphas_cumprod": (1 - abar).sqrt(),
-        # the x_0 that x_t and eps leave: eq. 15, x_t / sqrt(abar) - sqrt(1 / abar - 1) eps
+        # x_0 recovered from x_t and eps: eq. 15, x_t / sqrt(abar) - sqrt(1 / abar - 1) eps
         "sqrt_recip_alphas_cumprod": (1 / abar).sqrt(),
         "sqrt_recipm1_alphas_cumprod": (1 / abar - 1).sqrt(),
         # the mean of q(x_t-1 | x_t, x_0): eq. 7, coef1 x_0 + coef2 x_t
         "posterior_mean_coef1": beta * abar_prev.sqrt() / (1 - abar),
         "posterior_mean_coef2": (1 - abar_prev) * (1 - beta).sqrt() / (1 - abar),
-        # log of the variance of a step back, between eq. 7's (10 of improved DDPM) and beta
+        # the predicted log variance lies between those of the posterior (eq. 7) and beta (improved DDPM, eq. 15)
         "log_variance_low": log_low,
         "log_variance_span": beta.log() - log_low,
     }
@@ -109,8 +110,8 @@ def q_sample(vectors, x_0, t, noise):
 def diffusion_loss(vectors, out, x_0, x_t, noise, t, x_mask, prediction="eps"):
     """Returns L_simple + lambda L_vlb (improved DDPM, eq. 16) per clip: {"loss", "mse", "vb"} [B].
 
-    L_vlb is a sum over 1000 times of which one is drawn, and lambda is 0.001: so the drawn term has weight 1; vb is in
-    bits per value.
+    L_vlb is a sum over 1000 values of t.  One is drawn, so its term counts 1000 times, and lambda is 0.001: the term
+    has weight 1.  vb is in bits per value.
     out [B 2C T h w]: eps or v, then the variance channels.  x_mask [B T]: only noised frames count; a clip without one
     has loss 0.  The gradient of the bound reaches the variance channels only (ibid., section 3.1)."""
     predicted, variance = out.float().chunk(2, dim=1)
@@ -127,7 +128,7 @@ def diffusion_loss(vectors, out, x_0, x_t, noise, t, x_mask, prediction="eps"):
 
 
 def mean_of_noised(error, x_mask):
-    """Returns the mean [B] of error [B C T h w] over frames with x_mask [B T]; 0 without any (upstream: 0 / 0)."""
+    """Returns the mean [B] of error [B C T h w] over frames with x_mask [B T]; 0 if there are none (upstream: NaN)."""
     per_frame = reduce(error, "b c t h w -> b t", "mean") * x_mask
     return per_frame.sum(1) / x_mask.sum(1).clamp(min=1)
 
@@ -147,7 +148,7 @@ def variational_bits(vectors, x_0, x_t, eps, variance, t):
     x_0_hat = recip * x_t - recipm1 * eps
     mean = posterior_mean(x_0_hat)
     true_mean = posterior_mean(x_0)
-    # The variance channels choose between the bounds: -1..1 spans them (eq. 15 of improved DDPM).
+    # The variance channels choose between the bounds: -1 is the lower one, 1 the upper (improved DDPM, eq. 15).
     more = (variance + 1) / 2 * at_time(vectors["log_variance_span"], t, x_0)
     log_var = at_time(vectors["log_variance_low"], t, x_0) + more           # the true one is log_variance_low
     kl = 0.5 * (more - 1 + (-more).exp() + (true_mean - mean) ** 2 * (-log_var).exp())      # of two Gaussians
@@ -158,8 +159,8 @@ def variational_bits(vectors, x_0, x_t, eps, variance, t):
 def discretised_log_likelihood(x, mean, log_scale):
     """Returns the log of a Gaussian's mass in a bin of width 2/255 around x (eq. 13 of DDPM); the outermost are open.
 
-    Bins are for pixels of 8 bits.  Latents have none, yet Open-Sora's loss, which this is, took it over with the tanh
-    (GELU's, 1606.08415), 0.999 and 1e-12 from improved DDPM's code.  It is used at t = 0 only."""
+    Bins are for pixels of 8 bits.  Latents have none, but Open-Sora copied this from improved DDPM's code, with the
+    tanh (GELU's, 1606.08415), 0.999 and 1e-12, and we keep its loss.  It is used at t = 0 only."""
     inverse = torch.exp(-log_scale)
     above = gaussian_cdf((x - mean + 1 / 255) * inverse)
     below = gaussian_cdf((x - mean - 1 / 255) * inverse)
@@ -174,17 +175,18 @@ def gaussian_cdf(u):
 def speed_probabilities(vectors):
     """Returns SpeeD's distribution of t [1000] (arXiv 2405.17403) as Open-Sora 1.1's speed.py computes it.
 
-    Times where a step still adds noise, sqrt(1 - abar) growing by more than 1e-4 (t < 641), are 5 times as frequent."""
+    Values of t where sqrt(1 - abar) still grows by more than 1e-4 per step (t < 641) are 5 times as frequent: above,
+    x_t is almost pure noise, and there is little to learn."""
     growth = torch.gradient(vectors["sqrt_one_minus_alphas_cumprod"].double())[0]
-    p = torch.tanh(1e6 * (growth - 1e-4)) + 1.5                             # tanh: -1 or 1 but at 638..644
+    p = torch.tanh(1e6 * (growth - 1e-4)) + 1.5                             # tanh: -1 or 1, except at 638..644
     return p / p.sum()
 
 
 def draw_t(config, vectors, step, slots):
-    """Returns t [B], uniform over 0..999.
+    """Returns t [B], uniform over 0..999 unless config.speed.
 
-    With SpeeD the clip of an odd slot takes the dual of the even slot before it, 700 - t or t - 700, so that a pair has
-    a noisy and a clean one; 700 is upstream's, where the growth falls below 5e-5."""
+    With SpeeD the clip of an odd slot takes the dual of the t of the slot before it: 700 - t, or from 700 on t - 700.
+    The 700 is Open-Sora's; there the growth falls below 5e-5."""
     if not config.speed:
         return torch.from_numpy(uniform(config.seed, step, slots, "t") * 1000).long()
     u = torch.from_numpy(uniform(config.seed, step, slots // 2, "t"))
@@ -195,10 +197,10 @@ def draw_t(config, vectors, step, slots):
 
 # ---------------------------------------------------------------- one batch
 def to_latents(batch, vae, text_encoder, group=None):
-    """Replaces the pixels and texts of a batch by mean, std [B C T h w], y [B L C] and y_mask [B L], as a cache does.
+    """Replaces the pixels and texts of a batch by mean, std [B C T h w], y [B L C] and y_mask [B L], as in a cache.
 
-    The VAE gives a Gaussian for each value of a latent: its mean and std stay, and loss_of draws from it.  The ranks of
-    a group, which share the clips, encode some frames each."""
+    The VAE gives a Gaussian for each value of a latent: we keep its mean and std, and loss_of draws from it.  The ranks
+    of a group, which share the clips, encode some frames each."""
     if "video" in batch:
         video = batch.pop("video")                                          # uint8 [B T H W 3]
         T = video.shape[1]
@@ -215,12 +217,13 @@ def to_latents(batch, vae, text_encoder, group=None):
 def loss_of(model, batch, config, vectors, step, device):
     """Returns the losses per clip {"loss", "mse", "vb"} and t, all [B].
 
-    All that is random is drawn here, on the CPU, from (seed, step, slot): the same on any device and in any batch."""
+    All that is random is drawn here, on the CPU, from (seed, step, slot): the same on any device and however the batch
+    is split."""
     slots = batch["slots"].numpy()                                          # [B]
     shape = batch["mean"].shape[1:]                                         # C T h w
     generators = [slot_generator(config.seed, step, int(slot), "noise") for slot in slots]
     x_mask = torch.stack([draw_mask(shape[1], config.mask_ratios, g) for g in generators])          # [B T]
-    posterior, noise = torch.stack([torch.randn(2, *shape, generator=g) for g in generators]).to(device).unbind(1)
+    latent_noise, noise = torch.stack([torch.randn(2, *shape, generator=g) for g in generators]).to(device).unbind(1)
     t = draw_t(config, vectors, step, slots)
     # Some captions are dropped: the model learns to do without, as guidance needs (2207.12598).
     drop = torch.from_numpy(uniform(config.seed, step, slots, "drop") < config.model.class_dropout_prob)
@@ -232,7 +235,7 @@ def loss_of(model, batch, config, vectors, step, device):
     drop = drop.to(device)
     y = batch["y"].to(device)
     y = torch.where(drop[:, None, None], model.null_y.to(y.dtype), y)
-    x_0 = batch["mean"].to(device) + batch["std"].to(device) * posterior    # another draw of the latents each time
+    x_0 = batch["mean"].to(device) + batch["std"].to(device) * latent_noise     # a fresh draw of the latents
     x_t = q_sample(vectors, x_0, torch.where(x_mask, t[:, None], 0), noise)     # given frames are at t = 0, as upstream
     conditioning = {name: batch[name].to(device) for name in ("height", "width", "num_frames", "ar", "fps")}
     out = model(x_t, t, y, y_mask, x_mask=None if all_noised else x_mask, **conditioning)
@@ -280,19 +283,19 @@ def build_model(config, place):
     """Returns an STDiT with uninitialised fp32 weights, sharded block by block (FSDP2).
 
     It computes in config.dtype.  Each GPU keeps its part of the weights, of the gradients, of Adam's two moments and of
-    the EMA (ZeRO stage 3); a block's weights are gathered while it computes.  As in torchtitan every step of the way is
-    a function over a finished model."""
-    with torch.device("meta"):                                              # no GPU ever holds all of the weights
+    the EMA (ZeRO stage 3); a block's weights are gathered while it computes.  Checkpointing, compiling, sharding and
+    sequence parallelism are applied to the finished model, so that its forward does not know of them."""
+    with torch.device("meta"):                                              # no GPU has to hold all of the weights
         model = STDiT(config.model)
     checkpoint_blocks(model, config.checkpointing)
-    # Weights are gathered in config.dtype, half the traffic in bf16; gradients are added up in fp32, as small ones of
-    # many GPUs would be lost in bf16.  Inputs are not cast: in bf16 t = 500 and 501 are one number.
+    # Weights are gathered in config.dtype, which in bf16 halves the traffic; gradients are added up in fp32, because
+    # small ones would be lost in a bf16 sum.  Inputs are not cast: in bf16 t = 500 and 501 are the same number.
     policy = MixedPrecisionPolicy(config.torch_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     shard = partial(fully_shard, mesh=place.mesh, mp_policy=policy)
     for block in model.blocks:
         if config.compile:
             block.compile()
-        shard(block, reshard_after_forward=block is not model.blocks[-1])   # backward begins with the last: it stays
+        shard(block, reshard_after_forward=block is not model.blocks[-1])   # backward starts with the last: keep it
     shard(model)                                                            # what is not in a block
     if place.group:
         sequence_parallel(model, place.group)
@@ -300,7 +303,7 @@ def build_model(config, place):
 
 
 def checkpoint_blocks(model, every):
-    """Lets each every-th block keep its input only, and compute the rest again in backward (1604.06174); 0 = none."""
+    """Lets every `every`-th block keep only its input and recompute the rest in backward (1604.06174); 0: none."""
     for block in model.blocks[::every] if every else ():                    # no dropout in there: no RNG to preserve
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
 
@@ -322,8 +325,9 @@ def copy_weights(source, target):
 def update_average(run, step):
     """Moves the EMA of the weights, which is what is sampled from (DDPM, appendix B), towards the weights.
 
-    From fresh weights the decay grows as (1 + step) / (10 + step), so that these are forgotten quickly (TensorFlow's
-    rule); from trained ones it is constant, as Open-Sora's.  In fp32: in bf16 a step of 1e-4 would be lost."""
+    From fresh weights the decay grows as (1 + step) / (10 + step), so that the random initial weights are forgotten
+    quickly (TensorFlow's rule); from trained ones it is constant, as Open-Sora's.  The average is kept in fp32, because
+    in bf16 a change of 1e-4 would be lost."""
     decay = run.config.ema_decay
     if not run.config.init:
         decay = min(decay, (1 + step) / (10 + step))
@@ -354,8 +358,10 @@ def find_weights(name):
 
 
 def start_from(run, path):
-    """Loads weights and EMA of a run or one of its steps, with config.init_optimizer Adam's state too; or, from a file,
-    the weights, which also become the EMA."""
+    """Loads the weights that a run starts from.
+
+    A run, or one of its steps, gives weights and EMA, and with config.init_optimizer Adam's state too.  A file gives
+    weights, which also become the EMA."""
     config = run.config
     last = path if is_step(path) else latest(path)
     run.place.say(f"starts from {last or path}")
@@ -388,8 +394,8 @@ def train(config, allow_changes=False, plain=False):
     """Trains to config.steps; returns 0, or the number of the signal that stopped it after a checkpoint."""
     place = start_processes(config.shard, config.sp)
     place.say(use(place.device, plain))
-    patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))    # for what takes one rank hours
-    meta = rank0_first(patient, read_meta, config.data)                     # which saves the table
+    patient = dist.new_group(backend="gloo", timeout=timedelta(weeks=4))    # waits while one rank works for hours
+    meta = rank0_first(patient, read_meta, config.data)                     # rank 0 saves the table
     sampler = BucketSampler(meta, config)
     place.say(sampler.table())
     folder = open_folder(config, place)
@@ -465,7 +471,7 @@ def take_steps(run, first, clips, encode, log, validation, show):
         done = step + 1
         stop = max_over_ranks(signals[0] if signals else 0)                 # collective: a signal to one stops all
         saves = done % config.save_every == 0 or done == config.steps or stop
-        if done % LOG_EVERY == 0 or saves:      # so that after a kill the lines average the same steps
+        if done % LOG_EVERY == 0 or saves:      # lines cover the same steps after a resume
             log.write(done, grad_norm=norm, lr=learning_rate(config, step), bucket=batch["bucket"])
         if saves:
             unsaved = save(run, done)                                       # collective
@@ -496,7 +502,8 @@ def train_step(run, step, batch, encode=dict):
         run.model.set_requires_gradient_sync(number == num_parts)           # gradients travel once a step
         part = encode(part)
         losses, t = loss_of(run.model, part, config, run.vectors, step, run.place.device)
-        # FSDP takes the mean over all ranks; those that share a clip count as one.
+        # FSDP takes the mean of the gradients over all ranks, we want the sum of their clips over the global batch.
+        # Ranks that share a clip count as one: the mean of their gradients is the clip's (kernels.sequence_parallel).
         (losses["loss"].sum() * num_data_ranks / global_batch).backward()
         found.append((losses, t, part.get("captions_cut", 0)))
     trained = run.optimizer.param_groups[0]["params"]
@@ -529,9 +536,10 @@ def not_finite(step, bucket, found, config):
 
 
 def read_for_group(read, place):
-    """Yields what read(rank=, world=) yields on the first rank of a group, sent to all of it.
+    """Yields the batches of read(rank=, world=): the first rank of a group reads them and sends them to the others.
 
-    If each read by itself, one could give up a slow clip that another waits for, and they would train on others."""
+    If each rank read by itself, one could give up on a slow clip that another waits for, and they would train on
+    different clips."""
     clips = read(rank=place.data_rank, world=place.num_data_ranks) if place.reads else iter(())
     while True:
         parcel = [next(clips, None)]
@@ -580,7 +588,7 @@ def open_folder(config, place):
 def lock_folder(folder):
     """Locks a run's folder and returns the file that holds the lock until it is closed.
 
-    The lock is lockf's, which ends with its process, also after SIGKILL and while its reading processes still live.
+    The system releases the lock when the process ends, also after SIGKILL and while its reading processes still live.
     Raises ValueError if another process trains in the folder."""
     file = open(folder / ".lock", "ab")
     try:
@@ -617,9 +625,9 @@ def latest(folder):
 def save(run, step):
     """Writes <run>/step-0000500/ and model.safetensors; collective.  Returns None, or why it failed.
 
-    Each rank writes its own shards (torch.distributed.checkpoint) under another name, and they are renamed when all are
-    there, so that a folder with its name is whole.  A failure, such as a full disk, is printed and does not end the
-    run: the next save tries again."""
+    Each rank writes its own shards (torch.distributed.checkpoint) into a folder with another name, which is renamed
+    when all are there, so a folder named step-* is always complete.  A failure, such as a full disk, is printed and
+    does not end the run: the next save tries again."""
     folder = run.folder
     part = folder / ".saving"
     if run.place.rank == 0:
@@ -649,7 +657,7 @@ def state_of(run, optimizer=True):
 
 
 def finish(part, checkpoint, keep_last):
-    """Gives a checkpoint its name, removes those before the last ones, and exports its EMA, or returns why not."""
+    """Gives a checkpoint its name, removes all but the last keep_last, and exports its EMA, or returns why not."""
     shutil.rmtree(checkpoint, ignore_errors=True)
     part.replace(checkpoint)
     for old in steps_in(checkpoint.parent)[:-keep_last]:
@@ -669,7 +677,7 @@ def export(checkpoint):
 
 
 def load_state(run, checkpoint, optimizer=True):
-    """Reads weights, EMA and, if asked, the optimizer's state; its weight decay stays the config's.  Collective.
+    """Reads weights, EMA and, if asked, the optimizer's state, except its weight decay.  Collective.
 
     Any number of ranks reads what any other number wrote."""
     check_whole(checkpoint)
@@ -705,12 +713,12 @@ def name_in_errors(path):
 
 
 # ---------------------------------------------------------------- is it the same run that is resumed?
-# What may change when a run is resumed, as its next losses depend on it by rounding only.  With another lr, mask or
-# seed they would not be what config.py and the log say; whoever wants that passes --allow-changes.
+# What may change when a run is resumed, because it changes later losses only by rounding, or as far as clips cannot be
+# read.  With another lr, mask or seed the losses would not be those of config.py; to allow that, pass --allow-changes.
 FREE_TO_CHANGE = {
     "steps", "data", "num_workers", "read_timeout", "max_bad", "cache", "checkpointing", "compile", "shard", "sp",
     "accumulation", "out", "init_optimizer", "save_every", "keep_last", "sample_every", "prompts", "validate_every",
-    "cfg_scale", "fps"}
+    "sampler", "cfg_scale", "fps"}
 
 
 def check_changes(config, last, inputs, allowed, say):
@@ -749,9 +757,9 @@ def fingerprint(meta, vae, text_encoder):
 
 
 # ---------------------------------------------------------------- the log
-# Averages over clips are sums first: a Counter of ("clips" | "loss" | "mse" | "vb", group), where group is "all", a
-# quarter 0 to 3 of t, or a bucket's resolution and length.  fp32 losses add up in fp64 without rounding: the means do
-# not depend on which rank or micro-batch has which clip.
+# Means over clips are kept as sums: a Counter of ("clips" | "loss" | "mse" | "vb", group), where group is "all", a
+# quarter 0 to 3 of t, or a bucket's resolution and length.  The sums of fp32 losses are in fp64, which has digits to
+# spare: the means do not depend on which rank or micro-batch has which clip.
 def add_clips(sums, losses, t, *groups):
     """Adds the clips of a micro-batch, as loss_of returns them.  A sync."""
     columns = [losses["loss"], losses["mse"], losses["vb"], t.to(losses["loss"])]
@@ -799,7 +807,7 @@ class Log:
 
     def add(self, batch, found):
         """Adds a step: its batch, and what train_step returned."""
-        if not self.place.reads:                                            # of ranks that share clips one counts them
+        if not self.place.reads:                                            # one rank counts a clip that several share
             return
         _, flop = self.config.cost(batch["bucket"])
         self.sums.update(flop=flop * len(batch["slots"]), waited=batch["waited"], faults=len(batch["faults"]))
@@ -841,12 +849,12 @@ class Log:
 
 
 def peak_gib():
-    """Returns the most GiB of this GPU so far, or None on a CPU."""
+    """Returns the peak of this GPU's memory in GiB, or None on a CPU."""
     return torch.cuda.max_memory_allocated() / 2 ** 30 if torch.cuda.is_available() else None
 
 
 def open_log(path, first):
-    """Returns a log, open for appending, without the lines of steps that will be repeated or a line cut short."""
+    """Returns a log, open for appending, after removing lines of steps that will be repeated or that are cut short."""
     lines = path.read_text("utf-8").splitlines(keepends=True) if path.is_file() else []
     kept = []
     for number, line in enumerate(lines, start=1):
@@ -874,7 +882,7 @@ def close(file):
 
 # ---------------------------------------------------------------- validation and previews
 class Validation:
-    """Computes the loss on held-out clips: the same clips, windows, noises and times each time and in each run.
+    """Computes the loss on held-out clips: the same clips, windows, noise and t each time and in each run.
 
     Captions are not dropped, and no frames are given."""
 

@@ -175,7 +175,7 @@ def is_usage(block):
 @EACH_README
 def test_shown_code_stands_in_the_sources(readme):
     """Whole lines, only indented otherwise."""
-    sources = [f"\n{read(path)}" for path in ROOT.glob("*.py")]
+    sources = [f"\n{read(path)}" for path in (*ROOT.glob("*.py"), *ROOT.glob("configs/*.py"))]
     blocks = [block for block in code_blocks(read(readme)) if not is_usage(block)]
     assert len(blocks) >= 8
     for block in blocks:
