@@ -687,7 +687,8 @@ def read_clip(path, num_frames=None, stride=1, start=None, generator=None):
     """Returns the Clip of read_window's arguments."""
     path = str(path)
     if not os.path.isfile(path):
-        raise UnreadableClip(f"{path}: no such file")
+        what = "is a folder, expected a video or an image" if os.path.isdir(path) else "no such file"
+        raise UnreadableClip(f"{path}: {what}")
     if path.lower().endswith(IMAGES):
         choose_frames(path, [0], num_frames, stride, start, generator)
         return Clip(torch.from_numpy(read_image(path))[None], 1, None)
@@ -1236,9 +1237,7 @@ def write_video(path, frames, fps=24):
     frames = np.ascontiguousarray(frames)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"{path}: frames must be uint8 [T H W 3] with T > 0, got {frames.dtype} {list(frames.shape)}")
-    foreign = [file.name for file in path.glob("*") if not file.stem.isdecimal()] if path.is_dir() else []
-    if foreign:
-        raise ValueError(f"{path} is a folder with other files, such as {foreign[0]}: choose a new name")
+    check_no_other_files(path)
     if path.suffix not in (".mp4", ".gif", ".png", ""):
         raise ValueError(f"{path}: video is written as .mp4, .gif, .png (a contact sheet) or, without a suffix, as a "
                          f"folder of frames, not as {path.suffix!r}")
@@ -1248,7 +1247,7 @@ def write_video(path, frames, fps=24):
         Image.fromarray(contact_sheet(frames)).save(part)
     elif path.suffix == ".gif":
         first, *rest = [Image.fromarray(frame) for frame in enlarge(frames, 256)]
-        first.save(part, save_all=True, append_images=rest, duration=round(1000 / fps), loop=0)
+        first.save(part, save_all=True, append_images=rest, duration=min(655350, round(1000 / fps)), loop=0)
     elif path.suffix == ".mp4":
         write_mp4(part, frames, fps)
     else:
@@ -1258,6 +1257,13 @@ def write_video(path, frames, fps=24):
         for i, frame in enumerate(frames):
             Image.fromarray(frame).save(part / f"{i:05d}.png")
     part.replace(path)
+
+
+def check_no_other_files(path):
+    """Raises ValueError if a path is a folder with files that are no frames of a video: writing would remove them."""
+    for file in path.glob("*") if path.is_dir() else ():
+        if not file.stem.isdecimal():
+            raise ValueError(f"{path} is a folder with other files, such as {file.name}: choose a new name")
 
 
 def write_mp4(path, frames, fps):
@@ -1313,7 +1319,7 @@ def atomic_write(path):
 
 
 def positive_int(text):
-    """Returns the value of a flag that says how many; argparse reports the error."""
+    """Returns the value of a flag that is a count; argparse reports the error."""
     if not text.isdecimal() or not int(text):
         raise argparse.ArgumentTypeError(f"expected a whole number, 1 or more, got {text!r}")
     return int(text)
@@ -1321,7 +1327,7 @@ def positive_int(text):
 
 @contextmanager
 def one_line_errors(debug=False, stopped=""):
-    """Ends a script with one line and status 2 for an error that its user can mend, or with debug with the traceback;
+    """Ends a script with one line and status 2 for an error that its user can fix, or with debug with the traceback;
     for Ctrl-C with status 130 and "stopped".  stopped: how to resume, appended to that."""
     rank = int(os.environ.get("RANK", 0))
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1113,6 +1113,8 @@ def start_processes(shard=0, sp=1, device=None):
     neighbours share each clip.  Neighbours are mostly of one machine: weights and frames travel within it, and only the
     gradients of replicas between machines.  device: "cpu" to leave a GPU unused.  Raises ValueError."""
     number = int(os.environ.get("LOCAL_RANK", 0))
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device cuda: torch finds no GPU here (torch.cuda.is_available() is False)")
     if torch.cuda.is_available() and device != "cpu":
         device = torch.device("cuda", number)
         torch.cuda.set_device(device)

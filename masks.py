@@ -93,6 +93,8 @@ class Given:
     edit: float = 0.0               # 0: held as given; r: noised, then generated in the last r of the steps; 1: free
 
     def __post_init__(self):
+        if self.segment < 0:
+            raise ValueError(f"segment={self.segment}: expected 0, the first, or more")
         if self.length < 0:
             raise ValueError(f"length={self.length}: expected 0 frames or more")
         if not 0 <= self.edit <= 1:                                    # also catches nan
@@ -138,7 +140,7 @@ def format_strategy(groups: Sequence[Given]) -> str:
     return ";".join(",".join(str(value).removesuffix(".0") for value in astuple(group)) for group in groups)
 
 
-def placed(groups: Sequence[Given], segment: int, num_frames: int, lengths: Sequence[int]):
+def place_groups(groups: Sequence[Given], segment: int, num_frames: int, lengths: Sequence[int]):
     """Yields (group, reference, its frames, the clip's frames) of a segment's groups, counted from 0; see frame_plan.
 
     As in the release, what is past an end is cut off, and a single frame of the reference serves all of the clip's.
@@ -175,7 +177,7 @@ def frame_plan(groups: Sequence[Given], segment: int, num_frames: int, lengths: 
     place of noise).  Raises ValueError if a group does not fit."""
     sources = [None] * num_frames
     strengths = torch.ones(num_frames)
-    for group, reference, taken, targets in placed(groups, segment, num_frames, lengths):
+    for group, reference, taken, targets in place_groups(groups, segment, num_frames, lengths):
         for i, target in enumerate(targets):
             sources[target] = (reference, taken[i if len(taken) > 1 else 0]) if group.edit < 1 else None
             strengths[target] = group.edit
@@ -199,15 +201,23 @@ def extend_after(keep: int, segment: int = 0, reference: int = 0) -> list[Given]
 
 
 def extend_before(keep: int, segment: int = 0, reference: int = 0) -> list[Given]:
-    """Returns the groups with which a clip's first `keep` frames come last."""
+    """Returns the groups with which a clip's first `keep` frames come last in a segment."""
     return [replace(after, ref_start=0, target_start=-keep) for after in extend_after(keep, segment, reference)]
 
 
-def connect(keep: int = 1) -> list[Given]:
+def connect(keep: int = 1, segments: int = 1) -> list[Given]:
     """Returns the groups with which reference 0, the result and reference 1 play as one.
 
     A clip that is connected to itself becomes a loop."""
-    return extend_after(keep, reference=0) + extend_before(keep, reference=1)
+    return extend_after(keep, reference=0) + extend_before(keep, segment=segments - 1, reference=1)
+
+
+def chain(keep: int, segments: int) -> list[Given]:
+    """Returns the groups with which each segment starts with the last `keep` frames of the one before."""
+    groups = []
+    for segment in range(1, segments):
+        groups += extend_after(keep, segment, reference=-1)
+    return groups
 
 
 def seamless(keep: int, segments: int = 2) -> list[Given]:
@@ -217,8 +227,7 @@ def seamless(keep: int, segments: int = 2) -> list[Given]:
     frame were repeated, the picture would close but not the motion."""
     if segments < 2:
         raise ValueError(f"seamless: segments={segments}: expected 2 or more, the last one leads back to the first")
-    chain = [group for i in range(1, segments) for group in extend_after(keep, segment=i, reference=-1)]
-    return chain + extend_before(keep, segment=segments - 1, reference=1 - segments)
+    return chain(keep, segments) + extend_before(keep, segment=segments - 1, reference=1 - segments)
 
 
 def edit(strength: float, num_frames: int) -> list[Given]:
@@ -258,10 +267,11 @@ def draw_strategy(groups: Sequence[Given], num_frames: int, lengths: Sequence[in
     """Prints a line of frames per segment, and for each of its groups which frames come from where."""
     lines = ["█ generated   ▒ edited   ░ given as it is.  Lower lines override upper ones"]
     for segment in sorted({0, *(group.segment for group in groups)}):
-        _, strengths = frame_plan(groups, segment, num_frames, lengths)
+        all_lengths = [*lengths, *[num_frames] * segment]               # the segments before are references, too
+        _, strengths = frame_plan(groups, segment, num_frames, all_lengths)
         picture = "".join({0: "░", 1: "█"}.get(r, "▒") for r in strengths.tolist())
-        lines.append(f"segment {segment}  {picture if segment >= 0 else 'is never made'}")
-        for group, reference, taken, targets in placed(groups, segment, num_frames, lengths):
+        lines.append(f"segment {segment}  {picture}")
+        for group, reference, taken, targets in place_groups(groups, segment, num_frames, all_lengths):
             strength = f", strength {group.edit:g}" if group.edit else ""
             lines.append(f"{span(targets):>9s}  reference {reference}, {span(taken)}{strength}")
     print("\n".join(lines))

@@ -34,10 +34,11 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 
 import configs
-from data import (ASPECT, IMAGE_FPS, Bucket, atomic_write, enlarge, length_and_rate, one_line_errors, positive_int,
-                  read_window, resize_crop, slot_generator, to_uint8, to_video, write_video)
+from data import (ASPECT, IMAGE_FPS, Bucket, atomic_write, check_no_other_files, enlarge, length_and_rate,
+                  one_line_errors, positive_int, read_window, resize_crop, slot_generator, to_uint8, to_video,
+                  write_video)
 from kernels import sequence_parallel, start_processes, use
-from masks import (animate, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
+from masks import (animate, chain, connect, edit, extend_after, extend_before, format_strategy, frame_plan, infill,
                    parse_strategy, seamless)
 from model import STDiT, read_json, read_weights, upstream_config, weights_file, with_weights
 from vae import (clean_caption, fetch, find, fingerprint, hugging_face, load_text_encoder, load_vae, remember, stamp)
@@ -46,7 +47,7 @@ IMPORTED = time.time()
 NUM_TIMESTEPS = 1000
 SAMPLERS = tuple(configs.SAMPLING_STEPS)
 SUFFIXES = {"mp4": ".mp4", "gif": ".gif", "folder": ""}
-SHOWN_SIDE = 256        # pixels, up to which an mp4 of small frames is enlarged: a player would show a stamp
+SHOWN_SIDE = 256        # pixels, up to which an mp4 of small frames is enlarged: a player would show them tiny
 # STDiTConfig.as_released also turns on what the published weights are used to from their sampler:
 #   Q4    of the 4 latent channels the first 3 are guided
 #   Q5    the null caption is cut to the length of the prompt in the same row
@@ -119,7 +120,7 @@ def sample_latents(model, z, y, y_mask, cond, *, generators, steps=100, sampler=
     if not masked:
         known = torch.zeros_like(z)
         strength = z.new_ones(B, T)
-    join_step = joining(strength.to(z.device), steps)
+    join_step = join_steps(strength.to(z.device), steps)
     rows = 1 if cfg_scale == 1 else 2                                   # rows 0..B-1 with caption, B..2B-1 without
     if rows == 2:
         null_mask = y_mask if as_released else torch.ones_like(y_mask)                                  # Q5
@@ -180,7 +181,7 @@ def guide(out_cond, out_null, cfg_scale: float, channels: int | None = None):
 # 0 < r < 1   edited: from known   the same, from known noised with z to that t   clean, and conditioned on t = 0
 # 0           held: known          none                                           the same, to the end
 # In x_mask, True stands for t and False for t = 0.
-def joining(strength, steps: int):
+def join_steps(strength, steps: int):
     """Returns how many steps are left when each frame joins, int [B T]; steps + 1 for one that is made from noise.
 
     In fp32, as upstream, where 0.29 of 100 steps are 29; in fp64 they are 28.  The released iddpm changes a given frame
@@ -214,6 +215,16 @@ class Job:
     seed: int = 0                           # with number it decides the noise, whatever else is sampled
     number: int = 0                         # of the prompt, from 0
 
+    def __post_init__(self):
+        if not self.prompts or not all(text.strip() for text in self.prompts):
+            raise ValueError(f"prompt {self.number}, {list(self.prompts)}: expected one segment or more, and each must "
+                             "say something, as in \"a red circle moves right\"")
+        if self.num_frames < 1 or not self.fps > 0 or self.frame_interval < 1:
+            raise ValueError(f"num_frames={self.num_frames}, fps={self.fps}, frame_interval={self.frame_interval}: "
+                             "expected more than 0 of each")
+        if not -2 ** 63 <= self.seed < 2 ** 63:
+            raise ValueError(f"seed={self.seed}: expected an integer of 64 bits")
+
     @property
     def name(self):
         seed = f"-seed-{self.seed}" if self.seed else ""
@@ -240,58 +251,47 @@ class Job:
         return dict(height=self.height, width=self.width, num_frames=self.num_frames, ar=ar, fps=fps)
 
 
-def plan_job(prompt, groups, segments=None, overlap=None, loop=False, **rest):
-    """Returns the Job of a prompt; raises ValueError if it cannot be made.
+def plan_job(prompts, groups, overlap=None, loop=False, **rest):
+    """Returns the Job of a text per segment; raises ValueError if it cannot be made.
 
-    segments None: as many as the prompt names.  overlap None: a quarter of the frames, the most that training gives."""
-    if loop and segments is None:
-        segments = max(2, len(split_prompt(prompt)))
-    prompts = split_prompt(prompt, segments)
+    overlap None: a quarter of the frames, the most that training gives."""
+    segments = len(prompts)
     T = rest["num_frames"]
-    if not prompts or not all(text.strip() for text in prompts):
-        raise ValueError(f"prompt {rest['number']}, {list(prompts)}: expected one segment or more, and each must say "
-                         "something, as in \"a red circle moves right\"")
-    if T < 1 or not rest["fps"] > 0 or rest["frame_interval"] < 1:
-        raise ValueError(f"num_frames={T}, fps={rest['fps']}, frame_interval={rest['frame_interval']}: expected more "
-                         "than 0 of each")
-    if loop or len(prompts) > 1:
-        if T == 1:
-            raise ValueError(f"{len(prompts)} segments of 1 frame: expected 2 frames or more, as segments share some")
+    if segments < 2 and not loop:
+        overlap = 0
+    else:
         overlap = max(1, T // 4) if overlap is None else overlap
-        if not 0 < overlap < T:
-            raise ValueError(f"overlap={overlap} of segments of {T} frames: expected 1 to {T - 1}")
-        groups = [*groups, *chain(overlap, len(prompts), loop)]
+        most = (T - 1) // 2 if loop else T - 1          # the last segment of a loop shares frames at both ends
+        if most < 1:
+            raise ValueError(f"{segments} segments of {T} frames: expected {3 if loop else 2} frames or more, as "
+                             "segments share some")
+        if not 0 < overlap <= most:
+            raise ValueError(f"overlap={overlap} of segments of {T} frames: expected 1 to {most}")
+        groups = [*groups, *(seamless(overlap, segments) if loop else chain(overlap, segments))]
     for group in groups:
-        if not 0 <= group.segment < len(prompts):
+        if group.segment >= segments:
             raise ValueError(f"mask strategy {format_strategy([group])!r} is for segment {group.segment}, expected 0 "
-                             f"to {len(prompts) - 1}: {len(prompts)} segments are made")
-    job = Job(prompts, strategy=format_strategy(groups), overlap=overlap or 0, loop=loop, **rest)
+                             f"to {segments - 1}: {segments} segments are made")
+    job = Job(prompts, strategy=format_strategy(groups), overlap=overlap, loop=loop, **rest)
     job.given()                             # raises if a group does not fit
     return job
 
 
-def chain(overlap, segments, loop):
-    """Returns the groups with which each segment starts with the end of the one before; loop: and leads back."""
-    if loop:
-        return seamless(overlap, segments)
-    return [group for i in range(1, segments) for group in extend_after(overlap, segment=i, reference=-1)]
-
-
-def split_prompt(prompt, segments=None):
+def split_prompt(prompt, segments=None, least=1):
     """Returns a text per segment: "|0|a cat|2|a dog" is "a cat" in segments 0 and 1 and "a dog" from 2 on; other
-    prompts are the same in all.  segments None: up to the last one named."""
+    prompts are the same in all.  segments None: up to the last one named, but at least `least`."""
     if not prompt.startswith("|0|"):
-        return (prompt,) * (1 if segments is None else segments)
+        return (prompt,) * (least if segments is None else segments)
     texts = [(int(start), text.strip()) for start, text in re.findall(r"\|\s*(\d+)\s*\|([^|]*)", prompt)]
     starts = [start for start, _ in texts]
-    segments = starts[-1] + 1 if segments is None else segments
+    segments = max(least, starts[-1] + 1) if segments is None else segments
     if not re.fullmatch(r"(\|\s*\d+\s*\|[^|]*)+", prompt) or sorted(starts) != starts or starts[-1] > segments:
         raise ValueError(f"prompt {prompt!r}: expected |0|text|3|text, each text after the segment, of {segments}, "
                          "from which on it holds")
     return tuple([text for start, text in texts if start <= i][-1] for i in range(segments))
 
 
-def check_sizes(jobs, down, patch_size):
+def check_sizes(jobs, down, patch_size, say=print):
     """Raises ValueError for a video that is smaller than one patch, and reports those that are not made as asked."""
     least = (down * patch_size[1], down * patch_size[2])
     for height, width in dict.fromkeys((job.height, job.width) for job in jobs):
@@ -300,7 +300,7 @@ def check_sizes(jobs, down, patch_size):
                              "more")
         if height % down or width % down:
             made = f"{height // down * down}x{width // down * down}"
-            print(f"{height}x{width} asked, {made} made: a latent cell is {down} pixels wide")
+            say(f"{height}x{width} asked, {made} made: a latent cell is {down} pixels wide")
 
 
 def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fps, frame_interval=1, seed=0,
@@ -330,9 +330,12 @@ def generate(model, vae, text_encoder, prompts, *, num_frames, height, width, fp
         groups = strategies[number]
         if groups is None:
             groups = animate() if clips else []
-        job = plan_job(prompt, groups, segments, overlap, num_frames=num_frames, height=height, width=width, fps=fps,
-                       frame_interval=frame_interval, seed=seed, number=number,
+        job = plan_job(split_prompt(prompt, segments), groups, overlap, num_frames=num_frames, height=height,
+                       width=width, fps=fps, frame_interval=frame_interval, seed=seed, number=number,
                        references=tuple(Reference("", len(clip)) for clip in clips))
+        if len(job.prompts) != len(jobs[0].prompts if jobs else job.prompts):
+            raise ValueError(f"prompt {number} has {len(job.prompts)} segments and prompt 0 has "
+                             f"{len(jobs[0].prompts)}: expected as many in each, or segments=N")
         jobs.append(job)
         frames.append({(r, k): clips[r][k] for r, k in job.given()})
     check_sizes(jobs, vae.down, model.config.patch_size)
@@ -364,12 +367,12 @@ def sample_segments(model, vae, text_encoder, jobs, frames, progress=None, as_re
             for t, source in enumerate(sources):
                 if source:
                     known[b, :, t] = latents[b][source]
-        masks = dict(known=known, strength=strength) if (strength < 1).any() else {}
+        given = dict(known=known, strength=strength) if (strength < 1).any() else {}
         y, y_mask = text_encoder([job.prompts[segment] for job in jobs])
         rows = [job.conditions(as_released) for job in jobs]
         cond = {name: torch.tensor([float(row[name]) for row in rows], device=device) for name in rows[0]}
         x = sample_latents(model, z, y.to(device), y_mask.to(device), cond, generators=generators,
-                           as_released=as_released, progress=progress, **masks, **how)
+                           as_released=as_released, progress=progress, **given, **how)
         for b, job in enumerate(jobs):
             made[b].append(x[b])
             number = len(job.references) + segment
@@ -402,7 +405,7 @@ def decode(vae, job, segments):
 def find_checkpoint(ckpt) -> tuple[Path, configs.Config]:
     """Returns the file of a checkpoint's weights and its config, for Open-Sora's what sampling needs of one.
 
-    The weights are not read yet, so that T5 can be freed before they are.  ckpt is one of
+    ckpt is one of
 
     our runs, or assets/tiny   a folder with config.py and model.safetensors
     Open-Sora's weights        a folder with config.json and model.safetensors, or shards with their
@@ -520,6 +523,7 @@ def export(ckpt, folder):
     if find_checkpoint(ckpt)[0].with_name("config.py").is_file():           # a run of ours
         (folder / "config.py").write_text(configs.dump(config), "utf-8")
     save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})   # transformers refuses it without
+    print(f"{folder}: config.json and model.safetensors, as Open-Sora reads them")
 
 
 # ---------------------------------------------------------------- command line: which videos
@@ -533,7 +537,7 @@ def add_job_options(parser):
     add("--seeds", "--seed", type=int, nargs="+", default=[0], metavar="N", help="a video for each; default: 0")
     add("--segments", type=int, metavar="N", help="of T frames each, chained to a long video")
     add("--overlap", type=int, metavar="N", help="frames that segments share; default: T / 4")
-    add("--seamless", action="store_true", default=False, help="the last segment leads back to the first")
+    add("--seamless", action=argparse.BooleanOptionalAction, help="the last segment leads back to the first")
     add = parser.add_argument_group("given frames: one of these (also in a prompt's JSON)").add_argument
     add("--animate", metavar="IMAGE", help="comes first")
     add("--extend-after", metavar="CLIP", help="its last frames come first")
@@ -543,9 +547,9 @@ def add_job_options(parser):
     add("--edit", metavar="CLIP", help="its first T frames are changed")
     add("--strength", type=float, default=0.5, metavar="R", help="of --edit, 0 to 1; default: %(default)s")
     add("--infill", nargs=2, metavar=("CLIP", "A:B"), help="its frames A to B - 1 are generated")
-    add("--reference", nargs="+", metavar="PATH", help="clips and images, whose frames go where")
+    add("--reference", nargs="+", metavar="PATH", help="clips and images for --mask-strategy")
     add("--reference-path", dest="reference", nargs="+", help=argparse.SUPPRESS)     # Open-Sora's name for it
-    add("--mask-strategy", metavar="GROUPS", help="says, see masks.py; default: 0, the first frame")
+    add("--mask-strategy", metavar="GROUPS", help="where their frames go (masks.py); default: 0")
 
 
 def parse_args(argv=None):
@@ -594,19 +598,28 @@ def fill(args, **defaults):
 
 def read_jobs(args, config):
     """Returns the jobs of the command line or of a file of prompts, one per prompt and seed."""
-    T, height, width = default_bucket(config.trained)
     jobs = []
     for number, line in enumerate(args.prompt or read_prompts(args.prompts)):
-        text, asked = split_json(line, args)
-        fill(asked, num_frames=T, size=f"{height}x{width}", fps=config.fps, frame_interval=config.frame_interval)
-        H, W = parse_pair(asked.size, "x", "--size", "240x426")
-        paths, groups = given_frames(asked, asked.num_frames)
-        references = find_references(paths, groups, asked.fps / asked.frame_interval)
-        job = plan_job(text, groups, asked.segments, asked.overlap, asked.seamless, num_frames=asked.num_frames,
-                       height=H, width=W, fps=asked.fps, frame_interval=asked.frame_interval, references=references,
-                       number=number)
-        jobs += [replace(job, seed=seed) for seed in asked.seeds]
+        try:
+            jobs += read_job(line, number, args, config)
+        except (ValueError, argparse.ArgumentError) as error:
+            raise ValueError(f"prompt {line!r}: {error}") from None
     return jobs
+
+
+def read_job(line, number, args, config):
+    """Returns the jobs of a prompt, one per seed.  Raises ValueError or argparse.ArgumentError."""
+    text, asked = split_json(line, args)
+    T, H, W = default_bucket(config.trained)
+    fill(asked, num_frames=T, size=f"{H}x{W}", fps=config.fps, frame_interval=config.frame_interval)
+    height, width = parse_pair(asked.size, "x", "--size", "240x426")
+    prompts = split_prompt(text, asked.segments, least=2 if asked.seamless else 1)
+    paths, groups = given_frames(asked, asked.num_frames, len(prompts))
+    references = find_references(paths, groups, asked.fps / asked.frame_interval)
+    job = plan_job(prompts, groups, asked.overlap, bool(asked.seamless), num_frames=asked.num_frames, height=height,
+                   width=width, fps=asked.fps, frame_interval=asked.frame_interval, references=references,
+                   number=number)
+    return [replace(job, seed=seed) for seed in dict.fromkeys(asked.seeds)]
 
 
 def read_prompts(path):
@@ -624,29 +637,30 @@ def read_prompts(path):
 def split_json(line, args):
     """Returns (text, options) of a prompt: JSON at its end, {"mask_strategy": "0", ...}, overrides the command line.
 
-    It is turned into flags and read by the same parser, so that both have the same names, types and messages."""
+    The JSON is turned into flags and read by the same parser, so that both have the same names, types and messages."""
     text, brace, rest = line.partition("{")
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_job_options(parser)
-    words = []
     try:
-        for name, value in json.loads(brace + rest or "{}").items():
-            option = "--" + name.replace("_", "-")
-            if isinstance(value, bool):
-                words += [option] if value else []
-            elif isinstance(value, list):
-                words += [option, *map(str, value)]
-            else:
-                words.append(f"{option}={value}")
-        asked, unknown = parser.parse_known_args(words, argparse.Namespace(**vars(args)))
+        options = json.loads(brace + rest or "{}")
     except json.JSONDecodeError as error:
-        raise ValueError(f"prompt {line!r}: a brace starts JSON that ends it, as in a cat {{\"num_frames\": 16}}: "
-                         f"{error}") from None
-    except argparse.ArgumentError as error:
-        raise ValueError(f"prompt {line!r}: {error}") from None
+        raise ValueError(f"a brace starts JSON that ends the prompt, as in a cat {{\"num_frames\": 16}}: {error}"
+                         ) from None
+    words = []
+    for name, value in options.items():
+        option = name.replace("_", "-")
+        if value is None or value == []:
+            raise ValueError(f"{name}: {json.dumps(value)}, expected a value, or to leave it out")
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        elif isinstance(value, list):
+            words += [f"--{option}", *map(str, value)]
+        else:
+            words.append(f"--{option}={value}")
+    asked, unknown = parser.parse_known_args(words, argparse.Namespace(**vars(args)))
     if unknown:
-        names = [action.dest for action in parser._actions]
-        raise ValueError(f"prompt {line!r}: {unknown[0].split('=')[0]!r} is none of {', '.join(names)}")
+        names = dict.fromkeys(action.dest for action in parser._actions)
+        raise ValueError(f"{unknown[0].split('=')[0]!r} is none of {', '.join(names)}")
     return text, asked
 
 
@@ -656,7 +670,7 @@ def parse_pair(text, sign, option, example):
     return tuple(map(int, text.split(sign)))
 
 
-def given_frames(asked, T):
+def given_frames(asked, T, segments):
     """Returns (paths, groups) of the option in use: the references, and what is given from them."""
     forms = ("animate", "extend_after", "extend_before", "connect", "edit", "infill", "reference")
     used = [name for name in forms if getattr(asked, name) is not None]
@@ -672,9 +686,9 @@ def given_frames(asked, T):
     if asked.extend_after is not None:
         return [asked.extend_after], extend_after(keep)
     if asked.extend_before is not None:
-        return [asked.extend_before], extend_before(keep)
+        return [asked.extend_before], extend_before(keep, segments - 1)
     if asked.connect is not None:
-        return asked.connect, connect(1 if asked.keep is None else keep)
+        return asked.connect, connect(1 if asked.keep is None else keep, segments)
     if asked.edit is not None:
         return [asked.edit], edit(asked.strength, T)
     if asked.infill is not None:
@@ -683,7 +697,9 @@ def given_frames(asked, T):
         return [path], infill(start, stop, T)
     if asked.reference is not None:
         paths = [path.strip() for path in ";".join(asked.reference).split(";")]
-        return paths, animate() if asked.mask_strategy is None else groups
+        if asked.mask_strategy is None:
+            groups = animate()
+        return paths, groups
     return [], groups
 
 
@@ -724,7 +740,7 @@ def usual_aspect(resolution):
 def run(args):
     """Samples the jobs that do not exist yet; the groups of args.sp processes share them.
 
-    All that can be wrong is checked before the networks are loaded."""
+    What can be wrong with them is checked before T5 and the model are loaded."""
     place = start_processes(sp=args.sp, device=args.device)
     place.say(use(place.device))
     file, config = find_checkpoint(args.ckpt)
@@ -740,30 +756,36 @@ def run(args):
     how = dict(steps=args.steps, sampler=args.sampler, cfg_scale=args.cfg_scale, as_released=config.model.as_released)
     settings = dict(sampling=how, ckpt=args.ckpt, weights=fingerprint(read_weights(file)), vae=args.vae,
                     text_encoder=args.text_encoder)
-    records = {job: {"job": asdict(job)} | settings for job in jobs}
+    records = {}
+    for job in jobs:
+        files = [stamp(find(reference.path))[1:] for reference in job.references]       # size and time of change
+        records[job] = {"job": asdict(job), "references": files} | settings
     todo = [job for job in jobs if args.overwrite or not exists(job, records[job], args, place)]
     dist.barrier()                          # collective; no rank writes before all have seen which files exist
     mine = todo[place.data_rank::place.num_data_ranks]
     for job in mine:
         read_given(job)                     # raises for a damaged reference; they are read again when it is their turn
+        for path in outputs(job, args):
+            check_no_other_files(path)
     if mine:
         make_videos(args, config, place, mine, records, how)
-    place.say(f"{len(todo)} of {len(jobs)} made, {args.steps} {args.sampler} steps: "
+    rank = "" if place.world == 1 else "rank 0: "
+    place.say(f"{rank}{len(mine)} of {len(jobs)} made, {args.steps} {args.sampler} steps: "
               f"{time.time() - process_start():.1f} s from the start")
 
 
 def make_videos(args, config, place, jobs, records, how):
     """Samples and writes videos.  T5 is loaded, used and freed before the model is loaded."""
     vae = load_vae(args.vae, device=place.device)
-    check_sizes(jobs, vae.down, config.model.patch_size)
+    check_sizes(jobs, vae.down, config.model.patch_size, place.say)
     captions = [prompt for job in jobs for prompt in job.prompts]
     text_encoder = encode_texts(config, captions, place.device, folder=args.text_cache, offload=args.offload)
     model = load(args.ckpt, place.device, offload=args.offload).model
     if place.group:
         sequence_parallel(model, place.group)
-    batches = alike(jobs, args.batch_size)
+    batches = group_jobs(jobs, args.batch_size)
     total = args.steps * sum(len(batch[0].prompts) for batch in batches)
-    with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: where nobody looks
+    with tqdm(total=total, unit="step", disable=True if place.rank else None) as bar:       # None: only in a terminal
         for batch in batches:
             frames = [read_given(job) for job in batch]
             made = sample_segments(model, vae, text_encoder, batch, frames, lambda *_: bar.update(),
@@ -784,7 +806,7 @@ def process_start():
 
 
 def check_captions(jobs, config):
-    """Raises ValueError for a prompt of which cleaning, where the weights want it, leaves nothing."""
+    """Raises ValueError for a prompt that is empty after the cleaning that as_released weights need."""
     if not config.model.as_released:
         return
     for job in jobs:
@@ -795,11 +817,15 @@ def check_captions(jobs, config):
 
 
 def check_out(folder):
-    """Raises OSError, before anything is sampled, if a file cannot be written into a folder, or where it is to be."""
-    while not folder.exists():
-        folder = folder.parent
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    """Raises OSError, before anything is sampled, if a folder cannot be written into, or cannot be created."""
+    existing = folder
+    while not existing.exists():
+        existing = existing.parent
+    try:
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except OSError as error:
+        raise OSError(f"--out {folder} cannot be written to: {error.strerror}") from None
 
 
 def read_given(job):
@@ -817,7 +843,7 @@ def read_given(job):
     return frames
 
 
-def alike(jobs, size):
+def group_jobs(jobs, size):
     """Returns lists of at most `size` jobs that are sampled together: of one shape and number of segments."""
     def shape(job):
         return job.num_frames, job.height, job.width, len(job.prompts)
@@ -829,7 +855,7 @@ def alike(jobs, size):
     return batches
 
 
-# out/00-name.png is the contact sheet, .mp4 the video, .json what made them, written last: where it is, all are.
+# out/00-name.png is the contact sheet, .mp4 the video, .json what made them: if it exists, they do and are its.
 def outputs(job, args):
     """Returns the files of a job's frames."""
     suffixes = [".png"]
@@ -842,25 +868,35 @@ def save(job, frames, record, args):
     """Writes the files of a job, and prints what they are."""
     T, H, W, _ = frames.shape
     fps = job.fps / job.frame_interval
+    note = args.out / f"{job.name}.json"
+    note.unlink(missing_ok=True)            # of the files that are now replaced
     for path in outputs(job, args):
         write_video(path, enlarge(frames, SHOWN_SIDE) if path.suffix == ".mp4" else frames, fps)
-        order = "in reading order" if path.suffix == ".png" else f"{fps:g} per second"
-        tqdm.write(f"{path}  " + (f"{T} frames of {H}x{W}, {order}" if T > 1 else f"an image of {H}x{W}"))
-    with atomic_write(args.out / f"{job.name}.json") as part:
+        what = f"an image of {H}x{W}"
+        if T > 1:
+            order = "in reading order" if path.suffix == ".png" else f"{fps:g} per second"
+            what = f"{T} frames of {H}x{W}, {order}"
+        tqdm.write(f"{path}  {what}")
+    with atomic_write(note) as part:
         part.write_text(json.dumps({"command": args.command} | record, indent=1), "utf-8")
 
 
 def exists(job, record, args, place):
     """Returns whether a job has been sampled; raises ValueError if that was another prompt, or with other settings."""
     note = args.out / f"{job.name}.json"
-    last = outputs(job, args)[-1]
-    if not note.exists() or not last.exists():
+    if not note.exists():
         return False
-    before = json.loads(note.read_text("utf-8"))
+    try:
+        before = dict(json.loads(note.read_text("utf-8")))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{note} is damaged ({error}): remove it, or use --overwrite") from None
     before.pop("command", None)
+    *_, last = outputs(job, args)
     if before != json.loads(json.dumps(record)):
-        raise ValueError(f"{last} already exists, of another prompt or with other settings (see its .json): choose "
-                         "another --out, or replace it with --overwrite")
+        raise ValueError(f"{last.with_suffix('')} already exists, of another prompt or with other settings (see its "
+                         ".json): choose another --out, or replace it with --overwrite")
+    if not all(path.exists() for path in outputs(job, args)):
+        return False
     place.say(f"{last} already exists, skipping (use --overwrite to replace it)")
     return True
 
@@ -868,7 +904,7 @@ def exists(job, record, args, place):
 def main(argv=None):
     args = parse_args(argv)
     with one_line_errors(args.debug, "; run the same command again to make the videos that are missing"):
-        if args.export:
+        if args.export is not None:
             export(args.ckpt, args.export)
         else:
             run(args)

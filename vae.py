@@ -19,7 +19,7 @@ import shutil
 import sys
 import unicodedata
 from datetime import timedelta
-from functools import cache, partial
+from functools import lru_cache, partial
 from html.parser import HTMLParser
 from pathlib import Path
 from types import FunctionType, SimpleNamespace
@@ -187,7 +187,7 @@ def fix_text(text):
     return unicodedata.normalize("NFC", text)
 
 
-@cache
+@lru_cache
 def caption_cleaner():
     """Returns diffusers' cleaner of Open-Sora's captions, which is DeepFloyd's.
 
@@ -209,7 +209,7 @@ def clean_caption(text):
 # ---------------------------------------------------------------- loading networks
 # transformers and diffusers fill what is missing with random numbers or an empty tokenizer, and report success.  Here
 # each of these is an error that names what is missing.
-@cache
+@lru_cache
 def hugging_face():
     """Returns the packages diffusers and transformers.
 
@@ -308,7 +308,7 @@ def find(name):
 def fetch(name, files, missing):
     """Downloads those files (glob patterns) of a model on the hub that are not there yet, and returns their folder.
 
-    missing: what to say if they cannot be had; the hub's reason follows it."""
+    missing: the message if they cannot be downloaded; the hub's reason follows it."""
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
     except (OSError, HFValidationError) as error:
@@ -379,7 +379,7 @@ def encode_caption(text_encoder, caption):
     return {"y": y[y_mask].to(text_encoder.net.dtype).cpu(), "y_mask": y_mask[0].cpu()}
 
 
-def padded(caption):
+def pad_caption(caption):
     """Returns y [L C], fp32 and 0 where it is padding, and y_mask [L] of what encode_caption returned."""
     y = torch.zeros(len(caption["y_mask"]), caption["y"].shape[1])
     y[caption["y_mask"]] = caption["y"].float()
@@ -394,7 +394,7 @@ def remember(load, captions, folder=None, key=()):
     known = {}
     encoder = None
     for caption in dict.fromkeys(captions):
-        path = folder and cache_file(folder, "captions", key, caption)
+        path = cache_file(folder, "captions", key, caption) if folder else None
         try:
             if path and path.is_file():
                 known[caption] = load_file(path)
@@ -408,7 +408,7 @@ def remember(load, captions, folder=None, key=()):
 
     def encode(captions):
         """Returns y [B L C] and y_mask [B L]."""
-        y, y_mask = zip(*(padded(known[caption]) for caption in captions))
+        y, y_mask = zip(*(pad_caption(known[caption]) for caption in captions))
         return torch.stack(y), torch.stack(y_mask)
 
     return encode
@@ -441,7 +441,7 @@ class CachedClips:
         """Returns {"mean", "std" [C T h w], "y" [L C], "y_mask" [L], "fps", "decoded"}; raises UnreadableClip."""
         path = self.meta.path(clip)
         latents = self.load(path, self.latents_file(clip, bucket, window_number(self.config, bucket, step, slot)))
-        y, y_mask = padded(self.load(path, self.caption_file(self.meta.text(clip))))
+        y, y_mask = pad_caption(self.load(path, self.caption_file(self.meta.text(clip))))
         height, width, fps = latents["source"].tolist()
         fps = check_row(path, self.meta.rows[clip], int(height), int(width), fps, bucket)
         mean, std = latents["moments"].float()

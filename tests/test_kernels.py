@@ -486,3 +486,10 @@ def test_the_benchmark_of_the_ops_runs(small_cases, monkeypatch, capsys):
     printed = capsys.readouterr().out
     for name in small_cases:
         assert printed.count(f"{name} ") >= 2, name
+
+
+def test_a_gpu_that_does_not_exist_is_an_error(monkeypatch):
+    """Never a silent run on the CPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device cuda"):
+        kernels.start_processes(device="cuda")

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 import configs
 import sample
 from assets.shapes import Thing, render
-from data import read_window, slot_generator, to_uint8, write_video
+from data import UnreadableClip, read_window, slot_generator, to_uint8, write_video
 from inputs import example_inputs
 from masks import Given, edit, parse_strategy
 from model import STDiT, STDiTConfig, from_upstream
@@ -537,7 +537,7 @@ def test_the_released_mask_language_places_frames_of_references():
 
     One segment is made here; the release ignores groups of others, which are an error."""
     rows = [row for row in PARSING["apply_mask_strategy"]["rows"]
-            if row["strategy"] and row["loop_i"] == 0 and "out" in row]
+            if row["strategy"] and row["strategy"] != "-1,0" and row["loop_i"] == 0 and "out" in row]
     assert len(rows) >= 10
     references = [flat_frames(r, num_frames) for r, num_frames in enumerate((1, 4, 8))]
     model = Standin(gaussian_eps)
@@ -641,6 +641,8 @@ def test_segments_start_with_the_last_frames_of_the_one_before():
     (dict(references=[np.zeros((2, 8, 8, 3), np.uint8)]), r"references: .*\[8, 8, 3\]"),
     (dict(strategies=[[Given()]]), "reference=0"),
     (dict(segments=0), "segment"),
+    (dict(prompts=["a", "|0|a|1|b"]), "2 segments and prompt 0 has 1"),
+    (dict(seed=2 ** 63), "seed=9223372036854775808"),
     (dict(segments=2, overlap=4), "overlap=4"),
     (dict(segments=2, strategies=[parse_strategy("1,1")]), "'1,1,0,0,1,0': reference=1"),
     (dict(steps=0), "steps=0"),
@@ -781,6 +783,12 @@ def test_each_sampler_has_its_usual_number_of_steps(command, calls, args, steps)
     assert len(calls[0]["x"]) == 1                                      # without guidance there is no null caption
 
 
+def test_the_default_is_the_shortest_video_at_its_largest_size():
+    trained = {("144p", 16): 6, ("240p", 16): 2, ("144p", 32): 3, ("240p", 1): 4, ("480p", 64): 1}
+    assert sample.default_bucket(trained) == (16, 240, 426)
+    assert sample.default_bucket({("144p", 1): 6, ("512", 1): 2}) == (1, 512, 512)
+
+
 def test_options_reach_the_network_and_the_file(command, calls, tmp_path):
     command("--prompt", "a red circle", *SMALL, "--fps", 30, "--frame-interval", 3, "--seeds", 7, 8)
     with av.open(str(tmp_path / "out/00-a-red-circle-seed-7.mp4")) as video:
@@ -801,6 +809,7 @@ def frames_0_to_7(color):
     (["--extend-before", "red.mp4", "--keep", "3"], {5: "red0", 6: "red1", 7: "red2"}),
     (["--connect", "red.mp4", "blue.mp4"], {0: "red8", 7: "blue0"}),
     (["--connect", "red.mp4", "blue.mp4", "--keep", "2"], {0: "red7", 1: "red8", 6: "blue0", 7: "blue1"}),
+    (["--fps", "9", "--reference", "red.mp4", "--mask-strategy", "0,0,1"], {0: "red3"}),       # 24 / 9 is nearer 3
     (["--edit", "red.mp4", "--strength", "0"], frames_0_to_7("red")),
     (["--infill", "blue.mp4", "2:6"], {0: "blue0", 1: "blue1", 6: "blue6", 7: "blue7"}),
     (["--reference", "red.mp4;blue.mp4"], {0: "red0"}),
@@ -881,6 +890,17 @@ def test_a_long_film_is_not_read_to_animate_its_first_frame(command, tmp_path):
     assert peak < film.nbytes / 2
 
 
+@pytest.mark.parametrize("form, first, last", [(["--extend-before", "red.mp4", "--keep", "2"], None, "red1"),
+                                               (["--connect", "red.mp4", "blue.mp4"], "red8", "blue0")])
+def test_in_a_long_video_the_frames_at_its_end_come_last(command, clips, tmp_path, monkeypatch, form, first, last):
+    monkeypatch.chdir(clips)
+    command("--prompt", "a red circle", *QUICK, "--num-frames", 4, "--size", "32x32", "--fps", 24, "--segments", 2, *form)
+    video = read_video(tmp_path / "out/00-a-red-circle.mp4")
+    assert len(video) == 7
+    assert label(video[-1]) == last
+    assert first is None or label(video[0]) == first
+
+
 def test_a_seamless_video_leads_back_to_its_start(command, calls, tmp_path):
     """The last of two segments ends with the first frames of the first one, which are not shown a second time."""
     command("--prompt", "a red circle", *QUICK, "--num-frames", 6, "--size", "16x24", "--overlap", 2, "--seamless",
@@ -899,7 +919,7 @@ a dog {"num_frames": 3, "size": "16x24"}
 A [cat]. {"seeds": [0, 5], "reference": "red.mp4", "mask_strategy": "0,0,-1,-1"}
 a bird {"reference_path": "red.mp4;blue.mp4", "mask_strategy": "0,1,4,0,1,0"}
 a fish {"connect": ["red.mp4", "blue.mp4"], "keep": 1}
-a cow {"seamless": false, "animate": "blue.png", "num-frames": 4}
+a cow {"seamless": false, "segments": 1, "animate": "blue.png", "num-frames": 4}
 |0|a hen|1|a cock {"num_frames": 4, "overlap": 2}
 '''
 
@@ -948,6 +968,10 @@ def test_what_exists_is_skipped_and_other_settings_are_refused(command, run_scri
     refuse("--cfg-scale", 3)
     refuse("--steps", 3)
     refuse("--fps", 12)
+    refuse("--format", "gif", "--steps", 3)                             # though there is no .gif yet
+    refuse("--num-frames", 1)
+    shutil.copytree(TINY_T5, tmp_path / "t5")
+    refuse("--text-encoder", tmp_path / "t5")
     write_run(run, seed=1)
     refuse()
     write_run(run)
@@ -956,6 +980,65 @@ def test_what_exists_is_skipped_and_other_settings_are_refused(command, run_scri
     assert cat.read_bytes() == original                                 # the same command, the same bytes
     command(*common, "--cfg-scale", 3, "--overwrite")
     assert cat.read_bytes() != original
+
+
+@pytest.mark.parametrize("text", ["[1]", "null", '{"a":', ""])
+def test_a_damaged_record_is_named(command, run_script, checkpoint, tmp_path, text):
+    command("--prompt", "a cat", *SMALL)
+    (tmp_path / "out/00-a-cat.json").write_text(text)
+    base = ("sample", "--ckpt", checkpoint, "--device", "cpu", "--out", tmp_path / "out", "--prompt", "a cat", *SMALL)
+    ended = run_script(*base)
+    assert ended.status == 2
+    assert "00-a-cat.json is damaged" in ended.err
+    command("--prompt", "a cat", *SMALL, "--overwrite")
+    assert json.loads((tmp_path / "out/00-a-cat.json").read_text("utf-8"))["job"]["num_frames"] == 4
+
+
+def test_a_record_belongs_to_the_files_beside_it(command, run_script, checkpoint, tmp_path, monkeypatch):
+    """When new files are not all written, the old record is gone, so that the next command makes them again."""
+    command("--prompt", "a cat", *SMALL)
+    with monkeypatch.context() as patched:
+        patched.setattr(sample, "enlarge", None)                        # after the contact sheet, before the mp4
+        with pytest.raises(TypeError):
+            command("--prompt", "a cat", *SMALL, "--steps", 3, "--overwrite")
+    assert not (tmp_path / "out/00-a-cat.json").exists()
+
+
+def test_another_picture_under_the_same_name_is_another_setting(command, run_script, checkpoint, clips, tmp_path):
+    shutil.copy(clips / "red.png", tmp_path / "still.png")
+    common = ("--prompt", "a cat", *SMALL, "--animate", tmp_path / "still.png")
+    command(*common)
+    command(*common)
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "still.png")
+    ended = run_script("sample", "--ckpt", checkpoint, "--device", "cpu", "--out", tmp_path / "out", *common)
+    assert ended.status == 2
+    assert "--overwrite" in ended.err
+
+
+def test_a_seed_that_is_given_twice_is_sampled_once(command, tmp_path):
+    out = command("--prompt", "a cat", *SMALL, "--seeds", 1, 1)
+    assert "1 of 1 made" in out
+
+
+def test_what_is_wrong_is_found_before_the_model_is_loaded(run_script, checkpoint, clips, tmp_path, monkeypatch):
+    """A reference that is damaged in its middle, a folder of frames with other files, a caption that cleaning empties."""
+    monkeypatch.setattr(sample, "load", None)
+    monkeypatch.setattr(sample, "load_vae", None)
+    (tmp_path / "out/00-a-cat").mkdir(parents=True)
+    (tmp_path / "out/00-a-cat/notes.txt").touch()
+    base = ("sample", "--device", "cpu", *SMALL, "--out", tmp_path / "out")
+    ended = run_script(*base, "--ckpt", checkpoint, "--prompt", "a cat", "--format", "folder")
+    assert ended.status == 2 and "notes.txt" in ended.err
+
+    def unreadable(path, *_):
+        raise UnreadableClip(f"{path}: frame 5 is damaged")
+    with monkeypatch.context() as patched:
+        patched.setattr(sample, "read_window", unreadable)
+        ended = run_script(*base, "--ckpt", checkpoint, "--prompt", "a dog", "--animate", clips / "red.mp4")
+    assert ended.status == 2 and "frame 5 is damaged" in ended.err
+    released = write_run(tmp_path / "released", as_released=True)
+    ended = run_script(*base, "--ckpt", released, "--prompt", "@somebody #12")
+    assert ended.status == 2 and "@somebody" in ended.err
 
 
 def test_a_stopped_command_leaves_no_half_video_and_its_repetition_ends_the_same(command, run_script, checkpoint,
@@ -1045,8 +1128,9 @@ def test_cached_texts_need_no_t5(command, run_script, checkpoint, tmp_path, monk
         assert (tmp_path / "out/00-a-dog.png").read_bytes() == original
         with pytest.raises(TypeError):                                  # a new caption, or captions cut otherwise
             command("--prompt", "a cat", *common)
-        with pytest.raises(TypeError):
-            command(*prompts, *common, "--ckpt", write_run(tmp_path / "short", model_max_length=8))
+        for name, shape in (("short", {"model_max_length": 8}), ("cleaned", {"as_released": True})):
+            with pytest.raises(TypeError):
+                command(*prompts, *common, "--ckpt", write_run(tmp_path / name, **shape))
 
 
 NO_PROMPT = ("--prompt", "--prompts", "--export", "--promt")
@@ -1083,11 +1167,20 @@ NO_PROMPT = ("--prompt", "--prompts", "--export", "--promt")
     (["--cfg-scale", "inf"], ["--cfg-scale inf"]),
     (["--num-frames", "1", "--segments", "3"], ["3 segments of 1 frame"]),
     (["--reference", "red.mp4", "--mask-strategy", "0;2,0,0", "--segments", "2"], ["segment 2", "0 to 1"]),
-    (["--reference", "red.mp4", "--mask-strategy=-1,0"], ["segment -1"]),
+    (["--reference", "red.mp4", "--mask-strategy=-1,0"], ["segment=-1"]),
     (["--prompt", "a cat", " "], ["prompt 1"]),
     (["--segments", "0"], ["segment"]),
     (["--segments", "2", "--overlap", "8"], ["overlap=8"]),
     (["--seamless", "--segments", "1"], ["segments=1"]),
+    (["--seamless", "--num-frames", "2"], ["2 segments of 2 frames", "3 frames"]),
+    (["--seamless", "--num-frames", "8", "--overlap", "4"], ["overlap=4", "1 to 3"]),
+    (["--seed", "9" * 20], ["seed=9999"]),
+    (["--reference", "red.mp4", "--mask-strategy=0,0;-1,0,-1"], ["group 2", "segment=-1"]),
+    (["--animate", "."], [".: is a folder"]),
+    (["--prompt", "a cat", "a dog {\"size\": \"3\"}"], ["a dog", "--size 3"]),
+    (["--prompt", "a cat {\"animate\": null}"], ["a cat", "animate", "null"]),
+    (["--prompt", "a cat {\"seamless\": []}"], ["seamless", "[]"]),
+    (["--prompt", "a cat {\"animate\": false}"], ["--no-animate"]),
     (["--prompt", "|0|a|3|b", "--segments", "2"], ["|0|a|3|b"]),
     (["--prompt", "|0|a|x|b"], ["|0|a|x|b"]),
     (["--prompt", "|0|a|2|b|1|c"], ["|0|a|2|b|1|c"]),
