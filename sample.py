@@ -48,7 +48,7 @@ NUM_TIMESTEPS = 1000
 SAMPLERS = tuple(configs.SAMPLING_STEPS)
 SUFFIXES = {"mp4": ".mp4", "gif": ".gif", "folder": ""}
 SHOWN_SIDE = 256        # pixels, up to which an mp4 of small frames is enlarged: a player would show them tiny
-# STDiTConfig.as_released also turns on what the published weights are used to from their sampler:
+# STDiTConfig.as_released also turns on what the published weights expect of their sampler:
 #   Q4    of the 4 latent channels the first 3 are guided
 #   Q5    the null caption is cut to the length of the prompt in the same row
 #   Q6    ar is height / width, while in training it was width / height
