@@ -45,7 +45,7 @@ import torch
 import torch.nn.functional as F
 from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
-from einops import rearrange, reduce
+from einops import rearrange
 from PIL import Image
 from tqdm import tqdm
 
@@ -255,11 +255,11 @@ def constant_rate(times, guess):
 # Changes are relative to the spread of the pictures: the mean distance of a pixel's colour from the picture's mean
 # colour.  Between two unrelated pictures the change is about 1, whether the footage is dark, bright or pale.  How far
 # each threshold can go before a labelled transition is lost or a false one is found stands in assets/results.md.
-CUT_SIDE = 80           # pixels of the longer side
+CUT_SIDE = 40           # pixels of the longer side of the frames in which transitions are looked for
 MIN_CHANGE = 0.4        # mean change of a hard cut, relative to the spread
-MIN_SHARE = 0.4         # of the pixels that change by CHANGED or more: subtitles and a hand change fewer
+MIN_SHARE = 0.45        # of the pixels that change by CHANGED or more: subtitles and a hand change fewer
 CHANGED = 0.3           # of a pixel, relative to the spread
-SAME_PICTURE = 0.75     # correlation over a change of light
+SAME_PICTURE = 0.6      # correlation of one picture with itself in another light or a moment later
 RATIO = 3.0             # change at a cut over that of the frames around it, as PySceneDetect's AdaptiveDetector has it
 AROUND = 2              # drawings to each side that count for RATIO; animation shows each up to three times
 HELD = 0.01             # a smaller change is a drawing shown again
@@ -271,78 +271,43 @@ BLANK = 0.1             # contrast of a picture of one colour, relative to the h
 REACH = 64              # frames over which a fade, and the rest of a dissolve around a window, may extend
 DISSOLVES = (12, 24, 48)        # frames of the windows in which mixtures are looked for; longer dissolves look linear
 MIN_MIXED = 0.2         # score of a mixture
-MIN_APART = 0.4         # mean difference of the two pictures of a dissolve, relative to the spread
 
 
-class Cuts:
-    """Takes the small frames of a video one after the other and finds its transitions.  Keeps 5 KB of each frame."""
-
-    def __init__(self):
-        self.frames = []        # waiting to be added together, which is faster
-        self.last = None
-        self.changes = [np.zeros(1)]
-        self.thumbs = []
-
-    def add(self, frame):
-        """Adds a frame, uint8 [h w 3]."""
-        self.frames.append(frame)
-        if len(self.frames) == 24:
-            self.flush()
-
-    def flush(self):
-        if not self.frames:
-            return
-        frames = np.stack(self.frames)
-        before = frames[:1] if self.last is None else self.last
-        x = np.concatenate([before, frames]).astype(np.int16)
-        changes = np.abs(x[1:] - x[:-1]).mean((1, 2, 3))
-        self.changes.append(changes[1:] if self.last is None else changes)
-        self.thumbs.append(halve(frames))
-        self.last = frames[-1:]
-        self.frames = []
-
-    def transitions(self):
-        """Returns transitions (end of a shot, begin of the next), ascending: the same frame for a hard cut."""
-        self.flush()
-        changes = np.concatenate(self.changes)                          # [T], the first one is 0
-        thumbs = np.concatenate(self.thumbs)                            # [T P 3]
-        spread, contrast = spread_and_contrast(thumbs)                  # [T]
-        relative = changes / np.maximum(spread, np.roll(spread, 1))
-        found = fades(thumbs, contrast)
-        found += dissolves(changes, thumbs, spread, found)
-        found += [(t, t) for t in hard_cuts(changes, relative, thumbs, spread)]
-        return join_near(sorted(found), relative >= BUSY)
+def find_transitions(thumbs):
+    """Returns the transitions (end of a shot, begin of the next) of small frames, pixels uint8 [T P 3], ascending; both
+    are the same frame for a hard cut."""
+    changes, spread, contrast = measure_pictures(thumbs)                # [T]
+    relative = changes / np.maximum(spread, np.roll(spread, 1))
+    found = fades(thumbs, contrast)
+    found += dissolves(changes, thumbs, spread, found)
+    found += [(t, t) for t in hard_cuts(changes, relative, thumbs, spread)]
+    return join_near(sorted(found), relative >= BUSY)
 
 
-def halve(frames):
-    """Returns frames uint8 [T h w 3] at half the size as pixels uint8 [T P 3]; what has one row or column keeps it."""
-    _, h, w, _ = frames.shape
-    size = max(1, h // 2), max(1, w // 2)
-    x = rearrange(torch.from_numpy(frames), "t h w c -> t c h w").float()
-    x = F.adaptive_avg_pool2d(x, size)
-    return rearrange(x, "t c h w -> t (h w) c").byte().numpy()
-
-
-def spread_and_contrast(thumbs):
-    """Returns two measures [T] of pixels uint8 [T P 3], in grey levels: the mean distance from the mean colour, plus
-    one level for noise; and the distance of the 1% that are farthest from the median colour."""
+def measure_pictures(thumbs):
+    """Returns three measures [T] of pictures uint8 [T P 3], in grey levels: the mean change from the picture before;
+    the spread, plus one level for noise; and the contrast, the distance of the 1% that are farthest from the median."""
+    changes = []
     spread = []
     contrast = []
+    last = thumbs[:1]
     for part in np.array_split(thumbs, len(thumbs) // 256 + 1):         # bounds the memory
         x = part.astype(np.float32)
+        changes.append(np.abs(np.diff(x, axis=0, prepend=last)).mean((1, 2)))
         spread.append(np.abs(x - x.mean(1, keepdims=True)).mean((1, 2)) + 1)
         distance = np.abs(x - np.median(x, 1, keepdims=True)).mean(2)   # [t P]
         num_farthest = max(1, distance.shape[1] // 100)
         contrast.append(np.partition(distance, -num_farthest, 1)[:, -num_farthest:].mean(1))
-    return np.concatenate(spread), np.concatenate(contrast)
+        last = x[-1:]
+    return np.concatenate(changes), np.concatenate(spread), np.concatenate(contrast)
 
 
 def join_near(transitions, is_busy):
     """Joins transitions that overlap, and those less than SWEEP apart if all frames between are busy [T]."""
     joined = []
     for first, end in transitions:
-        previous_end = joined[-1][1] if joined else -math.inf
-        is_near = first - previous_end < SWEEP and is_busy[int(max(0, previous_end)):first].all()
+        previous_end = joined[-1][1] if joined else -SWEEP
+        is_near = first - previous_end < SWEEP and is_busy[previous_end:first].all()
         if first <= previous_end or is_near:
             joined[-1] = joined[-1][0], max(end, previous_end)
         else:
@@ -446,7 +411,7 @@ def mixing(thumbs, starts, length, spread):
         is_linear &= np.abs(alpha - quarter / 4) < 0.13
     alike = correlation(start, end)
     score = is_straight.sum((1, 2)) / np.maximum(is_changed.sum((1, 2)), 1) - np.maximum(alike, 0) / 2
-    is_mixture = is_linear & (alike < 0.8) & (np.abs(way).mean((1, 2)) > MIN_APART * level)
+    is_mixture = is_linear & (alike < SAME_PICTURE) & (is_changed.mean((1, 2)) > MIN_SHARE)
     # The mean of two pictures has a quarter of var(way) less variance than they have; half of that is asked for.
     variance = (start.var((1, 2)) + end.var((1, 2))) / 2
     middle = thumbs[starts + length // 2].astype(np.float32)
@@ -471,8 +436,8 @@ def dissolves(changes, thumbs, spread, known):
         # If the frames around change as much as the mixture does, then it is a pan.
         before = changes[max(1, first - 8):first]
         after = changes[end + 1:end + 9]
-        calmest = min((part.mean() for part in (before, after) if len(part)), default=math.inf)
-        if is_sure or calmest < 0.4 * changes[first:end].mean():
+        calmest = min((np.median(part) for part in (before, after) if len(part)), default=math.inf)
+        if is_sure or calmest < 0.4 * np.median(changes[first:end]):
             found.append((first, end))
     return found
 
@@ -655,7 +620,7 @@ class Scan(NamedTuple):
 
 def scan(path):
     """Decodes a video once, small, up to its first damage.  Raises UnreadableClip if no frame can be used."""
-    cuts = Cuts()
+    thumbs = bytearray()                            # many small arrays would take more memory
     shrink = Shrink(path, CUT_SIDE)
     sample = Shrink(path, 1 << 20, grey=True)       # in full size
     seconds = []
@@ -663,7 +628,7 @@ def scan(path):
     damage = ""
     try:
         for time, frame, stream in decode(path, fast=True):
-            cuts.add(shrink(frame, stream))
+            thumbs += shrink(frame, stream).tobytes()
             rate = stream.guessed_rate or 24
             if len(seconds) % max(1, round(rate / SAMPLES_PER_SECOND)) == 0:
                 picture = sample(frame, stream)
@@ -673,7 +638,8 @@ def scan(path):
         if not seconds:
             raise
         damage = str(error)
-    return Scan(frame_times(seconds, rate), cuts.transitions(), samples, *picture.shape, damage)
+    thumbs = np.frombuffer(thumbs, np.uint8).reshape(len(seconds), -1, 3)
+    return Scan(frame_times(seconds, rate), find_transitions(thumbs), samples, *picture.shape, damage)
 
 
 def cut(row, options):
@@ -835,76 +801,86 @@ MOTION_SIDE = 320       # pixels of the longer side; speeds are in pixels per se
 PAIR_GAP = 1 / 25       # seconds between the frames of a pair, at least
 TRIPLE_EVERY = 13 / 24  # seconds; not a multiple of 1/12 or 1/8, so that drawings held for 2 or 3 frames do not beat
 STATIC = 3.0            # speed of the camera below which it stands still
-AGAINST = (0.75, 0.15)  # pixels, and share of the local camera motion, by which a pixel may differ and still follow it
+AGAINST = (0.5, 0.15)   # pixels, and share of the local camera motion, by which a pixel may differ and still follow it
 REPEAT = 0.6            # grey levels, mean over any 16 x 16 block: a held picture has 0.2, one of 300 film frames 0.6
 MOTION_COLUMNS = ("flow", "shake", "cmotion", "against")
 MOVES = (("pan right", "pan left"), ("tilt down", "tilt up"), ("zoom in", "zoom out"), ("roll", "roll"))
 
 
-def grey_frames(path):
-    """Yields (seconds, uint8 [h w]) of each frame of a video or an image, as displayed, no side over MOTION_SIDE."""
+def read_grey(path):
+    """Returns (seconds [T], uint8 [T h w]) of all frames of a clip or an image, as displayed, no side over MOTION_SIDE.
+
+    16 seconds take 22 MB."""
     if is_image(path):
         image = Image.fromarray(read_image(path)).convert("L")
         image.thumbnail((MOTION_SIDE, MOTION_SIDE), Image.Resampling.BOX)
-        yield 0.0, np.array(image)
-        return
+        return np.zeros(1), np.array(image)[None]
     shrink = Shrink(path, MOTION_SIDE, grey=True)
-    for seconds, frame, stream in decode(path, fast=True):
-        yield seconds, shrink(frame, stream)
-
-
-def measure_motion(row, options):
-    """Returns how a clip moves: its columns MOTION_COLUMNS, empty for an image."""
-    if is_image(row["path"]):
-        return dict.fromkeys(MOTION_COLUMNS, "")
-    triples = []
-    for triple in frame_triples(row["path"]):
-        seconds = [time for time, _ in triple]
-        pictures = torch.stack([torch.from_numpy(picture) for _, picture in triple]).float()
-        if min(pictures.shape[1:]) < 32:
-            continue
-        field = flow(pictures[:-1], pictures[1:])
-        triples.append(camera_motion(field, np.diff(seconds), ~repeats(pictures)))
-    return describe_motion(triples)
-
-
-def frame_triples(path):
-    """Yields three frames [(seconds, uint8 [h w])] for each TRIPLE_EVERY seconds, PAIR_GAP apart; two where the clip
-    ends."""
-    triple = []
-    begin = -math.inf
-    for seconds, picture in grey_frames(path):
-        if not triple and seconds < begin + TRIPLE_EVERY - 0.001:
-            continue
-        if triple and seconds < triple[-1][0] + PAIR_GAP - 0.001:
-            continue
-        triple.append((seconds, np.ascontiguousarray(picture)))
-        begin = triple[0][0]
-        if len(triple) == 3:
-            yield triple
-            triple = []
-    if len(triple) == 2:
-        yield triple
+    seconds = []
+    pictures = []
+    for time, frame, stream in decode(path, fast=True):
+        seconds.append(time)
+        pictures.append(shrink(frame, stream))
+        rate = stream.guessed_rate or 24
+    return frame_times(seconds, rate), np.stack(pictures)
 
 
 def repeats(pictures):
     """Returns bool [T-1]: whether a grey picture [T h w] shows what the one before does; no block of it may change."""
-    changes = F.avg_pool2d((pictures[1:] - pictures[:-1])[:, None], 16, ceil_mode=True).abs()
-    return (changes.amax((1, 2, 3)) < REPEAT).numpy()
+    same = []
+    for before, after in itertools.pairwise(pictures):
+        change = torch.from_numpy(after.astype(np.float32) - before)
+        same.append(F.avg_pool2d(change[None], 16, ceil_mode=True).abs().max().item() < REPEAT)
+    return np.array(same, bool)
 
 
-class CameraMotion(NamedTuple):
-    """Motion of n pairs of frames, in pixels per second at MOTION_SIDE."""
-    speed: np.ndarray       # [n] mean length of the flow
-    camera: np.ndarray      # [n 4] the camera's motion: right, down, zoom in and roll, the last two as rms over the frame
-    against: np.ndarray     # [n] share of pixels that move otherwise
-    is_new: np.ndarray      # [n] whether the second frame is another picture than the first
+def measure_motion(row, options):
+    """Returns how a clip moves: its columns MOTION_COLUMNS, empty for an image."""
+    times, pictures = read_grey(row["path"])
+    return describe_motion(times, pictures)
 
 
-def camera_motion(field, seconds, is_new):
-    """Returns the CameraMotion of `flow` [n 2 h w] of pairs that are seconds [n] apart.
+def describe_motion(times, pictures):
+    """Returns MOTION_COLUMNS of grey pictures uint8 [T h w] at times [T]; empty for under three frames or 32 pixels.
 
-    Medians over the frame give the shift, the growth and the turning that most pixels share; a person who fills a third
+    flow: the mean speed of the pixels.  shake: how much the camera's motion changes from one pair of frames to the
+    next, the median over triples.  cmotion: `name_motion`.  against: the share of pixels that move otherwise.  shake
+    and cmotion leave out pairs that show one picture twice, as animation does."""
+    triples = choose_triples(times)                                     # [n 3]
+    if len(triples) == 0 or min(pictures.shape[1:]) < 32:
+        return dict.fromkeys(MOTION_COLUMNS, "")
+    moves = []
+    is_new = []
+    for triple in triples:
+        chosen = pictures[triple]
+        field = flow(torch.from_numpy(chosen[:-1]), torch.from_numpy(chosen[1:]))
+        moves.append(camera_motion(field, np.diff(times[triple])))
+        is_new.append(~repeats(chosen))
+    moves = np.stack(moves)                                             # [n 2 6]
+    is_new = np.stack(is_new)                                           # [n 2]
+    camera = moves[..., 1:5]
+    changes = np.linalg.norm(camera[:, 1] - camera[:, 0], axis=1)[is_new.all(1)]
+    return {"flow": moves[..., 0].mean(), "shake": np.median(changes) if len(changes) else 0.0,
+            "cmotion": name_motion(moves[is_new]), "against": moves[..., 5].mean()}
+
+
+def choose_triples(times):
+    """Returns numbers [n 3] of frames PAIR_GAP apart, every TRIPLE_EVERY seconds; times [T]."""
+    starts = np.arange(0, times[-1], TRIPLE_EVERY)
+    triples = [np.searchsorted(times, starts - 0.001)]
+    for _ in range(2):
+        later = times[triples[-1]] + PAIR_GAP - 0.001
+        triples.append(np.searchsorted(times[:-1], later))              # the last frame where there is no other
+    first, second, third = triples
+    return np.stack(triples, 1)[(first < second) & (second < third)]
+
+
+def camera_motion(field, seconds):
+    """Returns [n 6] of `flow` [n 2 h w] of pairs that are seconds [n] apart: the mean length of the flow; the camera's
+    motion to the right, down, zooming in and rolling; the share of pixels that move otherwise.
+
+    The first five are in pixels per second at MOTION_SIDE, zoom and roll as rms over the frame.  Medians give the
+    shift, growth and turning that most pixels share, then those of the pixels that follow: a person who fills a third
     of the frame changes none of them."""
     h, w = field.shape[-2:]
     # One pixel of 36: flow has one unknown for 16.
@@ -914,57 +890,48 @@ def camera_motion(field, seconds, is_new):
     is_far = radius > min(h, w) ** 2 / 16                               # near the middle growth is small against noise
     grow = torch.zeros(len(field), 1, 1)
     turn = torch.zeros(len(field), 1, 1)
-    for _ in range(3):
-        right = median(u - grow * x + turn * y)
-        down = median(v - grow * y - turn * x)
-        grow = median(((u - right) * x + (v - down) * y)[:, is_far] / radius[is_far])
-        turn = median(((v - down) * x - (u - right) * y)[:, is_far] / radius[is_far])
-    camera_u = right + grow * x - turn * y
-    camera_v = down + grow * y + turn * x
-    allowed = AGAINST[0] + AGAINST[1] * torch.hypot(camera_u, camera_v)
-    against = (torch.hypot(u - camera_u, v - camera_v) > allowed).float().mean((1, 2))
+    follows = torch.ones(u.shape, dtype=torch.bool)
+    for _ in range(4):
+        right = median(u - grow * x + turn * y, follows)
+        down = median(v - grow * y - turn * x, follows)
+        grow = median(((u - right) * x + (v - down) * y) / radius, follows & is_far)
+        turn = median(((v - down) * x - (u - right) * y) / radius, follows & is_far)
+        shared = torch.stack((right + grow * x - turn * y, down + grow * y + turn * x), 1)
+        rest = torch.stack((u, v), 1) - shared
+        follows = rest.norm(dim=1) <= AGAINST[0] + AGAINST[1] * shared.norm(dim=1)
+    against = 1 - follows.float().mean((1, 2))
+    speed = field.norm(dim=1).mean((1, 2))
     rms = math.sqrt((h * h + w * w) / 12)                               # distance from the middle
-    motion = torch.cat((-right, -down, rms * grow, -rms * turn), 1)[..., 0]     # the camera's is opposite to the picture's
-    scale = MOTION_SIDE / max(h, w) / np.asarray(seconds)
-    speed = torch.hypot(field[:, 0], field[:, 1]).mean((1, 2)).numpy() * scale
-    return CameraMotion(speed, motion.numpy() * scale[:, None], against.numpy(), is_new)
+    # The camera moves opposite to the picture.
+    motion = torch.stack((speed, -right.flatten(), -down.flatten(), rms * grow.flatten(), -rms * turn.flatten()), 1)
+    scale = MOTION_SIDE / max(h, w) / np.asarray(seconds)[:, None]
+    return np.column_stack([motion.numpy() * scale, against.numpy()])
 
 
-def median(x):
-    """Returns the median [n 1 1] over all but the first axis."""
-    return x.flatten(1).median(1).values[:, None, None]
+def median(x, where):
+    """Returns the median [n 1 1] of the marked values of x [n h w]; 0 where none is marked."""
+    marked = x.masked_fill(~where, math.nan).flatten(1)
+    return marked.nanmedian(1).values.nan_to_num()[:, None, None]
 
 
-def describe_motion(triples):
-    """Returns the columns of a clip from the CameraMotion of its triples.
+def name_motion(moves):
+    """Returns the name of the camera's motion from `camera_motion` of pairs [n 6], in their order: static, pan, tilt,
+    zoom or roll with its direction, or shake.
 
-    flow: mean speed of the pixels.  shake: how much the camera's motion changes from one pair to the next, median over
-    the triples; pairs that show one picture twice, as animation does, are left out.  cmotion: see name_motion."""
-    if not triples:
-        return {"flow": 0.0, "shake": 0.0, "cmotion": "", "against": math.nan}
-    pairs = CameraMotion(*(np.concatenate(values) for values in zip(*triples)))
-    changes = [np.linalg.norm(np.diff(triple.camera, axis=0)) for triple in triples if triple.is_new.all()]
-    return {"flow": pairs.speed.mean(), "shake": np.median(changes or [0.0]), "cmotion": name_motion(pairs),
-            "against": pairs.against.mean()}
-
-
-def name_motion(pairs):
-    """Returns the name of the camera's motion: static, pan, tilt, zoom or roll with its direction, or shake.
-
-    Medians over the pairs, so that a flash that came along does no harm.  Returns "" where most pixels follow no camera
+    Medians over the pairs, so that a flash does no harm.  Returns "" where in most pairs most pixels follow no camera
     motion, and where directions take turns (right, then left)."""
-    camera = pairs.camera[pairs.is_new & (pairs.against <= 0.5)]        # [m 4]
-    if not pairs.is_new.any():
+    camera = moves[moves[:, 5] <= 0.5, 1:5]                             # [m 4]
+    if len(moves) == 0:
         return "static"
-    if 2 * len(camera) < pairs.is_new.sum():
+    if 2 * len(camera) < len(moves):
         return ""
     length = np.median(np.linalg.norm(camera, axis=1))
-    middle = np.median(camera, 0)
     if length < STATIC:
         return "static"
     # Where pairs are unrelated, the changes are sqrt(2) times as long as the motion.
     if len(camera) > 2 and np.median(np.linalg.norm(np.diff(camera, axis=0), axis=1)) > length:
         return "shake"
+    middle = np.median(camera, 0)
     if np.linalg.norm(middle) < length / 2:
         return ""
     axis = np.abs(middle).argmax()
@@ -973,7 +940,8 @@ def name_motion(pairs):
 
 # ---------------------------------------------------------------- appearance
 APPEARANCE_COLUMNS = ("brightness", "sharpness", "repeats", "held", "phash")
-HASH_EVERY = 0.25       # seconds between the frames of which sharpness and hash are taken
+NO_HASH = "0" * 16
+FLAT = 8.0              # rms of the 64 coefficients of a hash: shots have 60 or more, black with noise has 1
 
 
 def measure_appearance(row, options):
@@ -981,51 +949,27 @@ def measure_appearance(row, options):
 
     brightness: mean luma, 0..1.  sharpness: median variance of the Laplacian at MOTION_SIDE, in grey levels squared
     (Pech-Pacheco et al., ICPR 2000, LAPV); shots have 100 to 5000, after a box blur of 9 pixels 1 to 20.  repeats: the
-    share of frames that show what the one before does.  held: seconds of the longest run of these.  phash: joint_hash
-    of the clip."""
-    times = []
-    levels = []
-    is_repeated = []
-    sharpness = []
-    hashes = []
-    last = None
-    for seconds, picture in grey_frames(row["path"]):
-        grey = torch.from_numpy(np.ascontiguousarray(picture)).float()
-        levels.append(grey.mean().item())
-        if last is not None:
-            is_repeated.append(bool(repeats(torch.stack((last, grey)))[0]))
-        if not hashes or seconds >= sampled + HASH_EVERY - 0.001:
-            sampled = seconds
-            sharpness.append(laplacian_variance(grey))
-            hashes.append(perceptual_hash(picture))
-        times.append(seconds)
-        last = grey
-    return {"brightness": np.mean(levels) / 255, "sharpness": np.median(sharpness),
-            "repeats": np.mean(is_repeated or [0.0]), "held": longest_hold(times, is_repeated),
-            "phash": joint_hash(hashes)}
+    share of frames that show what the one before does.  held: seconds of the longest run of these.  phash: the hashes
+    of the first, middle and last frame."""
+    times, pictures = read_grey(row["path"])
+    is_repeated = repeats(pictures)
+    changed = np.concatenate([[0], np.flatnonzero(~is_repeated) + 1, [len(times)]])     # first frame of each drawing
+    held = times[changed[1:] - 1] - times[changed[:-1]]
+    ends_and_middle = pictures[[0, len(pictures) // 2, -1]]
+    return {"brightness": pictures.mean() / 255, "sharpness": np.median([sharpness(one) for one in pictures[::6]]),
+            "repeats": is_repeated.mean() if len(is_repeated) else 0.0, "held": held.max(),
+            "phash": "".join(perceptual_hash(one) for one in ends_and_middle)}
 
 
-def laplacian_variance(grey):
-    """Returns the variance of the Laplacian of a picture [h w]; 0 where it has under three rows or columns."""
-    if min(grey.shape) < 3:
-        return 0.0
-    around = grey[1:-1, :-2] + grey[1:-1, 2:] + grey[:-2, 1:-1] + grey[2:, 1:-1]
-    return (around - 4 * grey[1:-1, 1:-1]).var(correction=0).item()
-
-
-def longest_hold(times, is_repeated):
-    """Returns the seconds of the longest run of repeated frames; is_repeated [T-1] is of all frames but the first."""
-    longest = 0.0
-    start = 0
-    for frame, same in enumerate(is_repeated, start=1):
-        if not same:
-            start = frame
-        longest = max(longest, times[frame] - times[start])
-    return longest
+def sharpness(picture):
+    """Returns the variance of the Laplacian of a picture uint8 [h w]."""
+    x = np.pad(picture.astype(np.float32), 1, mode="edge")
+    laplacian = x[1:-1, :-2] + x[1:-1, 2:] + x[:-2, 1:-1] + x[2:, 1:-1] - 4 * x[1:-1, 1:-1]
+    return laplacian.var()
 
 
 def perceptual_hash(picture):
-    """Returns 16 hex digits of a grey picture uint8 [h w], or "" for a flat one, where noise would decide.
+    """Returns 16 hex digits of a grey picture uint8 [h w]; NO_HASH for a flat one, where noise would decide.
 
     DCT hash (Zauner 2010, sec. 3.2.1): 32 x 32 luma, whether each of 8 x 8 low frequencies is above their median."""
     small = Image.fromarray(picture).resize((32, 32), Image.Resampling.BOX)
@@ -1033,16 +977,8 @@ def perceptual_hash(picture):
     dct = np.cos(np.pi * k * (2 * x + 1) / 64) / 4                      # [8 32], orthonormal
     coefficients = (dct @ np.asarray(small, np.float32) @ dct.T).ravel()
     if np.sqrt((coefficients ** 2).mean()) < FLAT:
-        return ""
+        return NO_HASH
     return np.packbits(coefficients > np.median(coefficients)).tobytes().hex()
-
-
-def joint_hash(hashes):
-    """Returns 48 hex digits of the first, middle and last frame; "" with two flat ones, as nothing can be compared."""
-    three = [hashes[0], hashes[len(hashes) // 2], hashes[-1]]
-    if three.count("") > 1:
-        return ""
-    return "".join(one or "0" * 16 for one in three)
 
 
 # ---------------------------------------------------------------- networks: workers read frames, a device looks at them
@@ -1581,17 +1517,18 @@ def collect(files, steps, options):
 
 # ---------------------------------------------------------------- duplicates
 HASH_BITS = 192         # 3 frames of 64
-FLAT = 8.0              # rms of the 64 coefficients: shots have 60 or more, black with noise of 5 grey levels has 1
 MAX_DIFFERENT = 18      # bits between copies: H.264 crf 23 changes up to 8, half size 24, 2% cropped 16; shots 46 or more
 HASH_ALIKE = 1 - 2 * (MAX_DIFFERENT + 0.5) / HASH_BITS      # the product of two hash_vectors
 FEATURE_ALIKE = 0.98    # cosine of CLIP ViT-L/14, of upstream's tools/scoring/deduplicate
 
 
 def hash_vectors(hashes):
-    """Returns joint hashes as float16 [N 192] of length 1, 0 for "": products are 1 - 2 * (different bits) / 192."""
+    """Returns hashes of clips as float16 [N 192] of length 1: products are 1 - 2 * (different bits) / 192.
+
+    Where there is no hash, or two of its three frames are flat, the vector is 0, which is like nothing."""
     vectors = np.zeros((len(hashes), HASH_BITS), np.float16)
     for vector, digits in zip(vectors, hashes):
-        if digits:
+        if digits and digits.count(NO_HASH) < 2:
             bits = np.unpackbits(np.frombuffer(bytes.fromhex(digits), np.uint8))
             vector[:] = (2.0 * bits - 1) / math.sqrt(HASH_BITS)
     return vectors
@@ -1673,8 +1610,8 @@ RULES = (
     Rule("min_match", "match", 20.0),           # cosine x 100
     Rule("max_text_area", "text_area", 0.01),   # share of the picture
     Rule("min_flow", "flow", 0.5),              # pixels per second; a held picture has 0.04
-    Rule("max_flow", "flow", 300.0),            # pixels per second: crosses the picture in a second
-    Rule("max_shake", "shake", 100.0),          # pixels per second from pair to pair
+    Rule("max_flow", "flow", 400.0),            # pixels per second: the picture is crossed in less than a second
+    Rule("max_shake", "shake", 60.0),           # pixels per second: a walking camera 10, hand-held 45, jitter of 2% 90
     Rule("max_repeats", "repeats", 0.7),        # share: drawn at 12 of 24 fps 0.5, at 8 of 24 0.67, a held picture 1
     Rule("max_held", "held", 2.0),              # seconds
     Rule("min_brightness", "brightness", 0.03),     # 0 to 1: the darkest shot of a concert 0.04, black 0.014
