@@ -1608,7 +1608,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule("min_aesthetic", "aes", 5.0),          # Open-Sora's --aesmin 5; a first stage may take 4.5 (docs/report_03.md)
     Rule("min_match", "match", 20.0),           # cosine x 100
-    Rule("max_text_area", "text_area", 0.01),   # share of the picture
+    Rule("max_text_area", "text_area", 0.005),  # share of the picture: titles 0.009 to 0.06, without text under 0.001
     Rule("min_flow", "flow", 0.5),              # pixels per second; a held picture has 0.04
     Rule("max_flow", "flow", 400.0),            # pixels per second: the picture is crossed in less than a second
     Rule("max_shake", "shake", 60.0),           # pixels per second: a walking camera 10, hand-held 45, jitter of 2% 90
