@@ -270,7 +270,7 @@ BUSY = 0.25             # change of a frame that is not calm
 BLANK = 0.1             # contrast of a picture of one colour, relative to the highest within REACH
 REACH = 64              # frames over which a fade, and the rest of a dissolve around a window, may extend
 DISSOLVES = (12, 24, 48)        # frames of the windows in which mixtures are looked for; longer dissolves look linear
-MIN_MIXED = 0.2         # score of a mixture
+MIN_MIXED = 0.25        # score of a mixture
 
 
 def find_transitions(thumbs):
@@ -374,12 +374,12 @@ def ramp_length(contrast):
     length = 0
     while length + 1 < min(len(contrast), 2 * REACH):
         slope = (contrast[length] - contrast[0]) / max(1, length)
-        nearest = contrast[length + 1:length + 3] - contrast[length]    # of two, as a frame may be shown twice
-        if length and nearest[0] < 0.3 * slope and nearest[-1] < 1.2 * slope:
+        rise = contrast[length + 1:length + 3] - contrast[length]       # of two, as a frame may be shown twice
+        if length and (rise < 0.3 * slope * np.arange(1, len(rise) + 1)).all():
             break
         length += 1
     steps = np.diff(contrast[:length + 1])
-    if length < 4 or steps.max() > 0.4 * (contrast[length] - contrast[0]):
+    if length < 4 or steps.max() > 0.3 * (contrast[length] - contrast[0]):
         return 0
     return length
 
@@ -401,13 +401,14 @@ def mixing(thumbs, starts, length, spread):
     way = end - start
     norm = (way * way).sum((1, 2)) + 1e-6
     level = np.maximum(spread[starts], spread[starts + length])
-    is_changed = np.abs(way) > 0.25 * level[:, None, None]
+    is_changed = np.abs(way) > 0.25 * level[:, None, None] + 1
     is_straight = is_changed.copy()
     is_linear = np.ones(len(starts), bool)
     for quarter in (1, 2, 3):
         moved = thumbs[starts + quarter * length // 4] - start
         alpha = (moved * way).sum((1, 2)) / norm                        # how far the whole picture is
-        is_straight &= np.abs(moved - alpha[:, None, None] * way) < 0.35 * np.abs(way)
+        off = np.abs(moved - alpha[:, None, None] * way)
+        is_straight &= off < 0.35 * np.abs(way) + 0.5                   # half a level of rounding, for dark footage
         is_linear &= np.abs(alpha - quarter / 4) < 0.13
     alike = correlation(start, end)
     score = is_straight.sum((1, 2)) / np.maximum(is_changed.sum((1, 2)), 1) - np.maximum(alike, 0) / 2
@@ -1743,7 +1744,7 @@ def write_report(rows, rules, path):
     title = f"{verdicts.count(''):,} of {len(rows):,} clips kept, {hours:,.2f} hours"
     parts = [f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Clips</title><style>{STYLE}</style>'
              f"</head><body><h1>{title}</h1><pre>{html.escape(tally(rows, rules))}</pre>"]
-    places = {row["path"]: i for i, row in enumerate(rows)}
+    places = {row["path"]: i for i, row in enumerate(rows) if row["path"]}
     copies = [i for i, row in enumerate(rows) if row.get("duplicate_of") in places][:6]
     if copies:
         parts.append("<h2>duplicates</h2>")
