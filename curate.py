@@ -374,7 +374,7 @@ def ramp_length(contrast):
     length = 0
     while length + 1 < min(len(contrast), 2 * REACH):
         slope = (contrast[length] - contrast[0]) / max(1, length)
-        rise = contrast[length + 1:length + 3] - contrast[length]       # of two, as a frame may be shown twice
+        rise = contrast[length + 1:length + 4] - contrast[length]       # of three, as a frame may be shown twice
         if length and (rise < 0.3 * slope * np.arange(1, len(rise) + 1)).all():
             break
         length += 1
@@ -1199,7 +1199,8 @@ def load_caption(options):
         raise ValueError(f"the processor of captioner {options.captioner!r} cannot be built here: "
                          f"{one_line(error)}") from error
     if not getattr(processor, "chat_template", None):
-        raise ValueError(f"captioner {options.captioner!r} has no chat template, expected one that follows instructions")
+        raise ValueError(f"captioner {options.captioner!r} has no chat template, expected one that follows "
+                         "instructions")
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "left"                         # so that the answer follows the prompt at once
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -1245,7 +1246,7 @@ def ask(net, processor, options, clips):
 
 
 def clean_answer(text, has_ended=True):
-    """Returns a caption without words about the video and without a last sentence that was cut off; "" for a refusal."""
+    """Returns a caption without words about the video and without a last sentence that was cut off, "" for a refusal."""
     if REFUSAL.match(text):
         return ""
     text = " ".join(text.split())
@@ -1482,7 +1483,7 @@ ALWAYS = (*COLUMNS, "source", "start_seconds", "seconds", "error", "duplicate_of
 def read_table(path, needed=("path",)):
     """Returns the rows of a csv, [{column: text}]; raises ValueError or FileNotFoundError."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such table, expected one that `python curate.py run VIDEOS --out DIR` makes")
+        raise FileNotFoundError(f"{path}: no such table, expected one that `curate.py run VIDEOS --out DIR` makes")
     rows = [row for _, row in read_csv(path, needed)]
     if not rows:
         raise ValueError(f"{path} has no rows, expected one per clip")
@@ -1518,7 +1519,7 @@ def collect(files, steps, options):
 
 # ---------------------------------------------------------------- duplicates
 HASH_BITS = 192         # 3 frames of 64
-MAX_DIFFERENT = 18      # bits between copies: H.264 crf 23 changes up to 8, half size 24, 2% cropped 16; shots 46 or more
+MAX_DIFFERENT = 18      # bits between copies: H.264 crf 23 changes up to 8, 2% cropped 16; other shots 46 or more
 HASH_ALIKE = 1 - 2 * (MAX_DIFFERENT + 0.5) / HASH_BITS      # the product of two hash_vectors
 FEATURE_ALIKE = 0.98    # cosine of CLIP ViT-L/14, of upstream's tools/scoring/deduplicate
 
@@ -1690,9 +1691,9 @@ def tally(rows, rules):
             lines.append((str(what), "not measured", "", "", ""))
         else:
             lines.append((str(what), left, dropped[what], alone[what], examples.get(what, "")))
-    table = [f"{what:<20} {kept:>12} {drops:>9} {only:>9}  {example}".rstrip() for what, kept, drops, only, example in lines]
-    return "\n".join([*table, "A clip is dropped by the first rule that it breaks; alone: what a rule would drop without "
-                      "the others."])
+    table = [f"{a:<20} {b:>12} {c:>9} {d:>9}  {e}".rstrip() for a, b, c, d, e in lines]
+    table.append("A clip is dropped by the first rule that it breaks; alone: what a rule would drop without the others.")
+    return "\n".join(table)
 
 
 # ---------------------------------------------------------------- report
@@ -1750,8 +1751,8 @@ def write_report(rows, rules, path):
         parts.append("<h2>duplicates</h2>")
     for i in copies:
         original = places[rows[i]["duplicate_of"]]
-        pair = figure(rows[i], verdicts[i], "", path.parent) + figure(rows[original], verdicts[original], "", path.parent)
-        parts.append(f'<div class="row">{pair}</div>')
+        pair = [figure(rows[k], verdicts[k], "", path.parent) for k in (i, original)]
+        parts.append(f'<div class="row">{"".join(pair)}</div>')
     shown = set()
     for rule in rules:
         values = np.array([number(row.get(rule.column)) for row in rows])
@@ -1814,7 +1815,7 @@ def run(options):
 
 
 def choose(rows, columns, options, dedup):
-    """Finds duplicates, applies the rules, writes the table and meta.csv; prints what is kept and why the rest is not."""
+    """Finds duplicates, applies the rules, writes the table and meta.csv; prints what is kept and why others are not."""
     rules = rules_of(options)
     table = options.table
     if dedup:
@@ -1889,15 +1890,15 @@ def parse_args(argv):
     making.add_argument("--out", type=Path, metavar="DIR", help="the folder for clips and tables")
     making.add_argument("--with", dest="networks", type=network_names, default=[], metavar="STEPS",
                         help=f"networks that run uses: {','.join(NETWORKS)}")
-    making.add_argument("--captions", metavar="CSV", help="captions of the videos, columns path,text; otherwise that of "
-                        "beach.mp4 is read from beach.txt")
+    making.add_argument("--captions", metavar="CSV", help="captions of the videos, columns path,text; without it "
+                        "that of beach.mp4 is read from beach.txt")
     making.add_argument("--min-seconds", type=float, default=2.0, help="of a clip (default: %(default)s)")
     making.add_argument("--max-seconds", type=float, default=16.0, help="of a clip: longer shots are divided (default: "
                         "%(default)s)")
     making.add_argument("--no-dedup", action="store_true", help="keep near-duplicates")
     parser.add_argument("--config", help="of run and filter: print into which of its buckets the clips go")
     cores = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    parser.add_argument("--workers", type=positive_int, default=cores, help="processes that decode (default: all cores)")
+    parser.add_argument("--workers", type=positive_int, default=cores, help="processes (default: all cores)")
     parser.add_argument("--debug", action="store_true", help="show errors with their traceback")
     networks = parser.add_argument_group("networks, by folder or name on the hub")
     networks.add_argument("--clip-model", default="openai/clip-vit-large-patch14", help="(default: %(default)s)")
@@ -1907,7 +1908,7 @@ def parse_args(argv):
     networks.add_argument("--captioner", default="llava-hf/llava-v1.6-mistral-7b-hf", help="(default: %(default)s)")
     networks.add_argument("--prompt", default=PROMPT, help="the question to the captioner")
     # As many as the model reads (STDiTConfig.model_max_length); T5 has other tokens, but about as many.
-    networks.add_argument("--max-new-tokens", type=positive_int, default=200, help="of a caption (default: %(default)s)")
+    networks.add_argument("--max-new-tokens", type=positive_int, default=200, help="(default: %(default)s)")
     limits = parser.add_argument_group("rules: a number, or none to switch one off")
     for rule in RULES:
         default = "none" if rule.limit is None else f"{rule.limit:g}"
@@ -1934,8 +1935,8 @@ def complete(options):
     if makes_clips and not options.out:
         raise ValueError(f"{options.command} needs --out DIR, the folder for clips and tables")
     if makes_clips and what.resolve() in (options.out.resolve(), options.out.resolve() / "clips"):
-        raise ValueError(f"--out {options.out} is where the videos are, so the next run would cut its clips: give another "
-                         f"folder, such as {what / 'curated'}")
+        raise ValueError(f"--out {options.out} is where the videos are, so the next run would cut its clips: give "
+                         f"another folder, such as {what / 'curated'}")
     if not 0 <= options.min_seconds <= options.max_seconds or not 0 < options.max_seconds < math.inf:
         raise ValueError(f"--min-seconds {options.min_seconds:g} --max-seconds {options.max_seconds:g}: expected the "
                          "length of the shortest and of the longest clip, above 0")
@@ -1945,15 +1946,15 @@ def complete(options):
         options.table = what if what.suffix == ".csv" else what / "clips.csv"
     options.folder = Path(os.path.abspath(options.table.parent))
     options.device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    if options.config:
-        import configs
-        options.config = configs.load(options.config)
 
 
 def main(argv=None):
     options = parse_args(sys.argv[1:] if argv is None else argv)
     with one_line_errors(options.debug, "; the same command continues"):
         complete(options)
+        if options.config:
+            import configs
+            options.config = configs.load(options.config)
         if options.command in ("run", "cut"):
             run(options)
         elif options.command in STEPS:
