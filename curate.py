@@ -258,7 +258,7 @@ def constant_rate(times, guess):
 CUT_SIDE = 40           # pixels of the longer side of the frames in which transitions are looked for
 MIN_CHANGE = 0.4        # mean change of a hard cut, relative to the spread
 MIN_SHARE = 0.45        # of the pixels that change by CHANGED or more: subtitles and a hand change fewer
-CHANGED = 0.3           # of a pixel, relative to the spread
+CHANGED = 0.25          # of a pixel, relative to the spread
 SAME_PICTURE = 0.6      # correlation of one picture with itself in another light or a moment later
 RATIO = 3.0             # change at a cut over that of the frames around it, as PySceneDetect's AdaptiveDetector has it
 AROUND = 2              # drawings to each side that count for RATIO; animation shows each up to three times
@@ -286,7 +286,7 @@ def find_transitions(thumbs):
 
 def measure_pictures(thumbs):
     """Returns three measures [T] of pictures uint8 [T P 3], in grey levels: the mean change from the picture before;
-    the spread, plus one level for noise; and the contrast, the distance of the 1% that are farthest from the median."""
+    the spread, plus half a level for noise; and the contrast, the distance of the 1% that are farthest from the median."""
     changes = []
     spread = []
     contrast = []
@@ -294,7 +294,7 @@ def measure_pictures(thumbs):
     for part in np.array_split(thumbs, len(thumbs) // 256 + 1):         # bounds the memory
         x = part.astype(np.float32)
         changes.append(np.abs(np.diff(x, axis=0, prepend=last)).mean((1, 2)))
-        spread.append(np.abs(x - x.mean(1, keepdims=True)).mean((1, 2)) + 1)
+        spread.append(np.abs(x - x.mean(1, keepdims=True)).mean((1, 2)) + 0.5)
         distance = np.abs(x - np.median(x, 1, keepdims=True)).mean(2)   # [t P]
         num_farthest = max(1, distance.shape[1] // 100)
         contrast.append(np.partition(distance, -num_farthest, 1)[:, -num_farthest:].mean(1))
@@ -401,7 +401,7 @@ def mixing(thumbs, starts, length, spread):
     way = end - start
     norm = (way * way).sum((1, 2)) + 1e-6
     level = np.maximum(spread[starts], spread[starts + length])
-    is_changed = np.abs(way) > 0.25 * level[:, None, None] + 1
+    is_changed = np.abs(way) > CHANGED * level[:, None, None] + 0.5
     is_straight = is_changed.copy()
     is_linear = np.ones(len(starts), bool)
     for quarter in (1, 2, 3):
