@@ -1538,37 +1538,35 @@ def hash_vectors(hashes):
 
 def feature_vectors(texts):
     """Returns the column `features` as float16 [N D] of length 1, 0 for ""."""
-    known = [np.frombuffer(base64.b64decode(text), np.float16) if text else None for text in texts]
-    size = next(len(vector) for vector in known if vector is not None)
-    return np.stack([np.zeros(size, np.float16) if vector is None else vector for vector in known])
+    known = [np.frombuffer(base64.b64decode(text), np.float16) for text in texts if text]
+    vectors = np.zeros((len(texts), len(known[0])), np.float16)
+    vectors[[bool(text) for text in texts]] = known
+    return vectors
 
 
-def duplicates(vectors, threshold, order, device="cpu", block=4096, wide=65536):
+def duplicates(vectors, threshold, order, device="cpu", block=1024):
     """Returns for each of vectors [N D] of length 1 the index of the one that it repeats, or -1: int64 [N].
 
     In `order` [N], the best first, each is kept unless its product with a kept one reaches the threshold; it then
     repeats the first of those.  So no two kept ones are alike, and a chain of small changes does not become one clip.
-    All pairs are compared, block by block: on 2 cores 40,000 in 6 s."""
+    All pairs are compared, so the time grows with the square of N."""
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    x = torch.as_tensor(vectors).to(device, dtype)
     order = np.asarray(order)
-    dtype = torch.float32 if torch.device(device).type == "cpu" else torch.float16
-    x = torch.as_tensor(vectors)[order].to(device, dtype)
     repeated = np.full(len(x), -1)
-    for begin in range(0, len(x), block):
-        new = x[begin:begin + block]
-        found = repeated[begin:begin + block]           # a view
-        for start in range(0, begin, wide):
-            is_alike = new @ x[start:min(start + wide, begin)].T >= threshold
-            for i in is_alike.any(1).cpu().numpy().nonzero()[0]:
-                if found[i] < 0:
-                    found[i] = start + is_alike[i].nonzero()[0, 0].item()
-        is_alike = (new @ new.T >= threshold).tril(-1).cpu().numpy()
-        for i in np.flatnonzero(is_alike.any(1) & (found < 0)):         # ascending, so those before it are decided
-            kept = np.flatnonzero(is_alike[i] & (found < 0))
-            found[i] = begin + kept[0] if len(kept) else -1
-        new[torch.as_tensor(found >= 0, device=device)] = 0             # a repeated one is like nothing
-    result = np.empty_like(repeated)
-    result[order] = np.where(repeated < 0, -1, order[repeated])
-    return result
+    kept = np.zeros(0, np.int64)
+    for block_order in np.split(order, range(block, len(order), block)):
+        candidates = np.concatenate([kept, block_order])
+        is_alike = (x[block_order] @ x[candidates].T >= threshold).cpu().numpy()
+        is_kept = np.arange(len(candidates)) < len(kept)
+        for row, i in enumerate(block_order):
+            originals = np.flatnonzero(is_alike[row] & is_kept)
+            if len(originals):
+                repeated[i] = candidates[originals[0]]
+            else:
+                is_kept[len(kept) + row] = True
+        kept = candidates[is_kept]
+    return repeated
 
 
 def find_duplicates(rows, rules, device):
@@ -1580,8 +1578,8 @@ def find_duplicates(rows, rules, device):
         numbers = [-np.nan_to_num(number(row.get(name))) for name in ("num_frames", "height", "aes")]
         quality.append([*numbers, not row.get("text"), breaks_rule])
     order = np.lexsort(np.array(quality, float).T)
-    found = duplicates(hash_vectors([row.get("phash", "") for row in rows]), HASH_ALIKE, order, device)
-    features = [row.get("features", "") for row in rows]
+    found = duplicates(hash_vectors([row.get("phash") for row in rows]), HASH_ALIKE, order, device)
+    features = [row.get("features") for row in rows]
     if any(features):
         found = np.maximum(found, duplicates(feature_vectors(features), FEATURE_ALIKE, order, device))
     return [rows[i]["path"] if i >= 0 else "" for i in found]
@@ -1706,81 +1704,67 @@ MAX_LISTED = 1000       # rows of the last table
 def pick(values, rule, shown):
     """Returns {title: [rows]}: the worst, those nearest to the limit on both sides, the best, at most three each.
 
-    Rows that are shown already are left out, so no clip leads several sections, and so is "best" where many share the
+    Rows that are shown already are left out, so no clip leads several sections; and so is "best" where many share the
     best value, as where nothing has text."""
-    known = np.flatnonzero(np.isfinite(values))
-    sign = 1 if rule.is_minimum else -1
-    order = known[np.argsort(sign * values[known], kind="stable")]      # the worst first
-    is_broken = rule.breaks(values[order])
-    broken = [i for i in order[is_broken].tolist() if i not in shown]
-    kept = [i for i in order[~is_broken].tolist() if i not in shown]
+    badness = -values if rule.is_minimum else values                    # nan comes last
+    order = [i for i in np.argsort(-badness, kind="stable") if np.isfinite(values[i]) and i not in shown]
+    broken = [i for i in order if rule.breaks(values[i])]
+    kept = order[len(broken):]
     best = kept[3:][-3:][::-1]
-    if best and np.count_nonzero(values[known] == values[best[0]]) > 3:
+    if best and np.count_nonzero(values == values[best[0]]) > 3:
         best = []
     titles = {"worst": broken[:-3][:3], "just dropped": broken[-3:][::-1], "just kept": kept[:3], "best": best}
     return {title: rows for title, rows in titles.items() if rows}
 
 
-def figure(row, why, value, folder):
-    """Returns the HTML of a clip: a strip of three frames or why there is none, its path, its value and its verdict."""
+def figure(row, rules, folder):
+    """Returns the HTML of a clip: a strip of three frames or why there is none, its path, its verdict or its numbers."""
     name = html.escape(row["path"])
     try:
         frames = read_ends_and_middle(row | {"path": os.path.normpath(folder / row["path"])})
         height, width = frames[0].shape[:2]
         strip = np.concatenate([resize(frame, 64, max(1, round(64 * width / height))) for frame in frames], 1)
         Image.fromarray(strip).save(buffer := io.BytesIO(), "JPEG", quality=70)
-        picture = (f'<img alt="frames of {name}" width="{strip.shape[1]}" height="64" src="data:image/jpeg;base64,'
-                   f'{base64.b64encode(buffer.getvalue()).decode()}">')
+        content = base64.b64encode(buffer.getvalue()).decode()
+        picture = f'<img alt="frames of {name}" height="64" src="data:image/jpeg;base64,{content}">'
     except (ValueError, OSError) as error:
         picture = html.escape(str(error))
-    return (f'<figure>{picture}<br><b>{html.escape(value)}</b> {name}<br><span class="drop">{html.escape(why)}</span>'
-            "</figure>")
+    why = html.escape(verdict(row, rules))
+    return f'<figure>{picture}<br>{name}<br><span class="drop">{why}</span></figure>'
 
 
 def write_report(rows, rules, path):
-    """Writes one .html file that needs no other: what is dropped and why, clips to look at for each rule, and a list
-    of everything that is dropped."""
-    verdicts = [verdict(row, rules) for row in rows]
-    hours = sum(np.nan_to_num(number(row.get("seconds"))) for row, why in zip(rows, verdicts) if not why) / 3600
-    title = f"{verdicts.count(''):,} of {len(rows):,} clips kept, {hours:,.2f} hours"
+    """Writes one .html file that needs no other: what is dropped and why, clips to look at for each rule, pairs of
+    duplicates, and a list of everything that is dropped."""
+    kept = [row for row in rows if not verdict(row, rules)]
+    hours = sum(np.nan_to_num(number(row.get("seconds"))) for row in kept) / 3600
     parts = [f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>Clips</title><style>{STYLE}</style>'
-             f"</head><body><h1>{title}</h1><pre>{html.escape(tally(rows, rules))}</pre>"]
-    places = {row["path"]: i for i, row in enumerate(rows) if row["path"]}
-    copies = [i for i, row in enumerate(rows) if row.get("duplicate_of") in places][:6]
-    if copies:
-        parts.append("<h2>duplicates</h2>")
-    for i in copies:
-        original = places[rows[i]["duplicate_of"]]
-        pair = [figure(rows[k], verdicts[k], "", path.parent) for k in (i, original)]
-        parts.append(f'<div class="row">{"".join(pair)}</div>')
+             f"</head><body><h1>{len(kept):,} of {len(rows):,} clips kept, {hours:,.2f} hours</h1>"
+             f"<pre>{html.escape(tally(rows, rules))}</pre>"]
     shown = set()
     for rule in rules:
         values = np.array([number(row.get(rule.column)) for row in rows])
-        known = values[np.isfinite(values)]
-        if not len(known):
-            continue
-        tenths = ", ".join(f"{value:.4g}" for value in np.quantile(known, np.linspace(0, 1, 11)))
-        parts.append(f"<h2>{rule}</h2><p>{rule.column} of {len(known):,} clips, {rule.breaks(known).sum():,} of them "
-                     f"dropped by it; the smallest, each tenth, and the largest: {tenths}</p>")
-        for name, chosen in pick(values, rule, shown).items():
+        num_broken = int(rule.breaks(values).sum())
+        if np.isfinite(values).any():
+            low, middle, high = np.nanquantile(values, (0, 0.5, 1))
+            parts.append(f"<h2>{rule}</h2><p>drops {num_broken:,} clips; the smallest {rule.column} is {low:.4g}, the "
+                         f"median {middle:.4g}, the largest {high:.4g}</p>")
+        for title, chosen in pick(values, rule, shown).items():
             shown.update(chosen)
-            figures = [figure(rows[i], verdicts[i], f"{values[i]:.4g}", path.parent) for i in chosen]
-            parts.append(f'<h3>{name}</h3><div class="row">{"".join(figures)}</div>')
-    parts.append(list_dropped(rows, verdicts))
-    parts.append("</body></html>")
+            figures = [f"<div><b>{values[i]:.4g}</b>{figure(rows[i], rules, path.parent)}</div>" for i in chosen]
+            parts.append(f'<h3>{title}</h3><div class="row">{"".join(figures)}</div>')
+    parts.append("<h2>duplicates, each with the clip that is kept</h2>")
+    rows_of = {row["path"]: row for row in rows}
+    for row in [row for row in rows if row.get("duplicate_of") and row["duplicate_of"] in rows_of][:6]:
+        pair = figure(row, rules, path.parent) + figure(rows_of[row["duplicate_of"]], rules, path.parent)
+        parts.append(f'<div class="row">{pair}</div>')
+    parts.append(f"<h2>what is dropped (the first {MAX_LISTED:,}; clips.csv has all)</h2><table>")
+    for row in [row for row in rows if verdict(row, rules)][:MAX_LISTED]:
+        name = row["path"] or f"{row.get('source', '?')} from {row.get('start_seconds') or 0} s"
+        parts.append(f"<tr><td>{html.escape(name)}</td><td>{html.escape(verdict(row, rules))}</td></tr>")
+    parts.append("</table></body></html>")
     with atomic_write(path) as part:
         part.write_text("\n".join(parts), "utf-8", "backslashreplace")
-
-
-def list_dropped(rows, verdicts):
-    """Returns an HTML table of the rows that are dropped, with the reason."""
-    dropped = [(row, why) for row, why in zip(rows, verdicts) if why]
-    lines = []
-    for row, why in dropped[:MAX_LISTED]:
-        name = row["path"] or f"{row.get('source', '?')} at {row.get('start_seconds') or 0} s"
-        lines.append(f"<tr><td>{html.escape(name)}</td><td>{html.escape(why)}</td></tr>")
-    more = f"<p>and {len(dropped) - MAX_LISTED:,} more, see clips.csv</p>" if len(dropped) > MAX_LISTED else ""
-    return f"<h2>everything that is dropped</h2><table>{''.join(lines)}</table>{more}"
 
 
 # ---------------------------------------------------------------- commands
