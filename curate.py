@@ -350,27 +350,25 @@ def correlation(a, b):
 
 
 def fades(thumbs, contrast):
-    """Returns (first frame that fades, first frame that no longer does) of fades to and from one colour.
-
-    contrast [T] falls evenly in a fade, whatever moves.  Where an object leaves a plain wall it falls at once."""
-    padded_contrast = np.pad(contrast, REACH, mode="edge")
-    highest = np.lib.stride_tricks.sliding_window_view(padded_contrast, 2 * REACH + 1).max(1)
+    """Returns (first frame that fades, first frame that no longer does) of fades to and from one colour."""
+    padded = np.pad(contrast, REACH, mode="edge")
+    highest = np.lib.stride_tricks.sliding_window_view(padded, 2 * REACH + 1).max(1)
     is_blank = contrast < BLANK * highest
     edges = np.flatnonzero(np.diff(np.pad(is_blank.astype(int), 1)))
     found = []
-    for begin, end in edges.reshape(-1, 2):                             # a run of blank frames
-        blank = thumbs[begin].astype(np.float32)
-        frames_down = ramp_length(contrast[begin::-1])
-        frames_up = ramp_length(contrast[end - 1:])
-        first = begin - frames_down + 1 if is_fade(blank, thumbs, begin - frames_down, contrast) else begin
-        last = end + frames_up - 1 if is_fade(blank, thumbs, end - 1 + frames_up, contrast) else end
-        if first < begin or last > end:
-            found.append((int(first), int(last)))
+    for begin, end in edges.reshape(-1, 2).tolist():                    # runs of blank frames
+        down = ramp_length(thumbs[begin::-1], contrast[begin::-1])
+        up = ramp_length(thumbs[end - 1:], contrast[end - 1:])
+        if down or up:
+            found.append((begin - max(0, down - 1), end + max(0, up - 1)))
     return found
 
 
-def ramp_length(contrast):
-    """Returns over how many frames the contrast rises evenly from the blank frame contrast[0]; 0 if it jumps."""
+def ramp_length(thumbs, contrast):
+    """Returns over how many frames a picture fades in from the blank first one of these, 0 if it does not.
+
+    The contrast then rises evenly, whatever moves; where an object comes before a plain wall, it jumps.  And most of
+    the picture must come, unlike a title on black."""
     length = 0
     while length + 1 < min(len(contrast), 2 * REACH):
         slope = (contrast[length] - contrast[0]) / max(1, length)
@@ -378,15 +376,11 @@ def ramp_length(contrast):
         if length and (rise < 0.3 * slope * np.arange(1, len(rise) + 1)).all():
             break
         length += 1
-    steps = np.diff(contrast[:length + 1])
-    if length < 4 or steps.max() > 0.3 * (contrast[length] - contrast[0]):
+    is_even = np.diff(contrast[:length + 1]).max(initial=0) < 0.3 * (contrast[length] - contrast[0])
+    comes = np.abs(thumbs[length].astype(np.float32) - thumbs[0]).mean(1) > BLANK * contrast[length]
+    if length < 4 or not is_even or comes.mean() < MIN_SHARE:
         return 0
     return length
-
-
-def is_fade(blank, thumbs, full, contrast):
-    """Returns whether most of the picture fades between a blank picture and frame `full`: a title is a small part."""
-    return (np.abs(thumbs[full] - blank).mean(1) > 0.1 * contrast[full]).mean() >= MIN_SHARE
 
 
 def mixing(thumbs, starts, length, spread):
@@ -467,22 +461,25 @@ def split_shots(transitions, times, min_seconds=2.0, max_seconds=16.0):
     interval of 3, 2 s fill its shortest bucket of videos, 16 frames, and 16 s its longest, 128."""
     clips = []
     too_short = []
-    gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    ends = np.append(times, times[-1] + gap)        # when the frame before is over
-    starts = [0, *(end for _, end in transitions)]
-    stops = [*(first for first, _ in transitions), len(times)]
-    for start, stop in zip(starts, stops):
+    ends = frame_ends(times)
+    gap = ends[-1] - times[-1]
+    bounds = [0, *itertools.chain(*transitions), len(times)]
+    for start, stop in zip(bounds[::2], bounds[1::2]):
         seconds = ends[stop] - ends[start]
-        if start >= stop:
-            continue
-        if seconds < min_seconds - gap / 2:
+        if start < stop and seconds < min_seconds - gap / 2:
             too_short.append((start, stop))
-            continue
-        num_pieces = math.ceil(seconds / max_seconds - 1e-6)
-        edges = np.linspace(ends[start], ends[stop], num_pieces + 1)[1:-1]
-        inner = np.searchsorted(ends + gap / 2, edges).tolist()
-        clips += itertools.pairwise([start, *inner, stop])
+        elif start < stop:
+            num_pieces = math.ceil(seconds / max_seconds - 1e-6)
+            edges = np.linspace(ends[start], ends[stop], num_pieces + 1)[1:-1]
+            inner = np.searchsorted(ends + gap / 2, edges).tolist()
+            clips += itertools.pairwise([start, *inner, stop])
     return clips, too_short
+
+
+def frame_ends(times):
+    """Returns when each frame begins and when the last one ends, [T + 1] seconds."""
+    gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+    return np.append(times, times[-1] + gap)
 
 
 # ---------------------------------------------------------------- black bars
@@ -672,7 +669,7 @@ def cut_video(path, options, place):
     bars = find_bars([lit for _, lit in video.samples])
     clips = []
     for start, stop in spans:
-        own = [lit for number, lit in video.samples if start <= number < stop]
+        own = [lit for frame, lit in video.samples if start <= frame < stop]
         # A dark clip shows no edges, so the bars of the whole video count as well.
         own_bars = np.maximum(bars, find_bars(own)) if own else bars
         box = picture_box(own_bars, video.height, video.width)
@@ -689,8 +686,7 @@ def cut_video(path, options, place):
 
 
 def span_columns(start, stop, times):
-    gap = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
-    ends = np.append(times, times[-1] + gap)
+    ends = frame_ends(times)
     return {"num_frames": stop - start, "start_seconds": ends[start], "seconds": ends[stop] - ends[start]}
 
 
@@ -993,7 +989,7 @@ def num_frames(row):
 
 def read_frames(row, numbers):
     """Returns frames uint8 [H W 3] of a clip by number, each decoded from the key frame before it."""
-    return [read_window(row["path"], 1, start=number)[0][0].numpy() for number in numbers]
+    return [read_window(row["path"], 1, start=k)[0][0].numpy() for k in numbers]
 
 
 def read_ends_and_middle(row):
@@ -1814,7 +1810,8 @@ def choose(rows, columns, options, dedup):
     print(tally(rows, rules))
     print(f"{table}: {len(rows)} clips, {len(kept)} kept")
     if not kept:
-        raise ValueError(f"no clip is kept: {advice(rows)}")
+        raise ValueError(f"no clip is kept; the first is dropped because: {rows[0]['dropped']} - the table above counts "
+                         "the reasons")
     meta = table.with_name("meta.csv" if table.name == "clips.csv" else f"{table.stem}-kept.csv")
     write_table(meta, kept, [name for name in columns if name not in ("error", "duplicate_of", "dropped", "features")])
     num_silent = sum(not row.get("text") for row in kept)
@@ -1831,15 +1828,6 @@ def print_unreadable(rows):
         print(f"unreadable: {error}")
     if len(broken) > 10:
         print(f"unreadable: and {len(broken) - 10} more")
-
-
-def advice(rows):
-    """Returns what to do if no clip is kept."""
-    if all(row.get("error") for row in rows):
-        if any(row["error"] == TOO_SHORT for row in rows):
-            return "all shots are too short or cannot be read, and --min-seconds=1 takes shorter ones"
-        return f"no file can be read, such as {rows[0]['error']}"
-    return "the table above shows by which rule; --min-...=none or --max-...=none switches one off"
 
 
 def add_columns(options):
