@@ -33,7 +33,7 @@ import sys
 import threading
 from collections import Counter, deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, suppress
 from fractions import Fraction
 from functools import lru_cache, partial
 from pathlib import Path
@@ -55,7 +55,7 @@ from data import (COLUMNS, IMAGES, NEW_START, UnreadableClip, assign, atomic_wri
 from vae import from_pretrained, load_net       # before transformers, which it tells about our kernels.py
 
 from transformers import (AutoModelForImageTextToText, AutoModelForObjectDetection, AutoProcessor, AutoTokenizer,
-                          CLIPConfig, CLIPImageProcessor, CLIPModel)
+                          CLIPConfig, CLIPModel)
 
 
 # ---------------------------------------------------------------- source files
@@ -673,6 +673,8 @@ def cut_video(path, options, place):
         # A dark clip shows no edges, so the bars of the whole video count as well.
         own_bars = np.maximum(bars, find_bars(own)) if own else bars
         box = picture_box(own_bars, video.height, video.width)
+        if min(box[2:]) < 2:
+            raise UnreadableClip(f"{path}: is {video.height}x{video.width}, H.264 needs two rows and columns or more")
         clips.append(Clip(start, stop, options.folder / place / f"{start:06d}-{stop:06d}.mp4", box))
     rows = []
     for clip, columns in zip(clips, write_clips(path, clips, video.times)):
@@ -1023,6 +1025,7 @@ HEAD_LAYERS = (0, 2, 4, 6, 7)   # linear layers of LAION's file; between them dr
 @lru_cache
 def clip_processor(name):
     """Returns transformers' preprocessing for a CLIP, as openai/clip-vit-large-patch14 has it."""
+    from transformers import CLIPImageProcessor         # without torchvision its import prints a warning
     size = from_pretrained(CLIPConfig, name).vision_config.image_size
     return CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
 
@@ -1306,7 +1309,7 @@ class Results:
             record = json.loads(line)
         except ValueError:                              # half a line: its process was killed
             return
-        if "columns" in record or record["key"] not in self.records:
+        if "columns" in record or "columns" not in self.records.get(record["key"], {}):
             self.records[record["key"]] = record        # a row that failed may have succeeded when it was tried again
 
     def key(self, row):
@@ -1390,12 +1393,14 @@ OUTPUT_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)       # the output's f
 
 def attempt(prepare, options, row):
     """Returns (what prepare returns for a row, ""), or (None, why it failed).  Raises only errors of the output."""
+    path = os.path.normpath(options.folder / row["path"])
     try:
-        return prepare(row | {"path": os.path.normpath(options.folder / row["path"])}, options), ""
+        return prepare(row | {"path": path}, options), ""
     except Exception as error:          # damaged files make libraries raise anything; it is that file's error
         if getattr(error, "errno", None) in OUTPUT_ERRORS:
-            raise
-        return None, one_line(error)
+            raise OSError(error.errno, one_line(error)) from None
+        reason = one_line(error)
+        return None, reason if path in reason else f"{path}: {reason}"
 
 
 def one_line(error):
@@ -1416,9 +1421,8 @@ def in_parallel(work, rows, num_workers):
             while waiting and len(running) < num_workers:
                 connection, process = start_worker(work)
                 processes.append(process)
-                row = waiting.popleft()
-                connection.send(row)
-                running[connection] = process, row
+                running[connection] = process, waiting.popleft()
+                connection.send(running[connection][1])
             for connection in multiprocessing.connection.wait(list(running)):
                 process, row = running.pop(connection)
                 try:
@@ -1435,9 +1439,10 @@ def in_parallel(work, rows, num_workers):
                 if isinstance(outcome, OSError):
                     raise outcome
                 following = waiting.popleft() if waiting else None
-                connection.send(following)              # None ends the process
                 if following:
                     running[connection] = process, following
+                with suppress(ConnectionError):         # if it has just died, that is seen above
+                    connection.send(following)          # None ends the process
                 yield row, *outcome
     finally:
         for process in processes:
