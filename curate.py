@@ -849,14 +849,12 @@ def describe_motion(times, pictures):
     if len(triples) == 0 or min(pictures.shape[1:]) < 32:
         return dict.fromkeys(MOTION_COLUMNS, "")
     moves = []
-    is_new = []
-    for triple in triples:
-        chosen = pictures[triple]
-        field = flow(torch.from_numpy(chosen[:-1]), torch.from_numpy(chosen[1:]))
-        moves.append(camera_motion(field, np.diff(times[triple])))
-        is_new.append(~repeats(chosen))
-    moves = np.stack(moves)                                             # [n 2 6]
-    is_new = np.stack(is_new)                                           # [n 2]
+    for part in np.split(triples, range(4, len(triples), 4)):           # eight pairs at once take half the time
+        a = torch.from_numpy(pictures[part[:, :2]]).flatten(0, 1)
+        b = torch.from_numpy(pictures[part[:, 1:]]).flatten(0, 1)
+        moves.append(camera_motion(flow(a, b), np.diff(times[part]).ravel()))
+    moves = np.concatenate(moves).reshape(-1, 2, 6)                     # [n 2 6]
+    is_new = np.stack([~repeats(pictures[triple]) for triple in triples])       # [n 2]
     camera = moves[..., 1:5]
     changes = np.linalg.norm(camera[:, 1] - camera[:, 0], axis=1)[is_new.all(1)]
     return {"flow": moves[..., 0].mean(), "shake": np.median(changes) if len(changes) else 0.0,
