@@ -1678,8 +1678,9 @@ def tally(rows, rules):
         alone.update(what for what, _ in found)
         if found:
             what, why = found[0]
+            name = row["path"] or row.get("source", "?")
             dropped[what] += 1
-            examples.setdefault(what, " ".join(f"{row['path'] or row.get('source', '?')}: {why}".split()))
+            examples.setdefault(what, " ".join((why if Path(name).name in why else f"{name}: {why}").split()))
     left = len(rows)
     lines = [("rule", "kept", "dropped", "alone", "example")]
     for what in ("unreadable", "too short", "duplicate", *rules):
@@ -1720,7 +1721,9 @@ def figure(row, rules, folder):
     """Returns the HTML of a clip: a strip of three frames or why there is none, its path, its verdict or its numbers."""
     name = html.escape(row["path"])
     try:
-        frames = read_ends_and_middle(row | {"path": os.path.normpath(folder / row["path"])})
+        last = num_frames(row) - 1
+        key_frames = sorted({k // GOP * GOP for k in (0, last // 2, last)})     # decoded in a tenth of the time
+        frames = read_frames({"path": os.path.normpath(folder / row["path"])}, key_frames)
         height, width = frames[0].shape[:2]
         strip = np.concatenate([resize(frame, 64, max(1, round(64 * width / height))) for frame in frames], 1)
         Image.fromarray(strip).save(buffer := io.BytesIO(), "JPEG", quality=70)

@@ -3,7 +3,9 @@
     python tests/bench_curate.py speed FILE     scanning for cuts, writing clips, motion, appearance: ms a frame
     python tests/bench_curate.py cuts FOLDER    PySceneDetect's AdaptiveDetector (pip install "scenedetect<0.7"
                                                 opencv-python-headless) on the clips whose cuts are known: F1, time
+    python tests/bench_curate.py thresholds FOLDER      F1 on the same clips where one threshold of cuts is changed
     python tests/bench_curate.py flow FOLDER    OpenCV's Farneback on 20 pairs of frames: correlation, time
+    python tests/bench_curate.py shake FOLDER   shake and flow of real shots over which the view moves in known ways
 """
 import os
 import resource
@@ -106,6 +108,80 @@ def cuts(folder):
     print(f"all: {totals['PySceneDetect'][2] / totals['ours'][2]:.2f} times as fast")
 
 
+THRESHOLDS = ("MIN_CHANGE", "MIN_SHARE", "CHANGED", "SAME_PICTURE", "RATIO", "BACK", "BUSY", "BLANK", "MIN_MIXED")
+
+
+def thresholds(folder):
+    thumbs = {}
+    times = {}
+    for name in CUTS:
+        path = Path(folder, name)
+        shrink = curate.Shrink(path, curate.CUT_SIDE)
+        pixels = bytearray()
+        seconds = []
+        for second, frame, stream in curate.decode(path, fast=True):
+            pixels += shrink(frame, stream).tobytes()
+            seconds.append(second)
+        thumbs[name] = np.frombuffer(pixels, np.uint8).reshape(len(seconds), -1, 3)
+        times[name] = np.array(seconds) - seconds[0]
+    print(f"chosen                {score(thumbs, times)}")
+    for name in THRESHOLDS:
+        chosen = getattr(curate, name)
+        for factor in (0.5, 0.7, 0.85, 1.2, 1.4, 2):
+            setattr(curate, name, chosen * factor)
+            print(f"{name:13} {chosen * factor:7.3g} {score(thumbs, times)}")
+        setattr(curate, name, chosen)
+
+
+def score(thumbs, times):
+    """Returns F1 on the labelled clips and how many transitions are found, as text."""
+    num_true = num_hit = num_extra = 0
+    for name, pixels in thumbs.items():
+        found = [first for first, _ in curate.find_transitions(pixels)]
+        found = [t for t in found if "titles" not in name or t > 54]                # it opens from black
+        hit, extra = hits(name, found, times[name])
+        num_true += len(CUTS[name]) + len(DISSOLVES.get(name, ()))
+        num_hit += hit
+        num_extra += extra
+    f1 = 2 * num_hit / (num_true + num_hit + num_extra)
+    return f"F1 {f1:.3f}: {num_hit} of {num_true} found, {num_extra} extra"
+
+
+SHOTS = [("bbb_multishot_720p24_audio.mp4", 800), ("bbb_action_720p24.mp4", 200), ("city_cc0_720x405_mpeg2.mpg", 20),
+         ("bbb_singleshot_720p25_audio.mp4", 10), ("concert_multicam_176x144_vp9_60s.webm", 1050)]
+
+
+def views():
+    """Returns {name: where the middle of the view is in each of 50 frames, [50 2], in shares of its width}."""
+    t = np.arange(50) / 24
+    rng = np.random.default_rng(0)
+    walk = np.stack([0.009 * np.sin(np.pi * 2 * t), 0.015 * np.abs(np.sin(np.pi * 2 * t))], 1)
+    hand = np.stack([np.convolve(rng.normal(size=100), np.hanning(12), "same")[25:75] for _ in range(2)], 1)
+    found = {"still": np.zeros((50, 2)), "pan, a third a second": np.stack([t / 3 - 0.35, 0 * t], 1),
+             "walking, 1.5%": walk, "hand-held, 2%": 0.02 * hand / hand.std()}
+    for percent in (1, 2, 3, 4):
+        found[f"jitter of {percent}% to each side"] = rng.uniform(-1, 1, (50, 2)) * percent / 100
+    return found
+
+
+def shake(folder):
+    from PIL import Image
+    for name, path in views().items():
+        values = []
+        for file, first in SHOTS:
+            _, pictures = curate.read_grey(str(Path(folder, file)))
+            height, width = pictures.shape[1:]
+            shown = []
+            for picture, (right, down) in zip(pictures[first:first + 50], path):
+                left = width * (0.25 + right / 2)
+                top = height * 0.25 + width * down / 2
+                box = (left, top, left + width / 2, top + height / 2)
+                shown.append(np.array(Image.fromarray(picture).resize((width, height), Image.BICUBIC, box)))
+            columns = curate.describe_motion(np.arange(len(shown)) / 24, np.stack(shown))
+            values.append(f"{columns['shake']:5.1f} {columns['flow']:5.1f}")
+        print(f"{name:28} {'   '.join(values)}", flush=True)
+
+
 def flow(folder):
     import cv2
     cv2.setNumThreads(1)
@@ -128,4 +204,4 @@ def flow(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    {"speed": speed, "cuts": cuts, "flow": flow}[sys.argv[1]](sys.argv[2])
+    {"speed": speed, "cuts": cuts, "thresholds": thresholds, "flow": flow, "shake": shake}[sys.argv[1]](sys.argv[2])
