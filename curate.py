@@ -178,13 +178,14 @@ def decode(path, fast=False):
     latest = -math.inf
     kind = None
     with opened(path) as stream:
+        tick = float(stream.time_base)
         if fast:
             stream.codec_context.options |= {"skip_loop_filter": "all"}
         for packet in whole_packets(path, stream):
             for frame in stream.codec_context.decode(packet):
                 if frame.is_corrupt and not count:
                     continue                # a broadcast may begin before its first key frame
-                seconds = math.nan if frame.pts is None else float(frame.pts * stream.time_base)
+                seconds = math.nan if frame.pts is None else frame.pts * tick
                 if frame.is_corrupt:
                     raise UnreadableClip(f"{path}: frame {count} is damaged")
                 if seconds < latest - NEW_START:
@@ -206,17 +207,20 @@ class Shrink:
         self.path = path
         self.side = side
         self.format = "gray" if grey else "rgb24"
+        self.size = None
         self.reformatters = VideoReformatter(), VideoReformatter()      # kept, as they remember their conversion
 
     def __call__(self, frame, stream):
         """Returns uint8 [h w 3], or grey [h w]."""
-        width = displayed_width(self.path, frame, stream)
-        transposed, down, right = orientation(frame)
-        scale = min(1, self.side / max(width, frame.height))
-        size = max(1, round(scale * width)), max(1, round(scale * frame.height))
+        if self.size is None:                                           # `decode` gives frames of one kind
+            width = displayed_width(self.path, frame, stream)
+            scale = min(1, self.side / max(width, frame.height))
+            self.size = max(1, round(scale * width)), max(1, round(scale * frame.height))
+            self.orientation = orientation(frame)
         # Shrinking and converting in one step takes twice the time.
-        small = self.reformatters[0].reformat(frame, *size, "yuv420p", interpolation="AREA", threads=1)
+        small = self.reformatters[0].reformat(frame, *self.size, "yuv420p", interpolation="AREA", threads=1)
         picture = self.reformatters[1].reformat(small, format=self.format, threads=1).to_ndarray()
+        transposed, down, right = self.orientation
         if transposed:
             picture = picture.swapaxes(0, 1)
         return picture[::down, ::right]
@@ -259,7 +263,7 @@ CUT_SIDE = 40           # pixels of the longer side of the frames in which trans
 MIN_CHANGE = 0.4        # mean change of a hard cut, relative to the spread
 MIN_SHARE = 0.45        # of the pixels that change by CHANGED or more: subtitles and a hand change fewer
 CHANGED = 0.25          # of a pixel, relative to the spread
-SAME_PICTURE = 0.6      # correlation of one picture with itself in another light or a moment later
+SAME_PICTURE = 0.9      # correlation of one picture with itself in another light
 RATIO = 3.0             # change at a cut over that of the frames around it, as PySceneDetect's AdaptiveDetector has it
 AROUND = 2              # drawings to each side that count for RATIO; animation shows each up to three times
 HELD = 0.01             # a smaller change is a drawing shown again
@@ -271,6 +275,7 @@ BLANK = 0.1             # contrast of a picture of one colour, relative to the h
 REACH = 64              # frames over which a fade, and the rest of a dissolve around a window, may extend
 DISSOLVES = (12, 24, 48)        # frames of the windows in which mixtures are looked for; longer dissolves look linear
 MIN_MIXED = 0.25        # score of a mixture
+MAX_ALIKE = 0.6         # correlation of the two pictures of a dissolve; a moment later in one shot it is higher
 
 
 def find_transitions(thumbs):
@@ -286,7 +291,7 @@ def find_transitions(thumbs):
 
 def measure_pictures(thumbs):
     """Returns three measures [T] of pictures uint8 [T P 3], in grey levels: the mean change from the picture before;
-    the spread, plus half a level for noise; and the contrast, the distance of the 1% that are farthest from the median."""
+    the spread, plus half a level for noise; and the contrast, the distance of the 1% that are farthest from the mean."""
     changes = []
     spread = []
     contrast = []
@@ -294,8 +299,8 @@ def measure_pictures(thumbs):
     for part in np.array_split(thumbs, len(thumbs) // 256 + 1):         # bounds the memory
         x = part.astype(np.float32)
         changes.append(np.abs(np.diff(x, axis=0, prepend=last)).mean((1, 2)))
-        spread.append(np.abs(x - x.mean(1, keepdims=True)).mean((1, 2)) + 0.5)
-        distance = np.abs(x - np.median(x, 1, keepdims=True)).mean(2)   # [t P]
+        distance = np.abs(x - x.mean(1, keepdims=True)).mean(2)         # [t P]
+        spread.append(distance.mean(1) + 0.5)
         num_farthest = max(1, distance.shape[1] // 100)
         contrast.append(np.partition(distance, -num_farthest, 1)[:, -num_farthest:].mean(1))
         last = x[-1:]
@@ -376,7 +381,7 @@ def ramp_length(thumbs, contrast):
         if length and (rise < 0.3 * slope * np.arange(1, len(rise) + 1)).all():
             break
         length += 1
-    is_even = np.diff(contrast[:length + 1]).max(initial=0) < 0.3 * (contrast[length] - contrast[0])
+    is_even = np.diff(contrast[:length + 1]).max(initial=0) < 0.22 * (contrast[length] - contrast[0])
     comes = np.abs(thumbs[length].astype(np.float32) - thumbs[0]).mean(1) > BLANK * contrast[length]
     if length < 4 or not is_even or comes.mean() < MIN_SHARE:
         return 0
@@ -406,7 +411,7 @@ def mixing(thumbs, starts, length, spread):
         is_linear &= np.abs(alpha - quarter / 4) < 0.13
     alike = correlation(start, end)
     score = is_straight.sum((1, 2)) / np.maximum(is_changed.sum((1, 2)), 1) - np.maximum(alike, 0) / 2
-    is_mixture = is_linear & (alike < SAME_PICTURE) & (is_changed.mean((1, 2)) > MIN_SHARE)
+    is_mixture = is_linear & (alike < MAX_ALIKE) & (is_changed.mean((1, 2)) > MIN_SHARE)
     # The mean of two pictures has a quarter of var(way) less variance than they have; half of that is asked for.
     variance = (start.var((1, 2)) + end.var((1, 2))) / 2
     middle = thumbs[starts + length // 2].astype(np.float32)
@@ -484,7 +489,7 @@ def frame_ends(times):
 
 # ---------------------------------------------------------------- black bars
 BAR = 24                # grey levels that black bars stay under; black is 0, or 16 where its range is not known
-SAMPLES_PER_SECOND = 2
+SAMPLE_EVERY = 24       # frames
 
 
 def lit_share(picture):
@@ -603,7 +608,7 @@ def display_filter(clip, frame, source):
 
 
 # ---------------------------------------------------------------- cut: a source file to its clips
-TOO_SHORT = "shot is too short"
+TOO_SHORT = "too short a shot"
 
 
 class Scan(NamedTuple):
@@ -627,8 +632,8 @@ def scan(path):
     try:
         for time, frame, stream in decode(path, fast=True):
             thumbs += shrink(frame, stream).tobytes()
-            rate = stream.guessed_rate or 24
-            if len(seconds) % max(1, round(rate / SAMPLES_PER_SECOND)) == 0:
+            if len(seconds) % SAMPLE_EVERY == 0:
+                rate = stream.guessed_rate or 24
                 picture = sample(frame, stream)
                 samples.append((len(seconds), lit_share(picture)))
             seconds.append(time)
@@ -801,7 +806,7 @@ PAIR_GAP = 1 / 25       # seconds between the frames of a pair, at least
 TRIPLE_EVERY = 13 / 24  # seconds; not a multiple of 1/12 or 1/8, so that drawings held for 2 or 3 frames do not beat
 STATIC = 3.0            # speed of the camera below which it stands still
 AGAINST = (0.5, 0.15)   # pixels, and share of the local camera motion, by which a pixel may differ and still follow it
-REPEAT = 0.6            # grey levels, mean over any 16 x 16 block: a held picture has 0.2, one of 300 film frames 0.6
+REPEAT = 0.6            # grey levels, mean of any 16 x 16 block: a held picture changes by 0.5, quiet film by 0.7 or more
 MOTION_COLUMNS = ("flow", "shake", "cmotion", "against")
 MOVES = (("pan right", "pan left"), ("tilt down", "tilt up"), ("zoom in", "zoom out"), ("roll", "roll"))
 
@@ -829,14 +834,9 @@ def repeats(pictures):
     same = []
     for before, after in itertools.pairwise(pictures):
         change = torch.from_numpy(after.astype(np.float32) - before)
-        same.append(F.avg_pool2d(change[None], 16, ceil_mode=True).abs().max().item() < REPEAT)
+        limit = REPEAT * np.clip(after.std() / 20, 0.4, 1)              # pale and dark footage changes less
+        same.append(F.avg_pool2d(change[None], 16, ceil_mode=True).abs().max().item() < limit)
     return np.array(same, bool)
-
-
-def measure_motion(row, options):
-    """Returns how a clip moves: its columns MOTION_COLUMNS, empty for an image."""
-    times, pictures = read_grey(row["path"])
-    return describe_motion(times, pictures)
 
 
 def describe_motion(times, pictures):
@@ -941,14 +941,13 @@ NO_HASH = "0" * 16
 FLAT = 8.0              # rms of the 64 coefficients of a hash: shots have 60 or more, black with noise has 1
 
 
-def measure_appearance(row, options):
-    """Returns what the frames of a clip look like: its columns APPEARANCE_COLUMNS.
+def describe_appearance(times, pictures):
+    """Returns APPEARANCE_COLUMNS of grey pictures uint8 [T h w] at times [T].
 
     brightness: mean luma, 0..1.  sharpness: median variance of the Laplacian at MOTION_SIDE, in grey levels squared
     (Pech-Pacheco et al., ICPR 2000, LAPV); shots have 100 to 5000, after a box blur of 9 pixels 1 to 20.  repeats: the
     share of frames that show what the one before does.  held: seconds of the longest run of these.  phash: the hashes
     of the first, middle and last frame."""
-    times, pictures = read_grey(row["path"])
     is_repeated = repeats(pictures)
     changed = np.concatenate([[0], np.flatnonzero(~is_repeated) + 1, [len(times)]])     # first frame of each drawing
     held = times[changed[1:] - 1] - times[changed[:-1]]
@@ -956,6 +955,20 @@ def measure_appearance(row, options):
     return {"brightness": pictures.mean() / 255, "sharpness": np.median([sharpness(one) for one in pictures[::6]]),
             "repeats": is_repeated.mean() if len(is_repeated) else 0.0, "held": held.max(),
             "phash": "".join(perceptual_hash(one) for one in ends_and_middle)}
+
+
+def measure_motion(row, options):
+    return describe_motion(*read_grey(row["path"]))
+
+
+def measure_appearance(row, options):
+    return describe_appearance(*read_grey(row["path"]))
+
+
+def measure_both(row, options):
+    """Returns the columns of motion and appearance with one decode."""
+    times, pictures = read_grey(row["path"])
+    return describe_motion(times, pictures) | describe_appearance(times, pictures)
 
 
 def sharpness(picture):
@@ -1272,6 +1285,7 @@ STEPS = {
     "cut": Step(("clips",), cut, settings=("min_seconds", "max_seconds")),
     "motion": Step(MOTION_COLUMNS, measure_motion),
     "appearance": Step(APPEARANCE_COLUMNS, measure_appearance),
+    "measure": Step(MOTION_COLUMNS + APPEARANCE_COLUMNS, measure_both),
     "aesthetic": Step(("aes", "features"), prepare_aesthetic, load_aesthetic, 64, ("num_frames",),
                       ("clip_model", "aesthetic_head")),
     "ocr": Step(("text_area",), prepare_ocr, load_ocr, 16, ("num_frames",), ("ocr_model",)),
@@ -1608,13 +1622,13 @@ RULES = (
     Rule("min_aesthetic", "aes", 5.0),          # Open-Sora's --aesmin 5; a first stage may take 4.5 (docs/report_03.md)
     Rule("min_match", "match", 20.0),           # cosine x 100
     Rule("max_text_area", "text_area", 0.005),  # share of the picture: titles 0.009 to 0.06, without text under 0.001
+    Rule("min_brightness", "brightness", 0.03),     # 0 to 1: the darkest shot of a concert 0.04, black 0.014
+    Rule("min_sharpness", "sharpness", 20.0),   # shots have 150 to 5000, blurred over 9 pixels 1 to 20
     Rule("min_flow", "flow", 0.5),              # pixels per second; a held picture has 0.04
     Rule("max_flow", "flow", 400.0),            # pixels per second: the picture is crossed in less than a second
     Rule("max_shake", "shake", 60.0),           # pixels per second: a walking camera 10, hand-held 45, jitter of 2% 90
     Rule("max_repeats", "repeats", 0.7),        # share: drawn at 12 of 24 fps 0.5, at 8 of 24 0.67, a held picture 1
     Rule("max_held", "held", 2.0),              # seconds
-    Rule("min_brightness", "brightness", 0.03),     # 0 to 1: the darkest shot of a concert 0.04, black 0.014
-    Rule("min_sharpness", "sharpness", 20.0),   # shots have 150 to 5000, blurred over 9 pixels 1 to 20
     Rule("min_height", "height", None),         # buckets leave out what is too small for them
 )
 MOTION_RULES = ("flow", "shake", "repeats", "held")     # columns that an image does not have to keep to
@@ -1778,7 +1792,7 @@ def run(options):
     run_step("cut", own_files, options)
     wanted = []
     if options.command == "run":
-        wanted = ["motion", "appearance", *(name for name in NETWORKS if name in options.networks)]
+        wanted = ["measure", *(name for name in NETWORKS if name in options.networks)]
     done = []
     for name in wanted:
         rows, _ = collect(own_files, done, options)

@@ -1,6 +1,6 @@
 """What curating costs, and how it compares.  One thread, CPU time of the process, the fastest of three turns.
 
-    python tests/bench_curate.py speed FILE     scanning for cuts, writing clips, motion, appearance: ms a frame
+    python tests/bench_curate.py speed FILE     scanning for cuts, writing clips, measuring them: ms a frame
     python tests/bench_curate.py cuts FOLDER    PySceneDetect's AdaptiveDetector (pip install "scenedetect<0.7"
                                                 opencv-python-headless) on the clips whose cuts are known: F1, time
     python tests/bench_curate.py thresholds FOLDER      F1 on the same clips where one threshold of cuts is changed
@@ -60,8 +60,7 @@ def speed(path):
             turn["decode alone"], _ = timed(decode_all, path)
             turn["cut: scan"], video = timed(curate.scan, path)
             turn["cut: write clips"], files = timed(write_all, path, video, folder)
-            turn["motion"], _ = timed(measure_all, curate.measure_motion, files)
-            turn["appearance"], _ = timed(measure_all, curate.measure_appearance, files)
+            turn["measure"], _ = timed(measure_all, curate.measure_both, files)
             best = {name: min(seconds, best.get(name, seconds)) for name, seconds in turn.items()}
     num_frames = len(video.times)
     length = video.times[-1]
