@@ -195,6 +195,15 @@ def test_cuts_between_pale_or_dark_shots_of_the_same_mean_colour_are_found(contr
     assert find_cuts(pale) == [(60, 60)]
 
 
+def test_a_cut_between_two_landscapes_that_are_much_alike_is_found():
+    """Both have a bright sky above and dark hills below, as most landscapes do: their correlation is 0.9."""
+    sky = np.linspace(220, 60, 96)[:, None, None]
+    first, second = ((0.35 * (shot(seed, 60) - 128.0) + sky).clip(0, 255).astype(np.uint8) for seed in (1, 2))
+    alike = curate.correlation(small(first)[-1:].astype(float), small(second)[:1].astype(float))[0]
+    assert 0.85 < alike < curate.SAME_PICTURE
+    assert find_cuts(np.concatenate([first, second])) == [(60, 60)]
+
+
 @pytest.mark.parametrize("length, pan", [(12, 0), (20, 1), (40, 0), (60, 0)])
 def test_a_dissolve_is_found(length, pan):
     (first, end), = find_cuts(dissolve(length, pan))
