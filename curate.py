@@ -288,7 +288,8 @@ def find_transitions(thumbs):
 
 def measure_pictures(thumbs):
     """Returns three measures [T] of pictures uint8 [T P 3], in grey levels: the mean change from the picture before;
-    the spread, plus half a level for noise; and the contrast, the distance of the 1% that are farthest from the mean."""
+    the spread, plus half a level for noise; and the contrast, the distance of the 1% that are farthest from the
+    mean."""
     changes = []
     spread = []
     contrast = []
@@ -803,7 +804,7 @@ PAIR_GAP = 1 / 25       # seconds between the frames of a pair, at least
 TRIPLE_EVERY = 13 / 24  # seconds; not a multiple of 1/12 or 1/8, so that drawings held for 2 or 3 frames do not beat
 STATIC = 3.0            # speed of the camera below which it stands still
 AGAINST = (0.5, 0.15)   # pixels, and share of the local camera motion, by which a pixel may differ and still follow it
-REPEAT = 0.6            # grey levels, mean of any 16 x 16 block: a held picture changes by 0.5, quiet film by 0.7 or more
+REPEAT = 0.6            # grey levels, mean of any 16 x 16 block: a held picture changes by 0.5, quiet film by 0.7
 MOTION_COLUMNS = ("flow", "shake", "cmotion", "against")
 MOVES = (("pan right", "pan left"), ("tilt down", "tilt up"), ("zoom in", "zoom out"), ("roll", "roll"))
 
@@ -1256,7 +1257,8 @@ def ask(net, processor, options, clips):
 
 
 def clean_answer(text, has_ended=True):
-    """Returns a caption without words about the video and without a last sentence that was cut off, "" for a refusal."""
+    """Returns a caption without words about the video and without a last sentence that was cut off; "" if it is a
+    refusal."""
     if REFUSAL.match(text):
         return ""
     text = " ".join(text.split())
@@ -1704,7 +1706,7 @@ def tally(rows, rules):
         else:
             lines.append((str(what), left, dropped[what], alone[what], examples.get(what, "")))
     table = [f"{a:<20} {b:>12} {c:>9} {d:>9}  {e}".rstrip() for a, b, c, d, e in lines]
-    table.append("A clip is dropped by the first rule that it breaks; alone: what a rule would drop without the others.")
+    table.append("A clip is dropped by the first rule that it breaks.  alone: what a rule would drop by itself.")
     return "\n".join(table)
 
 
@@ -1732,7 +1734,7 @@ def pick(values, rule, shown):
 
 
 def figure(row, rules, folder):
-    """Returns the HTML of a clip: a strip of three frames or why there is none, its path, its verdict or its numbers."""
+    """Returns the HTML of a clip: a strip of three frames or why there is none, its path, its verdict or numbers."""
     name = html.escape(row["path"])
     try:
         last = num_frames(row) - 1
@@ -1815,7 +1817,7 @@ def run(options):
 
 
 def choose(rows, columns, options, dedup):
-    """Finds duplicates, applies the rules, writes the table and meta.csv; prints what is kept and why others are not."""
+    """Finds duplicates, applies the rules, writes the table and meta.csv; prints what is kept and why the rest is not."""
     rules = rules_of(options)
     table = options.table
     if dedup:
@@ -1830,7 +1832,7 @@ def choose(rows, columns, options, dedup):
     print(tally(rows, rules))
     print(f"{table}: {len(rows)} clips, {len(kept)} kept")
     if not kept:
-        raise ValueError(f"no clip is kept; the first is dropped because: {rows[0]['dropped']} - the table above counts "
+        raise ValueError(f"no clip is kept; the first is dropped for: {rows[0]['dropped']} - the table above counts "
                          "the reasons")
     meta = table.with_name("meta.csv" if table.name == "clips.csv" else f"{table.stem}-kept.csv")
     write_table(meta, kept, [name for name in columns if name not in ("error", "duplicate_of", "dropped", "features")])

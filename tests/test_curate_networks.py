@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from data import read_window, write_video
-from PIL import Image, ImageDraw
+from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPTextConfig, CLIPVisionConfig, LlamaConfig,
                           LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, PPOCRV5MobileDetConfig,
