@@ -1817,7 +1817,7 @@ def run(options):
 
 
 def choose(rows, columns, options, dedup):
-    """Finds duplicates, applies the rules, writes the table and meta.csv; prints what is kept and why the rest is not."""
+    """Finds duplicates, applies the rules, writes the table and meta.csv; prints what is kept and why others are not."""
     rules = rules_of(options)
     table = options.table
     if dedup:
