@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import COLUMNS, IMAGE_FPS, atomic_write, one_line_errors, write_video
+from data import COLUMNS, IMAGE_FPS, atomic_write, one_line_errors, write_mp4
 
 # Colours, sizes, distances and shares are our choice (hand-tuned); assets/tiny/README.md says what they led to.
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
@@ -122,7 +122,7 @@ def write_shapes(folder, num_clips=2000, seed=0):
         T, H, W, _ = frames.shape
         name = f"{index:06d}" + (".mp4" if T > 1 else ".png")
         if T > 1:
-            write_video(folder / name, frames, SHAPES_FPS)
+            write_mp4(folder / name, frames, SHAPES_FPS, "yuv444p")     # sharp edges of colour
         else:
             Image.fromarray(frames[0]).save(folder / name)
         rows.append((name, caption, T, H, W, SHAPES_FPS if T > 1 else IMAGE_FPS))

@@ -99,7 +99,7 @@ def test_rendered_files_read_back(rendered, clips):
         assert read.shape[:3] == tuple(meta[name][i] for name in ("num_frames", "height", "width"))
         assert meta["fps"][i] == (8 if len(frames) > 1 else 120)
         assert meta.text(i) == caption
-        assert np.abs(read.astype(int) - frames).mean() < 4     # 4:2:0 halves the resolution of colour
+        assert np.abs(read.astype(int) - frames).mean() < 1       # 4:2:0, which halves the resolution of colour, gives 2.4
         kinds.add(Path(meta.path(i)).suffix)
     assert kinds == {".mp4", ".png"}
 
