@@ -93,7 +93,7 @@ def aspect_tables():
         for size in SQUARE.split():
             height, width = parse_size(size)
             tables[resolution][str(round(height / width, 2))] = (scale * height, scale * width)
-    tables["32"] = {"1.00": (32, 32), "0.67": (32, 48)}         # assets/shapes.py
+    tables["64"] = {"1.00": (64, 64), "0.67": (64, 96)}         # assets/shapes.py
     return tables
 
 

@@ -36,14 +36,14 @@ def quick():
 
 
 def square_clips(num_frames):
-    """Returns rendered clips of 32 x 32 that training never saw, uint8 [T H W 3] each, and their captions."""
+    """Returns rendered clips of 64 x 64 that training never saw, uint8 [T H W 3] each, and their captions."""
     clips = []
     texts = []
     index = 0
     while len(clips) < NUM_CLIPS:
         frames, text, _ = shapes_clip(77, index)
         index += 1
-        if frames.shape[:3] == (num_frames, 32, 32):
+        if frames.shape[:3] == (num_frames, 64, 64):
             clips.append(frames)
             texts.append(text)
     return clips, texts
