@@ -94,7 +94,7 @@ def aspect_tables():
         for size in SQUARE.split():
             height, width = parse_size(size)
             tables[resolution][str(round(height / width, 2))] = (scale * height, scale * width)
-    tables["32"] = {"1.00": (32, 32), "0.67": (32, 48)}         # assets/shapes.py
+    tables["64"] = {"1.00": (64, 64), "0.67": (64, 96)}         # assets/shapes.py
     return tables
 
 
@@ -1266,8 +1266,10 @@ def check_no_other_files(path):
             raise ValueError(f"{path} is a folder with other files, such as {file.name}: choose a new name")
 
 
-def write_mp4(path, frames, fps):
-    """Writes frames uint8 [T H W 3] as H.264, which needs even sides: an odd one gets its last row or column twice."""
+def write_mp4(path, frames, fps, pix_fmt="yuv420p"):
+    """Writes frames uint8 [T H W 3] as H.264, which needs even sides: an odd one gets its last row or column twice.
+
+    pix_fmt: "yuv420p" halves the resolution of colour and plays everywhere; "yuv444p" keeps it."""
     _, H, W, _ = frames.shape
     frames = np.pad(frames, ((0, 0), (0, H % 2), (0, W % 2), (0, 0)), "edge")
     # crf 12 (hand-tuned): the model is to be judged, not the codec.  Without x264's macroblock tree, which gives other
@@ -1276,7 +1278,7 @@ def write_mp4(path, frames, fps):
     with av.open(os.path.abspath(path), "w", options={"movflags": "faststart"}) as out:
         stream = out.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
         _, stream.height, stream.width, _ = frames.shape
-        stream.pix_fmt = "yuv420p"
+        stream.pix_fmt = pix_fmt
         for frame in tqdm(frames, f"writing {path.name}", unit="frame", leave=False, disable=len(frames) < 200):
             out.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
         out.mux(stream.encode())

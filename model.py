@@ -92,8 +92,8 @@ class STDiTConfig:
 
 
 XL_2 = STDiTConfig()
-TINY = STDiTConfig(depth=4, hidden_size=144, num_heads=6, patch_size=(1, 1, 1), in_channels=16, caption_channels=64,
-                   model_max_length=16, input_sq_size=32, temporal_pos=True)
+TINY = STDiTConfig(depth=4, hidden_size=144, num_heads=6, in_channels=8, caption_channels=64,
+                   model_max_length=16, input_sq_size=64, temporal_pos=True)
 
 
 # ---- tables, computed in fp32 at each forward: they depend on the clip's size, and computing them is cheap ----

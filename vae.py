@@ -56,7 +56,9 @@ class VAE:
         self.channels = net.config.latent_channels
         self.device = net.device
         self.dtype = net.dtype
-        self.down = 2 ** (len(net.config.block_out_channels) - 1)           # each block but the last halves the sides
+        # Stable Diffusion's network takes pixels; that of assets/tiny takes patches of 4 x 4 pixels as 48 channels.
+        self.patch = math.isqrt(net.config.in_channels // 3)
+        self.down = self.patch * 2 ** (len(net.config.block_out_channels) - 1)      # all blocks but the last halve
 
     @torch.no_grad()
     def moments(self, video):
@@ -64,6 +66,9 @@ class VAE:
         if video.ndim != 5 or video.shape[1] != 3 or min(video.shape[3:]) < self.down:
             raise ValueError(f"video must be [B 3 T H W] with H and W {self.down} or more, got {list(video.shape)}")
         frames = rearrange(video, "b c t h w -> (b t) c h w").to(self.dtype)
+        rows = frames.shape[2] // self.patch * self.patch           # of whole patches
+        columns = frames.shape[3] // self.patch * self.patch
+        frames = F.pixel_unshuffle(frames[:, :, :rows, :columns], self.patch)
         means = []
         stds = []
         for part in frames.split(frames_at_once(*video.shape[3:])):
@@ -88,7 +93,7 @@ class VAE:
         _, _, h, w = frames.shape
         decoded = []
         for part in frames.split(frames_at_once(self.down * h, self.down * w)):
-            decoded.append(self.net.decode(part).sample.float())
+            decoded.append(F.pixel_shuffle(self.net.decode(part).sample.float(), self.patch))
         return rearrange(torch.cat(decoded), "(b t) c h w -> b c t h w", b=len(z)).clamp(-1, 1)
 
 

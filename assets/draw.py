@@ -1,7 +1,7 @@
 """Draws the README's pictures from the project's own code, as SVG by hand: no package for plots is needed.
 
     python assets/draw.py                    lists the pictures: name, what it shows, SOURCE
-    python assets/draw.py NAME [SOURCE]      writes assets/NAME.svg (training: .png); --out FOLDER: elsewhere
+    python assets/draw.py NAME [SOURCE]      writes assets/NAME.svg (or .png, .gif); --out FOLDER: elsewhere
     python assets/draw.py all                those that take seconds and need no SOURCE
 Nothing is drawn from memory: masks.py, data.py, sample.py and model.py are asked, or a log, a table, profiles, previews
 are read.
@@ -264,6 +264,32 @@ def draw_training(source="runs/tiny"):
     return sheet.quantize(96, Image.Quantize.FASTOCTREE)
 
 
+# ---------------------------------------------------------------- samples of the shipped weights
+def draw_samples(source=ROOT / "assets" / "tiny"):
+    """Twelve prompts of the shapes world, every seventh of 72, looping (GIF): 20 steps of dpm; SOURCE: a checkpoint."""
+    from assets.shapes import COLORS, DIRECTIONS, SHAPES, SHAPES_FPS
+    from sample import generate, load
+    from vae import load_text_encoder, load_vae
+    every = [f"a {color} {shape} moves {way}" for color in COLORS for shape in SHAPES for way in DIRECTIONS]
+    prompts = [every[7 * i % len(every)] for i in range(12)]
+    model, config = load(str(source))
+    text_encoder = load_text_encoder(config.text_encoder, config.model.model_max_length)
+    videos = generate(model, load_vae(config.vae), text_encoder, prompts, num_frames=8, height=64, width=64,
+                      fps=SHAPES_FPS, steps=20, sampler="dpm", cfg_scale=config.cfg_scale,
+                      prediction=config.prediction)
+    font = ImageFont.load_default(13)
+    sheets = []
+    for frames in videos.swapaxes(0, 1):                                # the 12 frames of a moment
+        sheet = Image.new("RGB", (WIDTH, 3 * 230), "white")
+        for i, (prompt, frame) in enumerate(zip(prompts, frames)):
+            x = 212 * (i % 4)
+            y = 230 * (i // 4)
+            sheet.paste(Image.fromarray(frame).resize((204, 204), Image.Resampling.BICUBIC), (x, y))
+            ImageDraw.Draw(sheet).text((x + 102, y + 206), prompt, fill="#4b535d", font=font, anchor="ma")
+        sheets.append(sheet)
+    return sheets
+
+
 # ---------------------------------------------------------------- curation
 def draw_curation(source="data/mine"):
     """What curate.py keeps and drops: clips left by each rule; frames kept (blue), dropped; SOURCE: its folder."""
@@ -315,10 +341,24 @@ PICTURES = {name[5:].replace("_", "-"): draw for name, draw in globals().items()
 CHEAP = "masks", "buckets", "noise", "attention", "step-time"
 
 
+def write_gif(file, frames):
+    """Writes frames, PIL images of one size, at 8 a second; the last one stays for a second.  They share a palette."""
+    width, height = frames[0].size
+    wall = Image.new("RGB", (width, height * len(frames)))
+    for i, frame in enumerate(frames):
+        wall.paste(frame, (0, height * i))
+    palette = wall.quantize(255, Image.Quantize.MEDIANCUT, kmeans=1)
+    first, *rest = [frame.quantize(palette=palette) for frame in frames]
+    first.save(file, save_all=True, append_images=rest, duration=[125] * len(rest) + [1000], loop=0)
+    return file
+
+
 def write(name, folder, *source):
     """Draws one picture into the folder and returns its file; its docstring becomes title and description."""
     drawn, file = PICTURES[name](*source), Path(folder, name)
     file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(drawn, list):
+        return write_gif(file.with_suffix(".gif"), drawn)
     if isinstance(drawn, Image.Image):
         drawn.save(file := file.with_suffix(".png"), optimize=True)
         return file

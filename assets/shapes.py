@@ -1,4 +1,4 @@
-"""The shapes world: made-up clips of one coloured shape that moves straight over a plain background.
+"""The shapes world: made-up clips of one coloured shape that moves straight, lit from above, over a soft background.
 
     python -m assets.shapes data/shapes                     renders 2,000 clips: *.mp4, *.png and meta.csv
     python -m assets.shapes data/many --num-clips 20000     more of them
@@ -16,14 +16,17 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from data import COLUMNS, IMAGE_FPS, atomic_write, one_line_errors, write_video
+from data import COLUMNS, IMAGE_FPS, atomic_write, one_line_errors, write_mp4
 
 # Colours, sizes, distances and shares are our choice (hand-tuned); assets/tiny/README.md says what they led to.
-COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 235), "yellow": (235, 210, 40),
-          "purple": (160, 50, 200), "cyan": (50, 210, 220)}
+# A background is the grey of its top row and of its bottom row: far less colourful than any shape.
+COLORS = {"red": (232, 44, 40), "green": (36, 178, 62), "blue": (28, 52, 236), "yellow": (250, 206, 24),
+          "purple": (178, 40, 222), "cyan": (40, 214, 226)}
 SHAPES = ("circle", "square", "triangle")
 DIRECTIONS = {"right": (1, 0), "left": (-1, 0), "down": (0, 1), "up": (0, -1)}  # (dx, dy): y grows downwards
-BACKGROUNDS = ((16, 16, 20), (105, 105, 105))
+BACKGROUNDS = (((22, 24, 42), (78, 74, 104)), ((44, 58, 66), (112, 126, 128)), ((104, 102, 110), (176, 168, 160)))
+SHADOW = 0.4            # share of the background's light that the darkest part of a shadow takes away
+LIGHT = 0.3             # share by which a shape is lighter at its upper left, and darker at its lower right
 SHAPES_FPS = 8
 
 
@@ -49,8 +52,10 @@ def extent(shape, side):
             "triangle": (edge / 2, edge / 2, edge / 3 ** 0.5, edge / 12 ** 0.5)}[shape]
 
 
-def coverage(shape, side, x, y, height, width):
-    """Returns how much of each pixel the shape centred at (x, y) covers, 0..1 [H W], by its distance to the edge."""
+def coverage(shape, side, x, y, height, width, edge=1.0):
+    """Returns how much of each pixel the shape centred at (x, y) covers, 0..1 [H W], by its distance to the edge.
+
+    edge: how many pixels the way from 1 to 0 takes; 1 is anti-aliased, more is blurred."""
     dy, dx = np.mgrid[:height, :width] + 0.5 - np.array([y, x])[:, None, None]
     *_, down = extent(shape, side)  # each edge is as far from the centre as the lowest
     if shape == "circle":
@@ -59,7 +64,7 @@ def coverage(shape, side, x, y, height, width):
         outside = np.maximum(abs(dx), abs(dy)) - down
     else:  # a triangle, its point upwards: the base, and the sides, whose normals are (+-sqrt(3), -1) / 2
         outside = np.maximum(dy, (3 ** 0.5 * abs(dx) - dy) / 2) - down
-    return np.clip(0.5 - outside, 0, 1)
+    return np.clip(0.5 - outside / edge, 0, 1)
 
 
 def random_thing(rng, color, shape, direction, height, width):
@@ -86,20 +91,35 @@ def render(thing, background, num_frames, height, width):
     """Returns a clip, uint8 [T H W 3].  A still (one frame) shows the middle of the way."""
     shares = np.arange(num_frames) / (num_frames - 1) if num_frames > 1 else np.array([0.5])  # of the way
     centers = np.outer(1 - shares, thing.start) + np.outer(shares, thing.end)
-    alpha = np.stack([coverage(thing.shape, thing.side, x, y, height, width) for x, y in centers])[..., None]
-    ground = np.float64(background)
+    frames = [render_frame(thing, background, x, y, height, width) for x, y in centers]
+    return np.stack(frames)
+
+
+def render_frame(thing, background, x, y, height, width):
+    """Returns one frame, uint8 [H W 3], of a thing with its centre at (x, y): background, shadow, shape."""
+    top, bottom = np.float64(background)
+    down = np.linspace(0, 1, height)[:, None, None]
+    ground = (1 - down) * top + down * bottom                                       # [H 1 3]
+    offset = 0.12 * thing.side
+    blur = 0.4 * thing.side
+    shadow = coverage(thing.shape, thing.side, x + offset, y + offset, height, width, blur)
+    ground = ground * (1 - SHADOW * shadow[..., None])                              # [H W 3]
+    rows, columns = np.mgrid[:height, :width] + 0.5
+    light = LIGHT * np.clip((x - columns + y - rows) / thing.side, -1, 1)[..., None]
     color = np.float64(COLORS[thing.color])
+    color = color + np.maximum(light, 0) * (255 - color) + np.minimum(light, 0) * color     # the hue stays
+    alpha = coverage(thing.shape, thing.side, x, y, height, width)[..., None]
     return (ground + alpha * (color - ground) + 0.5).astype(np.uint8)
 
 
 def shapes_clip(seed, index):
     """Returns clip `index` of the world `seed`, a pure function: (uint8 [T H W 3], caption, Thing).
 
-    4 of 10 are stills, 4 have 8 frames, 2 have 16; a quarter is wide (32 x 48).  Held-out combinations do not occur.
+    4 of 10 are stills, 4 have 8 frames, 2 have 16; a quarter is wide (64 x 96).  Held-out combinations do not occur.
     """
     rng = np.random.default_rng((seed, index))
     num_frames = int(rng.choice((1, 8, 16), p=(0.4, 0.4, 0.2)))
-    height, width = (32, 48) if rng.random() < 0.25 else (32, 32)
+    height, width = (64, 96) if rng.random() < 0.25 else (64, 64)
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
     looks = ()
     while not looks or held_out(*looks):
@@ -122,7 +142,7 @@ def write_shapes(folder, num_clips=2000, seed=0):
         T, H, W, _ = frames.shape
         name = f"{index:06d}" + (".mp4" if T > 1 else ".png")
         if T > 1:
-            write_video(folder / name, frames, SHAPES_FPS)
+            write_mp4(folder / name, frames, SHAPES_FPS, "yuv444p")     # sharp edges of colour
         else:
             Image.fromarray(frames[0]).save(folder / name)
         rows.append((name, caption, T, H, W, SHAPES_FPS if T > 1 else IMAGE_FPS))

@@ -101,12 +101,12 @@ class Sampler:
 
     def frames(self, prompts, sampler, steps, *, num_frames=8, segments=None, overlap=None, references=None,
                strategy=None):
-        """Returns uint8 [B T 32 32 3].  references: clips uint8 [K H W 3] that each prompt is given, taken as
+        """Returns uint8 [B T 64 64 3].  references: clips uint8 [K H W 3] that each prompt is given, taken as
         `strategy` says in the released mask language."""
         strategies = None if strategy is None else [masks.parse_strategy(strategy)] * len(prompts)
         references = None if references is None else [references] * len(prompts)
         return sample.generate(
-            self.model, self.vae, self.text_encoder, prompts, num_frames=num_frames, height=32, width=32, fps=8.0,
+            self.model, self.vae, self.text_encoder, prompts, num_frames=num_frames, height=64, width=64, fps=8.0,
             seed=5, sampler=sampler, steps=steps, cfg_scale=2.0, prediction=self.config.prediction,
             references=references, strategies=strategies, segments=segments, overlap=overlap)
 
@@ -344,7 +344,7 @@ def record_training(folder):
     """Losses and gradient norms of 20 steps, from pixels, from the cache, and in the ways that a step can differ."""
     make_shapes(folder / "clips", 60)
     small = ["--model.depth=2", "--model.hidden_size=48", "--model.num_heads=2", "--prompts=()", "--steps=20",
-             "--save_every=20", "--warmup_steps=4", "--buckets={'32': {1: (1.0, 8), 8: (1.0, 4)}}",
+             "--save_every=20", "--warmup_steps=4", "--buckets={'64': {1: (1.0, 8), 8: (1.0, 4)}}",
              f"--vae={ROOT}/assets/tiny/vae", f"--text_encoder={ROOT}/assets/tiny/text_encoder",
              f"--data={folder}/clips/meta.csv", f"--init={folder}/{STARTING_WEIGHTS}"]
     equal_shares = {name: 1 / len(masks.STRATEGIES) for name in masks.STRATEGIES}
@@ -411,7 +411,7 @@ def record_buckets(folder):
         yield f"{stage}.bucket_of_step", np.array([bucket for bucket, _ in steps])
         yield f"{stage}.clips_of_steps", np.concatenate([clips for _, clips in steps])
     make_shapes(folder / "clips", 40)
-    buckets = "--buckets={'32': {1: (1.0, 4), 8: (0.5, 2), 16: (1.0, 1)}}"
+    buckets = "--buckets={'64': {1: (1.0, 4), 8: (0.5, 2), 16: (1.0, 1)}}"
     config = load_config("configs/tiny.py", "--cache=", "--windows=0", "--num_workers=0", buckets)
     for step, (video, texts, values) in enumerate(read_batches(folder / "clips/meta.csv", config, 12)):
         yield f"batch_{step}.video", video

@@ -1,19 +1,24 @@
 """Reads what the frames of the shapes world show, without a network: colour, shape, place and direction.
 
 `python tests/reader.py [CKPT] [--prompts 96]` samples prompts from a checkpoint and prints how many of them it obeys.
+`python tests/reader.py --vae DIR` prints what an autoencoder makes of renders: look at it before you train on latents.
 The palette and the outlines are those of assets/shapes.py; a clip is judged as a viewer would, frame by frame.
 """
 import argparse
+import math
 import sys
 import time
+from colorsys import rgb_to_hsv
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from assets.shapes import COLORS, DIRECTIONS, SHAPES, coverage, held_out, shapes_clip  # noqa: E402
+from assets.shapes import (BACKGROUNDS, COLORS, DIRECTIONS, SHAPES, coverage, held_out, random_thing,  # noqa: E402
+                           render, shapes_clip)
 from data import to_uint8, to_video, write_video  # noqa: E402
 from masks import Given  # noqa: E402
 
@@ -37,7 +42,7 @@ def read_clip(frames):
     centers = np.array([center for _, _, center in seen])
     moved = centers[-1] - centers[0]
     direction = None
-    if np.isfinite(moved).all() and abs(moved).max() > 2:           # pixels; rendered 8-frame clips move 6 or more
+    if np.isfinite(moved).all() and abs(moved).max() > 4:           # pixels; rendered 8-frame clips move 16 or more
         direction = max(DIRECTIONS, key=lambda name: np.dot(DIRECTIONS[name], moved))
     return Seen(color, shape, direction, centers, votes / len(frames))
 
@@ -49,20 +54,31 @@ def most_common(names):
 
 
 def read_frame(frame):
-    """Returns (colour, shape, (x, y)) of one frame [H W 3]; NOTHING where nothing stands out of the background."""
+    """Returns (colour, shape, (x, y)) of one frame [H W 3]; NOTHING where nothing is more colourful than a background.
+    """
     H, W, _ = frame.shape
     frame = frame.astype(float)
-    border = np.concatenate([frame[0], frame[-1], frame[:, 0], frame[:, -1]])
-    background = np.median(border, axis=0)
-    contrast = np.abs(frame - background).max(-1)
-    alpha = np.clip(contrast / max(contrast.max() * 0.8, 60), 0, 1) * (contrast > 25)
-    if alpha.sum() < 25:                                            # the smallest object has 110 pixels
+    alpha = colorful(frame)
+    if alpha.sum() < 100:                                           # the smallest object has 446 pixels
         return NOTHING
-    inside = frame[contrast > 0.7 * contrast.max()].mean(0)
-    color = min(COLORS, key=lambda name: np.linalg.norm(inside - COLORS[name]))
+    inside = frame[alpha > 0.9].mean(0)
+    color = min(COLORS, key=lambda name: hue_between(inside, COLORS[name]))
     y, x = (np.mgrid[:H, :W] + 0.5)
     center = np.array([(alpha * x).sum(), (alpha * y).sum()]) / alpha.sum()
     return color, nearest_shape(alpha, center), tuple(center)
+
+
+def colorful(frame):
+    """Returns which pixels of [H W 3] belong to an object, 0..1 [H W]: backgrounds are nearly grey."""
+    chroma = frame.max(-1) - frame.min(-1)                          # 32 or less in backgrounds, 99 or more in objects
+    return np.clip((chroma - 40) / 50, 0, 1)
+
+
+def hue_between(a, b):
+    """Returns the angle between the hues of two colours (red, green, blue), in degrees."""
+    hues = [360 * rgb_to_hsv(*color)[0] for color in (a, b)]
+    apart = abs(hues[0] - hues[1])
+    return min(apart, 360 - apart)
 
 
 def nearest_shape(alpha, center):
@@ -71,12 +87,51 @@ def nearest_shape(alpha, center):
     overlap = {}
     for shape in SHAPES:
         overlap[shape] = 0.0
-        for scale in (0.94, 1.0, 1.06):
-            for shift in np.array([(0, 0), (0, 1), (0, -1), (1, 0), (-1, 0)]):
+        for scale in (0.9, 0.95, 1.0, 1.05):
+            for shift in np.array([(0, 0), (0, 2), (0, -2), (2, 0), (-2, 0)]):
                 cover = coverage(shape, scale * side, *center + shift, *alpha.shape)
                 share = np.minimum(alpha, cover).sum() / np.maximum(alpha, cover).sum()
                 overlap[shape] = max(overlap[shape], share)
     return max(overlap, key=overlap.get)
+
+
+def check_vae(vae, count=48):
+    """Returns what an autoencoder (vae.VAE) makes of `count` random things, each rendered in all colours:
+
+    psnr      of the reconstructions, in dB
+    hue       mean error of the colour of the reconstructions, in degrees
+    nearest   distance in latents between the two colours that are nearest, in moves of the thing by 2 pixels
+    where a distance is a mean over the things.  Colours nearer than 2 slip while they are sampled."""
+    rng = np.random.default_rng(0)
+    squared_errors = []
+    hue_errors = []
+    moves = []
+    pairs = np.zeros((len(COLORS), len(COLORS)))
+    for _ in range(count):
+        direction = rng.choice(list(DIRECTIONS))
+        thing = random_thing(rng, "red", rng.choice(SHAPES), direction, 64, 64)
+        background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
+        clips = []
+        for color in COLORS:
+            colored = thing._replace(color=color)
+            moved = colored._replace(start=np.add(thing.start, DIRECTIONS[direction]) * 1.0,
+                                     end=np.add(thing.end, np.multiply(DIRECTIONS[direction], 3)) * 1.0)
+            clips.append(np.concatenate([render(colored, background, 1, 64, 64), render(moved, background, 1, 64, 64)]))
+        clips = np.stack(clips)                                     # [colours 2 H W 3], the second moved by 2 pixels
+        video = torch.stack([to_video(clip) for clip in clips])
+        z = vae.encode(video)
+        decoded = vae.decode(z)
+        squared_errors.append((decoded - video).square().mean().item())
+        for clip, again in zip(clips, decoded):
+            frame = to_uint8(again)[0].astype(float)
+            inside = colorful(clip[0].astype(float)) == 1
+            hue_errors.append(hue_between(frame[inside].mean(0), clip[0][inside].mean(0)))
+        flat = z.transpose(1, 2).flatten(2)                         # [colours 2 values]
+        moves.append((flat[:, 0] - flat[:, 1]).norm(dim=-1).mean().item())
+        pairs += torch.cdist(flat[:, 0], flat[:, 0]).numpy() / count
+    nearest = (pairs + np.diag([np.inf] * len(COLORS))).min()
+    return {"psnr": 10 * math.log10(4 / np.mean(squared_errors)), "hue": np.mean(hue_errors),
+            "nearest": nearest / np.mean(moves)}
 
 
 def prompts(count, seed=0):
@@ -128,7 +183,7 @@ class Judge:
         self.model, self.config = load(ckpt)
         self.vae = load_vae(self.config.vae)
         self.text_encoder = load_text_encoder(self.config.text_encoder, self.config.model.model_max_length)
-        defaults = dict(height=32, width=32, fps=8, num_frames=8, batch_size=32, cfg_scale=self.config.cfg_scale,
+        defaults = dict(height=64, width=64, fps=8, num_frames=8, batch_size=32, cfg_scale=self.config.cfg_scale,
                         prediction=self.config.prediction)
         self.settings = defaults | settings
 
@@ -159,7 +214,7 @@ class Judge:
         while len(clips) < count:
             frames, text, _ = shapes_clip(77, index)
             index += 1
-            if frames.shape[:3] == (8, 32, 32):
+            if frames.shape[:3] == (8, 64, 64):
                 clips.append(frames)
                 texts.append(text)
         videos = self.sample(texts, references=[[frames] for frames in clips],
@@ -190,8 +245,13 @@ def main():
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--sampler", default="iddpm")
     parser.add_argument("--cfg-scale", type=float, help="default: the checkpoint's")
+    parser.add_argument("--vae", help="an autoencoder to check, instead of a checkpoint")
     parser.add_argument("--sheet", help="write the first 12 clips as a .png")
     args = parser.parse_args()
+    if args.vae:
+        from vae import load_vae
+        show(args.vae, check_vae(load_vae(args.vae)))
+        return
     settings = dict(steps=args.steps, sampler=args.sampler, num_frames=args.num_frames)
     if args.cfg_scale is not None:
         settings["cfg_scale"] = args.cfg_scale

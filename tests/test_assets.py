@@ -95,6 +95,13 @@ def test_a_photo_can_be_shown(file):
     assert Image.open(file).width <= 1100
 
 
+def test_the_samples_move_and_are_small():
+    """The README opens with them."""
+    file = ASSETS / "samples.gif"
+    assert file.stat().st_size < 1_000_000
+    assert Image.open(file).n_frames == 8
+
+
 @pytest.mark.parametrize("name", draw.CHEAP)
 def test_a_picture_is_what_the_code_draws_now(name, tmp_path):
     file = draw.write(name, tmp_path)

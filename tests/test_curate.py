@@ -1633,7 +1633,7 @@ def test_a_second_ctrl_c_shows_no_traceback(tmp_path):
 @pytest.mark.slow
 def test_a_training_run_reads_what_was_curated(curated, tmp_path, run_script):
     ended = run_script("train", "configs/tiny.py", f"--data={curated.folder / 'meta.csv'}", "--steps=2",
-                       "--buckets={'32': {1: (1.0, 1), 8: (1.0, 2)}}", "--prompts=()", f"--cache={tmp_path}/cache",
+                       "--buckets={'64': {1: (1.0, 1), 8: (1.0, 2)}}", "--prompts=()", f"--cache={tmp_path}/cache",
                        f"--out={tmp_path}/run")
     assert ended.status == 0, ended.err
     assert (tmp_path / "run" / "log.jsonl").read_text()

@@ -49,7 +49,7 @@ def test_from_videos_to_a_sample(tmp_path):
     assert len(meta.read_text(encoding="utf-8").splitlines()) == 1 + 6, "two shots of each video"
 
     python(*TORCHRUN, "train.py", "configs/tiny.py", f"--data={meta}", "--cache=", "--num_workers=1", "--steps=3",
-           "--buckets={'32': {8: (1.0, 2)}}", f"--out={tmp_path / 'run'}", *SMALL_MODEL)
+           "--buckets={'64': {8: (1.0, 2)}}", f"--out={tmp_path / 'run'}", *SMALL_MODEL)
     assert np.isfinite(rows(tmp_path / "run")).all()
 
     python("sample.py", "--ckpt", tmp_path / "run", "--prompt", "hills", "--steps", 3, "--out", tmp_path / "samples")
@@ -64,7 +64,7 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
     write_shapes(folder / "clips", num_clips=32)
     command = ["train.py", "configs/tiny.py", f"--data={folder / 'clips/meta.csv'}", "--cache=", "--num_workers=2",
-               "--buckets={'32': {8: (1.0, 4)}}", "--steps=100", "--save_every=1000", *SMALL_MODEL]
+               "--buckets={'64': {8: (1.0, 4)}}", "--steps=100", "--save_every=1000", *SMALL_MODEL]
     python(*command, f"--out={folder / 'run'}")
     return command, rows(folder / "run")
 

@@ -29,15 +29,15 @@ def clips(tmp_path_factory):
 # ---------------------------------------------------------------- the autoencoder
 
 def square_frames(num_clips):
-    """Returns the frames uint8 [N 32 32 3] of those of the first clips that are not wide."""
+    """Returns the frames uint8 [N 64 64 3] of those of the first clips that are not wide."""
     clips = [shapes_clip(0, index)[0] for index in range(num_clips)]
-    return torch.from_numpy(np.concatenate([frames for frames in clips if frames.shape[2] == 32]))
+    return torch.from_numpy(np.concatenate([frames for frames in clips if frames.shape[2] == 64]))
 
 
 def test_a_fitted_vae_learns_and_scales_its_latents(tmp_path):
     frames = square_frames(12)
-    early = fit_vae([frames], steps=2, batch=8, widths=(8, 8, 8, 8))
-    late = fit_vae([frames], steps=40, batch=8, widths=(8, 8, 8, 8))
+    early = fit_vae([frames], steps=2, batch=8, widths=(8, 8))
+    late = fit_vae([frames], steps=40, batch=8, widths=(8, 8))
     video = to_video(frames[:16])[None]
     quality = []
     for name, net in (("early", early), ("late", late)):
@@ -83,7 +83,7 @@ def test_the_script_fits_a_vae(run_script, clips, tmp_path):
     """Takes one step on the first three clips of a list, of which the first is missing, as is the last of the list."""
     listed = clips.with_name("one_missing.csv")
     header, *rows = clips.read_text().splitlines()
-    listed.write_text("\n".join([header, "first.mp4,a thing,8,32,32,8", *rows, "last.mp4,a thing,8,32,32,8"]))
+    listed.write_text("\n".join([header, "first.mp4,a thing,8,64,64,8", *rows, "last.mp4,a thing,8,64,64,8"]))
     ended = run_script("assets.tiny.make", "vae", listed, "--out", tmp_path, "--steps=1", "--batch=2", "--num-clips=3")
     assert ended.status == 0
     assert "first.mp4" in ended.err and "last.mp4" not in ended.err

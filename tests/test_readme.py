@@ -214,9 +214,9 @@ SMALL = {
     r"sample\.py --ckpt runs/\w+ --prompt .*": "--steps 3",
     r"sample\.py --prompt .* data/shapes/.*": "--steps 3",                  # frames that are given
     r"-m assets\.shapes data/shapes": "--num-clips=300",
-    r"data\.py data/shapes/meta\.csv configs/tiny\.py": "--buckets={'32':{8:(1.0,2)}}",
-    r"train\.py configs/tiny\.py": "--steps=2 --sample_every=0 --buckets={'32':{8:(1.0,2)}}",
-    r"train\.py configs/tiny\.py --data=data/mine/meta\.csv .*": "--steps=1 --buckets={'32':{8:(1.0,1)}}",
+    r"data\.py data/shapes/meta\.csv configs/tiny\.py": "--buckets={'64':{8:(1.0,2)}}",
+    r"train\.py configs/tiny\.py": "--steps=2 --sample_every=0 --buckets={'64':{8:(1.0,2)}}",
+    r"train\.py configs/tiny\.py --data=data/mine/meta\.csv .*": "--steps=1 --buckets={'64':{8:(1.0,1)}}",
     r"train\.py configs/stage1\.py --print": "",
     r"train\.py configs/finetune\.py --plan .*": "",
     r"vae\.py data/shapes/000000\.mp4 .*": "",

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 
 import configs
 import sample
-from assets.shapes import Thing, render
+from assets.shapes import BACKGROUNDS, Thing, render
 from data import UnreadableClip, read_window, slot_generator, to_uint8, write_video
 from inputs import example_inputs
 from masks import Given, edit, parse_strategy
@@ -664,10 +664,10 @@ def test_all_is_checked_before_anything_is_sampled():
 # ---------------------------------------------------------------- the command line
 def write_run(folder, prediction="v", seed=0, **shape):
     """Writes a run: a config and a small network of random weights, with the shipped autoencoder and T5."""
-    shape = dict(depth=1, hidden_size=24, num_heads=2, in_channels=16, caption_channels=64,
+    shape = dict(depth=1, hidden_size=24, num_heads=2, in_channels=8, caption_channels=64,
                  model_max_length=16) | shape
     config = configs.Config(model=STDiTConfig(**shape), vae="assets/tiny/vae", text_encoder="assets/tiny/text_encoder",
-                            data="d", buckets={"32": {1: (1.0, 2), 8: (1.0, 2), 16: (0.5, 1)}}, steps=1, fps=8.0,
+                            data="d", buckets={"64": {1: (1.0, 2), 8: (1.0, 2), 16: (0.5, 1)}}, steps=1, fps=8.0,
                             mask_ratios={"mask_no": 1.0}, prediction=prediction, lr=1e-3, out="runs/test")
     folder.mkdir(exist_ok=True)
     (folder / "config.py").write_text(configs.dump(config))
@@ -726,8 +726,8 @@ def calls(monkeypatch):
 def clips(tmp_path_factory):
     """A folder with clips of 9 frames that carry their number: red.mp4 and blue.mp4 (24 fps), red.png, torn.mp4."""
     folder = tmp_path_factory.mktemp("clips")
-    for color, direction, start, end in [("red", "right", (8, 16), (24, 16)), ("blue", "down", (16, 8), (16, 24))]:
-        frames = render(Thing(color, "square", direction, 13, start, end), (16, 16, 20), 9, 32, 32)
+    for color, direction, start, end in [("red", "right", (16, 32), (48, 32)), ("blue", "down", (32, 16), (32, 48))]:
+        frames = render(Thing(color, "square", direction, 26, start, end), BACKGROUNDS[0], 9, 64, 64)
         write_video(folder / f"{color}.mp4", frames, 24)
         Image.fromarray(frames[0]).save(folder / f"{color}.png")
     (folder / "torn.mp4").write_bytes((folder / "red.mp4").read_bytes()[:600])
@@ -737,9 +737,9 @@ def clips(tmp_path_factory):
 
 
 def label(frame):
-    """Returns the clip and number of a frame of `clips`, as in "red5": an object moves by 2 pixels a frame."""
+    """Returns the clip and number of a frame of `clips`, as in "red5": an object moves by 4 pixels a frame."""
     color, _, (x, y) = read_frame(frame)
-    return f"{color}{round(((y if color == 'blue' else x) - 8) / 2)}"
+    return f"{color}{round(((y if color == 'blue' else x) - 16) / 4)}"
 
 
 def read_video(path):
@@ -757,12 +757,12 @@ def test_videos_and_contact_sheets_are_written(command, calls, tmp_path):
     assert len(files) == 4 * 3
     for stem in ("00-a-red-circle-moves-right", "01-a-dog-cat-moves", "02-prompt"):
         assert {f"{stem}.mp4", f"{stem}.png", f"{stem}.json"} <= set(files)
-        assert read_video(tmp_path / f"out/{stem}.mp4").shape == (8, 32, 32, 3)
-        assert Image.open(tmp_path / f"out/{stem}.png").width > 8 * 32
+        assert read_video(tmp_path / f"out/{stem}.mp4").shape == (8, 64, 64, 3)
+        assert Image.open(tmp_path / f"out/{stem}.png").width > 8 * 64
     assert max(len(name) for name in files) < 60                        # whatever the prompt
     assert len(calls) == 2
     conditioning = {name: float(calls[0][name][0]) for name in ("height", "width", "num_frames", "ar", "fps")}
-    assert conditioning == dict(height=32, width=32, num_frames=8, ar=1, fps=8)
+    assert conditioning == dict(height=64, width=64, num_frames=8, ar=1, fps=8)
     assert calls[0]["x_mask"] is None
 
 
@@ -824,7 +824,7 @@ def frames_0_to_7(color):
 ])
 def test_given_frames_are_those_asked_for(command, calls, clips, tmp_path, monkeypatch, args, held):
     monkeypatch.chdir(clips)
-    command("--prompt", "a red circle", "--fps", 24, *QUICK, "--num-frames", 8, "--size", "32x32", *args)
+    command("--prompt", "a red circle", "--fps", 24, *QUICK, "--num-frames", 8, "--size", "64x64", *args)
     video = read_video(tmp_path / "out/00-a-red-circle.mp4")
     assert len(video) == 8
     if held:
@@ -847,7 +847,7 @@ def test_the_end_of_a_reference_is_that_of_the_clip_meant(command, clips, tmp_pa
     """Every third frame of two clips is used, counted from their last one where any segment asks for their end; the
     middle one of each is shown."""
     monkeypatch.chdir(clips)
-    command("--prompt", "a red circle", *QUICK, "--num-frames", 4, "--size", "32x32", "--fps", 24, "--frame-interval",
+    command("--prompt", "a red circle", *QUICK, "--num-frames", 4, "--size", "64x64", "--fps", 24, "--frame-interval",
             3, "--segments", 3, "--overlap", 1, "--reference", "red.mp4", "blue.mp4", "--mask-strategy",
             strategy + ";0,0,1;0,1,1,1")
     video = read_video(tmp_path / "out/00-a-red-circle.mp4")
@@ -860,7 +860,7 @@ def test_latents_are_scaled_as_the_autoencoder_says(command, calls, clips, tmp_p
     shutil.copytree(TINY_VAE, vae)
     config = json.loads((vae / "config.json").read_text())
     (vae / "config.json").write_text(json.dumps(config | {"scaling_factor": 0.2}))
-    common = ("--prompt", "a red circle", "--animate", clips / "red.png", *QUICK, "--num-frames", 2, "--size", "32x32")
+    common = ("--prompt", "a red circle", "--animate", clips / "red.png", *QUICK, "--num-frames", 2, "--size", "64x64")
     command(*common)
     command(*common, "--vae", vae, "--out", tmp_path / "scaled")
     for out in ("out", "scaled"):
@@ -928,19 +928,19 @@ def test_a_file_of_prompts_with_json(command, calls, clips, tmp_path, monkeypatc
     """One video a line, or one per seed, each with its own options, which override those of the command line."""
     monkeypatch.chdir(clips)
     (tmp_path / "jobs.txt").write_text(JOBS, "utf-8")
-    command("--prompts", tmp_path / "jobs.txt", *QUICK, "--fps", 24, "--size", "32x32", "--batch-size", 8)
+    command("--prompts", tmp_path / "jobs.txt", *QUICK, "--fps", 24, "--size", "64x64", "--batch-size", 8)
     stems = ("00-a-red-circle", "01-a-dog", "02-a-cat", "02-a-cat-seed-5", "03-a-bird", "04-a-fish", "05-a-cow",
              "06-a-hen")
     videos = {stem: read_video(tmp_path / f"out/{stem}.mp4") for stem in stems}
     assert len(list((tmp_path / "out").glob("*.mp4"))) == 8
     assert videos["01-a-dog"].shape == (3, 16, 24, 3)
-    assert videos["05-a-cow"].shape == (4, 32, 32, 3)
+    assert videos["05-a-cow"].shape == (4, 64, 64, 3)
     assert label(videos["02-a-cat"][7]) == label(videos["02-a-cat-seed-5"][7]) == "red8"
     assert (videos["02-a-cat"] != videos["02-a-cat-seed-5"]).any()
     assert label(videos["03-a-bird"][0]) == "blue4"
     assert [label(videos["04-a-fish"][t]) for t in (0, 7)] == ["red8", "blue0"]
     assert label(videos["05-a-cow"][0]) == "blue0"
-    assert videos["06-a-hen"].shape == (2 + 2 + 2, 32, 32, 3)
+    assert videos["06-a-hen"].shape == (2 + 2 + 2, 64, 64, 3)
     batches = sorted(len(call["x"]) // 2 for call in calls[::2])
     assert batches == [1, 1, 1, 1, 5]                                   # those of one size are sampled together
 
@@ -1344,16 +1344,16 @@ def test_the_command_line_and_generate_make_the_same_video(judge, run_script, tm
 
 def test_a_given_frame_comes_back_from_the_shipped_weights(judge):
     """The frames, not only their latents: within 25 dB of the picture that was given."""
-    frames = render(Thing("red", "circle", "right", 13, (8, 16), (24, 16)), (16, 16, 20), 8, 32, 32)
+    frames = render(Thing("red", "circle", "right", 24, (16, 32), (48, 32)), BACKGROUNDS[0], 8, 64, 64)
     [video] = judge.sample(["a red circle moves right"], references=[[frames]], strategies=[[Given(length=2)]])
     error = np.mean((video[:2].astype(float) - frames[:2]) ** 2)
     assert 10 * np.log10(255**2 / error) > 25
     centers = [read_frame(frame)[2][0] for frame in video]
-    assert centers[-1] > centers[1] + 4                                 # and it moves on
+    assert centers[-1] > centers[1] + 8                                 # and it moves on
 
 
 # ---------------------------------------------------------------- checkpoints
-SHAPE = {"depth": 1, "hidden_size": 24, "num_heads": 2, "in_channels": 16, "caption_channels": 64,
+SHAPE = {"depth": 1, "hidden_size": 24, "num_heads": 2, "in_channels": 8, "caption_channels": 64,
          "model_max_length": 16, "qk_norm": True}
 HUGGING_FACE = {"_name_or_path": "hpcai-tech/OpenSora-STDiT-v2-stage3", "architectures": ["STDiT2"],
                 "model_type": "STDiT2", "torch_dtype": "float32", "transformers_version": "4.39.3"}
@@ -1411,7 +1411,7 @@ def test_published_weights_are_sampled_as_the_release_does(published, run_script
                        "--text-encoder", TINY_T5, "--device", "cpu", "--out", tmp_path)
     assert ended.status == 130
     [call] = calls
-    assert call["x"].shape == (2, 16, 16, 30, 53)
+    assert call["x"].shape == (2, 8, 16, 30, 53)
     conditioning = {name: float(call[name][0]) for name in ("height", "width", "num_frames", "ar", "fps")}
     assert conditioning == dict(height=240, width=426, num_frames=16, ar=pytest.approx(240 / 426), fps=24)
     y, y_mask = load_text_encoder(TINY_T5, 16)(["a red circle"])

@@ -207,8 +207,8 @@ def test_t_has_its_distribution():
 # of the average is reached in step 3, the gradient is clipped in some steps only.
 ARGS = ["--model.depth=2", "--model.hidden_size=48", "--model.num_heads=2",
         f"--vae={ROOT / 'assets/tiny/vae'}", f"--text_encoder={ROOT / 'assets/tiny/text_encoder'}", "--prompts=()",
-        "--buckets={'32': {1: (1.0, 4), 8: (1.0, 2)}}", "--world=2", "--steps=6", "--save_every=3", "--keep_last=1",
-        "--warmup_steps=4", "--weight_decay=0.1", "--ema_decay=0.3", "--grad_clip=0.7",
+        "--buckets={'64': {1: (1.0, 4), 8: (1.0, 2)}}", "--world=2", "--steps=6", "--save_every=3", "--keep_last=1",
+        "--warmup_steps=4", "--weight_decay=0.1", "--ema_decay=0.3", "--grad_clip=0.45",
         "--mask_ratios={'mask_no': 0.4, 'mask_quarter_head': 0.3, 'mask_quarter_random': 0.3}"]
 
 
@@ -220,7 +220,7 @@ def latents(slots, num_frames=8):
     """Returns a batch as a cache holds it; each clip is a function of its slot."""
     draws = [slot_generator(1, 0, slot, "latents") for slot in slots]
     batch = {}
-    for name, shape in (("mean", (16, num_frames, 4, 4)), ("std", (16, num_frames, 4, 4)), ("y", (16, 64))):
+    for name, shape in (("mean", (8, num_frames, 8, 8)), ("std", (8, num_frames, 8, 8)), ("y", (16, 64))):
         batch[name] = torch.stack([torch.randn(shape, generator=g) for g in draws])
     batch["std"] = batch["std"].abs()
     batch["y_mask"] = torch.arange(16).expand(len(slots), 16) < 5
@@ -647,7 +647,7 @@ def validated(world, tmp_path_factory):
     """The config of a run that validates after steps 1 and 2, on 0.4 of the clips."""
     folder = tmp_path_factory.mktemp("validated")
     config = replace(world[0], out=str(folder / "run"), steps=2, holdout=0.4, cache="", num_workers=0,
-                     buckets={"32": {1: (1.0, 1), 8: (1.0, 1)}}, validate_every=1)
+                     buckets={"64": {1: (1.0, 1), 8: (1.0, 1)}}, validate_every=1)
     run(config)
     return config
 
@@ -671,7 +671,7 @@ def test_validation_has_a_line_each_time(validated, tmp_path):
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["loss"] != lines[1]["loss"]
     assert len(lines[0]["loss_by_t"]) == 4
-    assert set(lines[0]["loss_by_bucket"]) <= {"32 x 1", "32 x 8"}
+    assert set(lines[0]["loss_by_bucket"]) <= {"64 x 1", "64 x 8"}
     config = replace(validated, out=str(tmp_path / "run"), steps=3)
     shutil.copytree(validated.out, config.out)
     with open(Path(config.out) / "validation.jsonl", "a", encoding="utf-8") as f:
@@ -880,7 +880,7 @@ def test_a_step_is_saved_even_if_its_average_cannot_be_exported(world, tmp_path,
 def test_after_validation_the_weights_are_sharded_again(world, tmp_path):
     """Else the average could not be updated, and memory would be held."""
     config = replace(world[0], out=str(tmp_path / "run"), holdout=0.4, cache="", num_workers=0, validate_every=1,
-                     buckets={"32": {1: (1.0, 1), 8: (1.0, 1)}})
+                     buckets={"64": {1: (1.0, 1), 8: (1.0, 1)}})
     (tmp_path / "run").mkdir()
     place = train.start_processes()
     made = train.make_run(config, place)
@@ -896,7 +896,7 @@ def test_after_validation_the_weights_are_sharded_again(world, tmp_path):
 
 def test_a_run_leaves_no_file_open(world, tmp_path):
     config = elsewhere(world, tmp_path, steps=1, holdout=0.4, validate_every=1, cache="", num_workers=0,
-                       buckets={"32": {1: (1.0, 1), 8: (1.0, 1)}})
+                       buckets={"64": {1: (1.0, 1), 8: (1.0, 1)}})
     before = set(os.listdir("/proc/self/fd"))
     run(config)
     opened = [os.readlink(f"/proc/self/fd/{fd}") for fd in set(os.listdir("/proc/self/fd")) - before
@@ -914,7 +914,7 @@ def test_a_step_on_one_of_64_ranks_holds_what_the_plan_says(shard):
     if shard < 64:
         mesh = init_device_mesh("cpu", (64 // shard, shard), mesh_dim_names=("replicas", "shard"))
     made = train.make_run(config, train.Place(0, 64, torch.device("cpu"), mesh, None))
-    batch = synthetic(made, Bucket("32", 8, "1.00"))
+    batch = synthetic(made, Bucket("64", 8, "1.00"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(math, "isfinite", lambda value: True)
         train.train_step(made, 0, batch)
@@ -1008,7 +1008,7 @@ def test_conditioning_stays_in_fp32_under_bf16(world):
     batch = latents([0])
     for name in ("mean", "std", "slots"):
         del batch[name]
-    x = torch.randn(1, 16, 8, 4, 4, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(1, 8, 8, 8, 8, generator=torch.Generator().manual_seed(0))
 
     def ask(t, **more):
         with torch.no_grad():
@@ -1038,7 +1038,7 @@ def test_bf16_has_the_loss_of_fp32(world):
     ("--mask_ratios={'mask_non':1.0}", "mask_non"),
     ("--data=nowhere/meta.csv", "nowhere/meta.csv"),
     ("--buckets={'720p':{16:(1.0,1)}}", "no clip fits any bucket"),
-    ("--buckets={'32':{8:(1.0,500)}}", "no bucket has the clips of one batch"),
+    ("--buckets={'64':{8:(1.0,500)}}", "no bucket has the clips of one batch"),
     ("--init=nowhere", "init='nowhere'"),
     (f"--init={ROOT / 'README.md'}", "README.md"),
     ("--init=UNDISTURBED --model.depth=2", "depth=2"),
@@ -1218,7 +1218,7 @@ def test_processes_train_as_one(deep_world, tmp_path, processes, changes):
 def test_eight_processes_train_as_one(deep_world, tmp_path):
     """Two replicas of weights that are sharded over four."""
     alone = replace(deep_world[0], out=str(tmp_path / "run"), world=1, steps=3,
-                    buckets={"32": {1: (1.0, 8), 8: (1.0, 8)}})
+                    buckets={"64": {1: (1.0, 8), 8: (1.0, 8)}})
     run(alone)
     eight = replace(alone, out=str(tmp_path / "eight"), shard=4, num_workers=0)
     done = start(eight, processes=8)

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from einops import rearrange
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
@@ -58,8 +59,16 @@ def video():
 
 # ---------------------------------------------------------------- pixels and latents
 
-def test_frames_are_encoded_and_decoded_one_by_one_as_diffusers_does(vae, video):
-    net = AutoencoderKL.from_pretrained(TINY_VAE, torch_dtype=torch.float32)
+@pytest.mark.parametrize("patch", [1, 4])
+def test_frames_are_encoded_and_decoded_one_by_one_as_diffusers_does(video, tmp_path, patch):
+    """Stable Diffusion's network takes pixels, the shipped one patches of 4 x 4 pixels as channels."""
+    folder = TINY_VAE
+    if patch == 1:
+        folder = str(tmp_path)
+        AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
+                      block_out_channels=(8,) * 4, norm_num_groups=4).save_pretrained(folder)
+    vae = load_vae(folder)
+    net = AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32)
     scale = net.config.scaling_factor
     mean, std = vae.moments(video)
     assert mean.shape == std.shape == (2, vae.channels, 2, 4, 6)
@@ -68,10 +77,12 @@ def test_frames_are_encoded_and_decoded_one_by_one_as_diffusers_does(vae, video)
     assert decoded.shape == video.shape
     with torch.no_grad():
         for t in range(2):
-            posterior = net.encode(video[:, :, t]).latent_dist
+            patches = rearrange(video[:, :, t], "b c (h p) (w q) -> b (c p q) h w", p=patch, q=patch)
+            posterior = net.encode(patches).latent_dist
             torch.testing.assert_close(mean[:, :, t], posterior.mean * scale, rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(std[:, :, t], posterior.std * scale, rtol=1e-4, atol=1e-5)
-            expected = net.decode(posterior.mean).sample.clamp(-1, 1)
+            expected = rearrange(net.decode(posterior.mean).sample.clamp(-1, 1), "b (c p q) h w -> b c (h p) (w q)",
+                                 p=patch, q=patch)
             torch.testing.assert_close(decoded[:, :, t], expected, rtol=1e-4, atol=1e-4)
     assert torch.equal(vae.encode(video), mean)
 
@@ -361,7 +372,7 @@ def test_scripts_refuse_a_text_encoder_without_its_tokenizer(clips, tmp_path, ru
     arguments = [*arguments[:-1], arguments[-1] + folder, f"--out={tmp_path / 'out'}"]
     if script != "sample":
         arguments += [f"--data={clips / 'meta.csv'}", f"--cache={tmp_path / 'cache'}",
-                      "--buckets={'32': {8: (1.0, 1)}}"]
+                      "--buckets={'64': {8: (1.0, 1)}}"]
     ended = run_script(script, *arguments)
     assert ended.status == 2
     assert "error: " in ended.err and "tokenizer.json" in ended.err
@@ -387,11 +398,11 @@ def clips(tmp_path_factory):
             write_video(folder / name, frames, fps)
         rows.append((name, caption, T, H, W, fps))
 
-    add("still.png", "a red circle", 1, 32, 32, 120)
-    add("short0.mp4", "a red circle moves right", 8, 32, 32, 8)
-    add("short1.mp4", "a blue square moves left", 8, 32, 32, 8)
-    add("short2.mp4", "a red circle moves right", 8, 32, 48, 8)
-    add("long.mp4", "a cyan square moves up", 16, 32, 32, 8)
+    add("still.png", "a red circle", 1, 64, 64, 120)
+    add("short0.mp4", "a red circle moves right", 8, 64, 64, 8)
+    add("short1.mp4", "a blue square moves left", 8, 64, 64, 8)
+    add("short2.mp4", "a red circle moves right", 8, 64, 96, 8)
+    add("long.mp4", "a cyan square moves up", 16, 64, 64, 8)
     add("large.mp4", "a green triangle moves right and up", 18, 144, 256, 16)
     with open(folder / "meta.csv", "w", newline="") as f:
         csv.writer(f).writerows([("path", "text", "num_frames", "height", "width", "fps"), *rows])
@@ -401,7 +412,7 @@ def clips(tmp_path_factory):
 def config_of(clips, folder):
     """Returns a config of a folder of clips whose cache is in folder."""
     return Config(model=TINY, vae=TINY_VAE, text_encoder=TINY_TEXT, data=str(clips / "meta.csv"),
-                  buckets={"144p": {8: (0.5, 1)}, "32": {1: (1.0, 2), 8: (1.0, 2)}}, windows=2, num_workers=0,
+                  buckets={"144p": {8: (0.5, 1)}, "64": {1: (1.0, 2), 8: (1.0, 2)}}, windows=2, num_workers=0,
                   cache=str(folder / "cache"), mask_ratios=RECIPE, lr=1e-3, steps=1, dtype="fp32",
                   out="-")
 
@@ -415,11 +426,11 @@ def config(clips, tmp_path):
 
 @pytest.fixture
 def small(config):
-    """Returns a config of clips of its own with one bucket, that of 32 x 32 pixels and 8 frames."""
+    """Returns a config of clips of its own with one bucket, that of 64 x 64 pixels and 8 frames."""
     meta = Path(config.data)
     lines = meta.read_text().splitlines()
     meta.write_text("\n".join(line for line in lines if not line.startswith(("still", "short2", "large"))))
-    return replace(config, buckets={"32": {8: (1.0, 2)}})
+    return replace(config, buckets={"64": {8: (1.0, 2)}})
 
 
 @pytest.fixture
@@ -555,7 +566,7 @@ def test_only_what_depends_on_a_change_is_written_again(small, write, vae, text_
     time_of_change = clip.stat().st_mtime_ns
     config = small
     if change == "other batch, seed and buckets":
-        config = replace(config, buckets={"32": {8: (0.7, 1), 16: (0.5, 1)}}, seed=3)
+        config = replace(config, buckets={"64": {8: (0.7, 1), 16: (0.5, 1)}}, seed=3)
     elif change == "caption":
         meta.write_text(meta.read_text().replace("a red circle moves right", "a red circle moves left"))
     elif change == "clip's time":
@@ -564,12 +575,12 @@ def test_only_what_depends_on_a_change_is_written_again(small, write, vae, text_
         clip.write_bytes(clip.read_bytes() + bytes(8))
         os.utime(clip, ns=(time_of_change, time_of_change))
     elif change == "clip's fps":        # which the network is conditioned on, but windows do not depend on
-        meta.write_text(meta.read_text().replace(",16,32,32,8", ",16,32,32,16"))
+        meta.write_text(meta.read_text().replace(",16,64,64,8", ",16,64,64,16"))
     elif change == "windows":
         config = replace(config, windows=3)
     elif change == "frame_interval":
         config = replace(config, frame_interval=2)
-        meta.write_text(meta.read_text().replace(",8,32,32,8", ",16,32,32,8"))
+        meta.write_text(meta.read_text().replace(",8,64,64,8", ",16,64,64,8"))
     elif change == "vae":
         vae = copy.deepcopy(vae)
         vae.net.encoder.conv_in.weight.add_(0.01)
@@ -716,7 +727,7 @@ def test_reading_processes_give_the_same_batches(config, write):
 
 def test_an_unreadable_clip_is_reported_and_left_out(config, write, vae, text_encoder, capfd):
     """Training replaces a clip that raises UnreadableClip; one that has been mended is written later."""
-    config = replace(config, buckets={"32": {1: (1.0, 2), 8: (1.0, 2)}})
+    config = replace(config, buckets={"64": {1: (1.0, 2), 8: (1.0, 2)}})
     victim = Path(config.data).with_name("short0.mp4")
     whole = victim.read_bytes()
     victim.write_bytes(whole[:100])
@@ -743,7 +754,7 @@ def test_an_unreadable_clip_is_reported_and_left_out(config, write, vae, text_en
 
 
 def test_too_many_unreadable_clips_are_an_error(config, write):
-    rows = [f"gone{i}.png,a red circle,1,32,32,120" for i in range(300)]
+    rows = [f"gone{i}.png,a red circle,1,64,64,120" for i in range(300)]
     Path(config.data).write_text("\n".join(["path,text,num_frames,height,width,fps", *rows]))
     with pytest.raises(ValueError, match="max_bad=0.05"):
         write(config)
@@ -794,7 +805,7 @@ def test_a_cache_file_that_was_cut_short_is_named(small, write):
 def test_where_meta_csv_is_wrong_the_cache_follows_the_file(small, write):
     """As training from pixels does."""
     meta = Path(small.data)
-    meta.write_text(meta.read_text().replace(",8,32,32,8", ",8,32,32,30"))
+    meta.write_text(meta.read_text().replace(",8,64,64,8", ",8,64,64,30"))
     cached = write(small)
     pixels = ClipDataset(cached.meta, small)
     for clip, bucket in clips_in_buckets(small):
@@ -857,7 +868,7 @@ def test_the_script_reconstructs_a_clip(run_script, tmp_path):
     ended = run_script("vae", tmp_path / "clip.mp4", "--vae", TINY_VAE, "--num-frames=3",
                        "--out", tmp_path / "pair.png")
     assert ended.status == 0
-    assert "3 frames of 32x" in ended.out
+    assert "3 frames of 64x" in ended.out
     assert float(ended.out.split("PSNR ")[1].split()[0]) > 28
     assert Image.open(tmp_path / "pair.png").height >= 64               # the clip above, its reconstruction below
 

@@ -36,14 +36,14 @@ def quick():
 
 
 def square_clips(num_frames):
-    """Returns rendered clips of 32 x 32 that training never saw, uint8 [T H W 3] each, and their captions."""
+    """Returns rendered clips of 64 x 64 that training never saw, uint8 [T H W 3] each, and their captions."""
     clips = []
     texts = []
     index = 0
     while len(clips) < NUM_CLIPS:
         frames, text, _ = shapes_clip(77, index)
         index += 1
-        if frames.shape[:3] == (num_frames, 32, 32):
+        if frames.shape[:3] == (num_frames, 64, 64):
             clips.append(frames)
             texts.append(text)
     return clips, texts
@@ -75,15 +75,15 @@ def test_a_clip_is_extended_by_8_frames_both_ways(quick):
     error_before = distance(before, [clip[:12] for clip in clips])[:, :8]
     still = np.mean(distance([clip[8:] for clip in clips], [clip[[7] * 8] for clip in clips]))
     for error, next_to_the_given in ((error_after, 0), (error_before, -1)):
-        assert np.nanmean(error) < min(2, still / 2)
-        assert np.nanmean(error[:, next_to_the_given]) < 1
+        assert np.nanmean(error) < min(4, still / 2)
+        assert np.nanmean(error[:, next_to_the_given]) < 2
 
 
 def test_two_frames_are_connected(quick):
     clips, texts = square_clips(8)
     videos = quick.sample(texts, references=[[clip[:1], clip[-1:]] for clip in clips],
                           strategies=[connect()] * NUM_CLIPS)
-    assert np.nanmean(distance(videos, clips)[:, 1:-1]) < 1
+    assert np.nanmean(distance(videos, clips)[:, 1:-1]) < 2
 
 
 def test_editing_changes_as_much_as_its_strength(quick):
@@ -106,7 +106,7 @@ def test_editing_changes_as_much_as_its_strength(quick):
     assert np.abs(edited[0.0].astype(int) - reconstructed).max() <= 1
     assert (edited[1.0] == quick.sample(edits)).all()
     assert recolored[0.0] == 0 and recolored[0.5] >= 0.7 and recolored[1.0] >= 0.9, recolored
-    assert moved[0.0] < 0.5 < moved[0.5] < moved[1.0], moved
+    assert moved[0.0] < 1 < moved[0.5] < moved[1.0], moved
 
 
 def test_three_segments_move_there_and_back_without_a_jump(quick):
@@ -126,12 +126,12 @@ def test_three_segments_move_there_and_back_without_a_jump(quick):
     for (_, _, way), place in zip(names, places):
         for segment, direction in enumerate((way, OPPOSITE[way], way)):
             moved = place[ends[segment + 1]] - place[ends[segment]]
-            obeyed.append(np.dot(moved, DIRECTIONS[direction]) > 1)
+            obeyed.append(np.dot(moved, DIRECTIONS[direction]) > 2)
     jumps = []
     for end in ends[1:3]:
         expected = 2 * places[:, end + 1] - places[:, end + 2]
         jumps.append(np.linalg.norm(places[:, end] - expected, axis=-1))
     appearance = [read_clip(video)[:2] == name[:2] for video, name in zip(videos, names)]
-    assert np.nanmean(jumps) < 2
+    assert np.nanmean(jumps) < 4
     assert np.mean(obeyed) >= 0.95
     assert np.mean(appearance) >= 0.9

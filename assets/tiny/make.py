@@ -41,30 +41,33 @@ def make_text_encoder(captions, folder, width=64, seed=0):
                             num_layers=1, dropout_rate=0.0)).save_pretrained(folder)
 
 
-def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, widths=(16, 32, 64, 96), seed=0):
+def fit_vae(frames, steps=4000, batch=16, lr=2e-3, channels=8, kl_weight=1e-4, widths=(64, 96), patch=4, seed=0):
     """Returns an AutoencoderKL (8x down) fitted to frames, a list of uint8 [N H W 3], one per size.
 
     The loss is the mean squared error plus kl_weight times the mean KL divergence per latent value (2112.10752, section
-    3.1, without its perceptual and adversarial terms: flat shapes have no texture).  The KL is a hundred times what is
-    usual for photographs: the decoder then sees latents noised by about a tenth of their spread, and forgives the
-    transformer's errors.  channels: a linear code of 4 gave 25 dB, at which tests/reader.py mistook a quarter of the
-    shapes, one of 12 gave 31.6 dB and 0.1%.  All else is hand-tuned, for a net that two CPU cores fit in a quarter
-    of an hour (assets/tiny/README.md); larger `widths` would reconstruct better and be slower."""
+    3.1, without its perceptual and adversarial terms: shapes have no texture).  The KL is a hundred times what is usual
+    for photographs: the decoder then sees latents with much noise (some channels are nothing else), and forgives the
+    transformer's errors.  The network sees patches of 4 x 4 pixels as 48 channels (vae.VAE): at full resolution a step
+    took twice as long and brought less.  Norms have one group: eight divide the colour out of a mostly flat frame.  All
+    else is hand-tuned, for ten minutes on two CPU cores (assets/tiny/README.md)."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
-    net = AutoencoderKL(down_block_types=("DownEncoderBlock2D",) * len(widths),
+    net = AutoencoderKL(in_channels=3 * patch ** 2, out_channels=3 * patch ** 2,
+                        down_block_types=("DownEncoderBlock2D",) * len(widths),
                         up_block_types=("UpDecoderBlock2D",) * len(widths), block_out_channels=widths,
-                        layers_per_block=1, latent_channels=channels, norm_num_groups=8,
-                        sample_size=min(frames[0].shape[1:3]))
+                        layers_per_block=1, latent_channels=channels, norm_num_groups=1,
+                        sample_size=min(frames[0].shape[1:3]) // patch)
+    net = net.to(memory_format=torch.channels_last)
     optimizer = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=0.0, betas=(0.9, 0.99))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.03)
     share = np.array([len(of_one_size) for of_one_size in frames]) / sum(map(len, frames))
     bar = tqdm(range(steps), desc="fitting the VAE")
     for step in bar:
         of_one_size = frames[rng.choice(len(frames), p=share)]
-        x = to_images(of_one_size[rng.integers(len(of_one_size), size=batch)])
-        posterior = net.encode(x).latent_dist
-        again = net.decode(posterior.sample()).sample
+        x = to_patches(of_one_size[rng.integers(len(of_one_size), size=batch)], patch)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = net.encode(x).latent_dist
+            again = net.decode(posterior.sample()).sample.float()
         error = F.mse_loss(again, x)
         kl = posterior.kl().mean() / posterior.mean[0].numel()
         optimizer.zero_grad(set_to_none=True)
@@ -75,14 +78,14 @@ def fit_vae(frames, steps=6000, batch=32, lr=2e-3, channels=16, kl_weight=1e-4, 
         if step % 50 == 0 or step == steps - 1:
             bar.set_postfix_str(f"psnr {psnr(again, x):.2f} dB, kl {kl.item():.3f}")
     with torch.no_grad():
-        std = net.encode(to_images(frames[0][:512])).latent_dist.mean.std()
+        std = net.encode(to_patches(frames[0][:512], patch)).latent_dist.mean.std()
     net.register_to_config(scaling_factor=1 / float(std))
     return net
 
 
-def to_images(frames):
-    """Returns uint8 [N H W 3] as float [N 3 H W] in -1..1."""
-    return rearrange(to_video(frames), "c n h w -> n c h w")
+def to_patches(frames, patch):
+    """Returns uint8 [N H W 3] as float [N 3*patch^2 H/patch W/patch] in -1..1, as the network of vae.VAE takes it."""
+    return F.pixel_unshuffle(rearrange(to_video(frames), "c n h w -> n c h w"), patch)
 
 
 def make_vae(meta, args):
@@ -115,8 +118,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--debug", action="store_true", help="errors with their traceback")
     add = parser.add_argument_group("vae").add_argument
-    add("--steps", type=positive_int, default=6000, help="default: %(default)s")
-    add("--batch", type=positive_int, default=32, help="frames of a step; default: %(default)s")
+    add("--steps", type=positive_int, default=4000, help="default: %(default)s")
+    add("--batch", type=positive_int, default=16, help="frames of a step; default: %(default)s")
     add("--num-clips", type=positive_int, default=4000, help="of meta.csv, held in memory; default: %(default)s")
     args = parser.parse_args(argv)
     with one_line_errors(args.debug):
