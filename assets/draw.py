@@ -277,15 +277,15 @@ def draw_samples(source=ROOT / "assets" / "tiny"):
     videos = generate(model, load_vae(config.vae), text_encoder, prompts, num_frames=8, height=64, width=64,
                       fps=SHAPES_FPS, steps=20, sampler="dpm", cfg_scale=config.cfg_scale,
                       prediction=config.prediction)
-    font = ImageFont.load_default(13)
+    font = ImageFont.load_default(12)
     sheets = []
     for frames in videos.swapaxes(0, 1):                                # the 12 frames of a moment
-        sheet = Image.new("RGB", (WIDTH, 3 * 230), "white")
+        sheet = Image.new("RGB", (4 * 164, 3 * 184), "white")
         for i, (prompt, frame) in enumerate(zip(prompts, frames)):
-            x = 212 * (i % 4)
-            y = 230 * (i // 4)
-            sheet.paste(Image.fromarray(frame).resize((204, 204), Image.Resampling.BICUBIC), (x, y))
-            ImageDraw.Draw(sheet).text((x + 102, y + 206), prompt, fill="#4b535d", font=font, anchor="ma")
+            x = 164 * (i % 4)
+            y = 184 * (i // 4)
+            sheet.paste(Image.fromarray(frame).resize((160, 160), Image.Resampling.BICUBIC), (x, y))
+            ImageDraw.Draw(sheet).text((x + 80, y + 162), prompt, fill="#4b535d", font=font, anchor="ma")
         sheets.append(sheet)
     return sheets
 
@@ -348,7 +348,7 @@ def write_gif(file, frames):
     for i, frame in enumerate(frames):
         wall.paste(frame, (0, height * i))
     palette = wall.quantize(255, Image.Quantize.MEDIANCUT, kmeans=1)
-    first, *rest = [frame.quantize(palette=palette) for frame in frames]
+    first, *rest = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
     first.save(file, save_all=True, append_images=rest, duration=[125] * len(rest) + [1000], loop=0)
     return file
 
