@@ -687,7 +687,7 @@ def copied(curated, tmp_path):
 def test_filter_applies_other_rules_and_back_again(curated, copied, run_script):
     ended = run_script("curate", "filter", copied, "--min-flow=none", "--max-repeats=none", "--max-held=none",
                        "--config=configs/tiny.py")
-    assert ended.status == 0 and "32 x 16" in ended.out, "the buckets of the config are shown"
+    assert ended.status == 0 and "64 x 16" in ended.out, "the buckets of the config are shown"
     kept = {row["path"] for row in read_rows(copied / "meta.csv")}
     still, = curated.clips_of("still.mp4")
     assert kept == {row["path"] for row in curated.kept} | {still["path"]}

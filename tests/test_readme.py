@@ -210,23 +210,27 @@ def test_both_languages_have_the_same_commands_code_and_pictures():
 
 # What to add to a command that matches, so that it takes seconds.  What none matches is not run.
 SMALL = {
-    r"sample\.py --prompt \"a red circle moves right\"": "--steps 3",
+    r"sample\.py --prompt .*": "--steps 3",
+    r"sample\.py --prompts prompts\.txt": "--steps 3",
     r"sample\.py --ckpt runs/\w+ --prompt .*": "--steps 3",
-    r"sample\.py --prompt .* data/shapes/.*": "--steps 3",                  # frames that are given
     r"-m assets\.shapes data/shapes": "--num-clips=300",
+    r"-m configs\.plan configs/stage2\.py .*": "",
     r"data\.py data/shapes/meta\.csv configs/tiny\.py": "--buckets={'64':{8:(1.0,2)}}",
     r"train\.py configs/tiny\.py": "--steps=2 --sample_every=0 --buckets={'64':{8:(1.0,2)}}",
+    r"train\.py configs/tiny\.py --prediction=eps .*": "--sample_every=0 --buckets={'64':{8:(1.0,2)}}",
     r"train\.py configs/tiny\.py --data=data/mine/meta\.csv .*": "--steps=1 --buckets={'64':{8:(1.0,1)}}",
     r"train\.py configs/stage1\.py --print": "",
-    r"train\.py configs/finetune\.py --plan .*": "",
     r"vae\.py data/shapes/000000\.mp4 .*": "",
-    r"masks\.py \".*": "",
+    r"masks\.py.*": "",
     r"model\.py": "",
     r"curate\.py run videos/ --out data/mine": "--workers 1",
-    r"curate\.py report data/mine": "",
+    r"curate\.py cut videos/ --out data/cut": "--workers 1",
+    r"curate\.py filter data/mine .*": "",
 }
 MAKES = {"data/shapes": "-m assets.shapes data/shapes", "runs/tiny": "train.py configs/tiny.py",
-         "data/mine": "curate.py run videos/ --out data/mine"}
+         "data/mine": "curate.py run videos/ --out data/mine",
+         "samples/00-a-red-circle-moves-right.mp4": 'sample.py --prompt "a red circle moves right"',
+         "samples/00-a-green-circle.png": 'sample.py --prompt "a green circle" --num-frames 1'}
 
 
 def added_to(command):
@@ -256,6 +260,7 @@ def project(tmp_path_factory):
     for name in ("configs", "assets"):
         shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     (folder / "videos").mkdir()
+    (folder / "prompts.txt").write_text('a green circle moves up {"num_frames": 4, "seeds": [0, 1]}\n')
     for seed in (0, 1):
         write_video(folder / "videos" / f"{seed}.mp4", pan(seed, 60))
     env = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONIOENCODING": "utf-8"}

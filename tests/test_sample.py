@@ -894,7 +894,7 @@ def test_a_long_film_is_not_read_to_animate_its_first_frame(command, tmp_path):
                                                (["--connect", "red.mp4", "blue.mp4"], "red8", "blue0")])
 def test_in_a_long_video_the_frames_at_its_end_come_last(command, clips, tmp_path, monkeypatch, form, first, last):
     monkeypatch.chdir(clips)
-    command("--prompt", "a red circle", *QUICK, "--num-frames", 4, "--size", "32x32", "--fps", 24, "--segments", 2, *form)
+    command("--prompt", "a red circle", *QUICK, "--num-frames", 4, "--size", "64x64", "--fps", 24, "--segments", 2, *form)
     video = read_video(tmp_path / "out/00-a-red-circle.mp4")
     assert len(video) == 7
     assert label(video[-1]) == last
