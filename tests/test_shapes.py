@@ -240,7 +240,7 @@ def test_the_shipped_vae_keeps_edges_crisp_and_colours_apart():
     """Colours that lie close together in latents slip from frame to frame while they are sampled."""
     from vae import load_vae
     scores = check_vae(load_vae(str(ROOT / "assets/tiny/vae")))
-    assert scores["psnr"] >= 35 and scores["hue"] < 1 and scores["nearest"] > 1.5, scores
+    assert scores["psnr"] >= 35 and scores["hue"] < 1 and scores["nearest"] > 1.2, scores
 
 
 @pytest.mark.slow
