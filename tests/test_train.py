@@ -1253,8 +1253,9 @@ def test_a_signal_to_one_rank_stops_all_after_the_step(deep_world, tmp_path):
 def test_an_error_of_all_ranks_is_printed_once(world, tmp_path):
     done = start(elsewhere(world, tmp_path, data="nowhere/meta.csv"), processes=2)
     assert done.returncode
-    assert done.stderr.count("error: ") == 1
-    assert "nowhere/meta.csv" in done.stderr
+    by_a_rank = [line for line in done.stderr.splitlines() if line.startswith("error: ")]       # torchrun quotes it
+    assert len(by_a_rank) == 1
+    assert "nowhere/meta.csv" in by_a_rank[0]
 
 
 @pytest.mark.slow
@@ -1265,7 +1266,7 @@ def test_the_benchmark_times_each_bucket(world, tmp_path, run_script, monkeypatc
     ended = run_script("bench_train", "run.py", "--profile", "trace.json")
     assert ended.status == 0, ended.err
     for num_frames in (1, 8):
-        assert f"32 x {num_frames} " in ended.out
+        assert f"64 x {num_frames} " in ended.out
     assert len(json.loads(Path("trace.json").read_text())["traceEvents"]) > 1000
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.py", "trace.json"]
 
