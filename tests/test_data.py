@@ -1936,5 +1936,5 @@ def test_the_script_starts(tiny_table):
     command = [sys.executable, "data.py", tiny_table, "configs/tiny.py"]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert ended.returncode == 0, ended.stderr
-    assert "32 x 8" in ended.stdout
+    assert "64 x 8" in ended.stdout
     assert not ended.stderr
