@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 840                                                             # GitHub shows a README about so wide
+MARGIN = 8
 
 # ---------------------------------------------------------------- SVG
 # Middle tones on a transparent ground: they can be read on white and on black, where media queries are not heeded too.
@@ -72,7 +73,7 @@ def draw_masks():
     """The nine mask strategies of training: which of 16 frames are given, in three draws each, and their shares."""
     from masks import RECIPE, STRATEGIES, strategy_mask
     generator = torch.Generator().manual_seed(6)
-    parts = [*legend(0, 14, 230, [(BLUE, "given: the model is told t = 0"), ("", "noised: to be generated")]),
+    parts = [*legend(0, 14, 230, [(BLUE, "given: conditioned on t = 0"), ("", "noised: to be generated")]),
              text(WIDTH, 14, "16 latent frames, three draws", anchor="end")]
     for y, name in zip(range(34, 999, 26), STRATEGIES):
         parts += [text(0, y + 15, name, "head"), text(222, y + 15, f"{RECIPE[name]:.1%}", anchor="end")]
@@ -141,7 +142,7 @@ def bucket_rows(buckets, lengths, colours, chosen):
         for t, (keep, batch) in buckets[level].items():
             clips = sum(bucket[:2] == (level, t) for bucket in chosen)
             parts += [text(column(t), y, f"{clips} clips" if keep else "-"),
-                      text(column(t), y + 14, f"keep {keep:.0%}, {batch}/GPU" if keep else "hands them on", "small")]
+                      text(column(t), y + 14, f"keep {keep:.0%}, {batch}/GPU" if keep else "passes them on", "small")]
     out = [(colour, f"{chosen.count(reason)} left out: {reason}") for reason, colour in REASON_COLOURS.items()]
     return parts + legend(0, 598, 210, out)
 
@@ -150,27 +151,33 @@ def bucket_rows(buckets, lengths, colours, chosen):
 STRATEGY = "0,0,0,0,4;0,0,4,4,4,0.3;0,0,8,8,4,0.7"                      # no reference for the last 4 of 16 frames
 
 
-def told_times(steps=20):
-    """(strengths [T], t [steps T]): what sample.py's loop tells a model that is not there; -1 = the frame is clean."""
+def conditioned_times(steps=20):
+    """Returns strengths [T] and the t [steps T] on which sample.py's loop conditions a stand-in model; -1: clean."""
     from masks import frame_plan, parse_strategy
     from sample import sample_latents
-    told, z, (_, strengths) = [], torch.zeros(1, 1, 16, 1, 1), frame_plan(parse_strategy(STRATEGY), 0, 16, [16])
-    model = lambda x, t, y, y_mask, x_mask: told.append(torch.where(x_mask[0], t[0], -1)) or torch.cat([x, x], dim=1)
+    _, strengths = frame_plan(parse_strategy(STRATEGY), 0, 16, [16])
+    times = []
+
+    def model(x, t, y, y_mask, x_mask):
+        times.append(torch.where(x_mask[0], t[0], -1))
+        return torch.cat([x, x], dim=1)
+
+    z = torch.zeros(1, 1, 16, 1, 1)
     sample_latents(model, z, torch.zeros(1, 1, 1), torch.ones(1, 1), {}, generators=None, steps=steps, sampler="ddim",
                    cfg_scale=1, known=z, strength=strengths[None])
-    return strengths.tolist(), torch.stack(told).tolist()
+    return strengths.tolist(), torch.stack(times).tolist()
 
 
 def draw_noise():
     """The noise of frames during sampling: given ones stay clean, edited ones join late, new ones go all the way."""
     from sample import noise_schedule
-    strengths, told = told_times()
-    abar, wide, shade = noise_schedule().alphas_cumprod, 630 / len(told), lambda t: f"{0.2 + 0.8 * t / 999:.2f}"
-    parts = [text(0, 14, f'--mask-strategy "{STRATEGY}"', "head"), *legend(0, 36, 0, [(BLUE, "clean: told t = 0")]),
-             text(WIDTH, 14, "the t that is told (standard deviation of its noise)", anchor="end")]
+    strengths, times = conditioned_times()
+    abar, wide, shade = noise_schedule().alphas_cumprod, 630 / len(times), lambda t: f"{0.2 + 0.8 * t / 999:.2f}"
+    parts = [text(0, 14, f'--mask-strategy "{STRATEGY}"', "head"), *legend(0, 36, 0, [(BLUE, "clean: conditioned on t = 0")]),
+             text(WIDTH, 14, "the t of the condition (standard deviation of its noise)", anchor="end")]
     for x, t in zip(range(300, WIDTH, 110), (999, 750, 500, 250, 0)):
         parts += [rect(x, 26, 12, 12, ORANGE, shade(t)), text(x + 18, 36, f"{t} ({(1 - abar[t]).sqrt():.2f})")]
-    for i, step in enumerate(told):
+    for i, step in enumerate(times):
         parts += [rect(212 + wide * i, 54 + 18 * f, wide - 2, 16, *(BLUE,) if t < 0 else (ORANGE, shade(t)))
                   for f, t in enumerate(step)]
     for strength, group in groupby(range(16), key=lambda f: round(strengths[f], 3)):
@@ -178,7 +185,7 @@ def draw_noise():
         what = {0: "given", 1: "made from noise"}.get(strength, f"edited, strength {strength:g}")
         y = 54 + 9 * (first + last + 1)
         parts += [text(0, y - 3, what, "head"), text(0, y + 13, f"frames {first} to {last}")]
-    return 366, [*parts, text(212, 358, "step 1"), text(WIDTH, 358, f"step {len(told)}, the last", anchor="end")]
+    return 366, [*parts, text(212, 358, "step 1"), text(WIDTH, 358, f"step {len(times)}, the last", anchor="end")]
 
 
 # ---------------------------------------------------------------- attention
@@ -364,7 +371,8 @@ def write(name, folder, *source):
         return file
     (height, parts), (title, seen) = drawn, PICTURES[name].__doc__.split(": ", 1)
     file.with_suffix(".svg").write_text("\n".join([
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" viewBox="0 0 {WIDTH} {height}" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
+        f'viewBox="{-MARGIN} {-MARGIN} {WIDTH + 2 * MARGIN} {height + 2 * MARGIN}" '
         f'role="img" aria-labelledby="title seen"><title id="title">{title}</title><desc id="seen">{seen}</desc>',
         f"<style>{STYLE}</style>", *parts, "</svg>\n"]), encoding="utf-8", newline="\n")
     return file.with_suffix(".svg")
