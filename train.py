@@ -1,6 +1,6 @@
 """Trains the ST-DiT, on clips or on their cached latents.
 
-    python train.py configs/tiny.py                                     moving shapes, 9 minutes on 2 CPU cores
+    python train.py configs/tiny.py                                     moving shapes, 10 to 15 minutes on 2 CPU cores
     torchrun --nproc-per-node 8 train.py configs/stage1.py --data=clips/meta.csv
     python -m configs.plan configs/stage2.py --gpus 64 --gpu h800       what a run would cost, before a GPU is rented
 
